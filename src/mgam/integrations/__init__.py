@@ -1,0 +1,1 @@
+"""What connects the core to other projects' models, tokenizers, file formats and evaluators."""
