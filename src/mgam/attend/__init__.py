@@ -1,0 +1,5 @@
+"""Attention over a cover: one softmax, several backends, one place that picks."""
+
+from mgam.attend.dispatch import Choice, attend, choose
+
+__all__ = ["Choice", "attend", "choose"]

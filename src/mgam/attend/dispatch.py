@@ -1,0 +1,93 @@
+"""The dispatcher: picks a backend by device and shape, and says why."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from mgam.attend import blockwise, reference
+from mgam.cover import Cover
+from mgam.errors import SettingError
+from mgam.positions import Positions
+from mgam.pyramid import Pyramid
+from mgam.schedule import Blocks
+
+Attend = Callable[[Tensor, Blocks, Cover, Pyramid, Positions, float, float | None], Tensor]
+
+
+@dataclass(frozen=True)
+class Choice:
+    """The backend that runs, and the reason."""
+
+    backend: str
+    reason: str
+    run: Attend
+
+
+@dataclass(frozen=True)
+class Backend:
+    """A way to attend. `refuse` lists every reason why it cannot serve the queries (none: it can)."""
+
+    name: str
+    run: Attend
+    refuse: Callable[[Tensor], list[str]]
+    automatic: bool
+    """Whether it may be picked when nobody asked for it."""
+
+
+def _oracle(*args: object) -> Tensor:
+    return reference.attend(*args).out  # type: ignore[arg-type]
+
+
+BACKENDS: dict[str, Backend] = {
+    "torch": Backend("torch", blockwise.attend, lambda queries: [], automatic=True),
+    "reference": Backend("reference", _oracle, lambda queries: [], automatic=False),
+}
+"""All backends, best first."""
+
+
+def choose(queries: Tensor, backend: str | None = None) -> Choice:
+    """The backend for these queries: the one asked for, or the first that can.
+
+    Raises:
+        SettingError: when the backend asked for is unknown or cannot serve, with every reason.
+    """
+    if backend is not None:
+        if backend not in BACKENDS:
+            raise SettingError(f"backend={backend!r} is unknown; choose one of {', '.join(BACKENDS)}")
+        reasons = BACKENDS[backend].refuse(queries)
+        if reasons:
+            raise SettingError(f"backend {backend!r} cannot serve {_say(queries)}: {'; '.join(reasons)}")
+        return Choice(backend, "asked for", BACKENDS[backend].run)
+    passed_over = []
+    for candidate in BACKENDS.values():
+        reasons = candidate.refuse(queries)
+        if candidate.automatic and not reasons:
+            why = f"first that serves {_say(queries)}"
+            return Choice(candidate.name, "; ".join([why, *passed_over]), candidate.run)
+        if candidate.automatic:
+            passed_over.append(f"{candidate.name}: {', '.join(reasons)}")
+    raise SettingError(f"no backend serves {_say(queries)}: {'; '.join(passed_over)}")
+
+
+def attend(
+    queries: Tensor, blocks: Blocks, cover: Cover, pyramid: Pyramid, positions: Positions, scale: float,
+    softcap: float | None = None, backend: str | None = None,
+) -> Tensor:
+    """Attention of N query blocks over their covers. Shapes: queries and result (N, Hq, Q, D)."""
+    return choose(queries, backend).run(queries, blocks, cover, pyramid, positions, scale, softcap)
+
+
+def _say(queries: Tensor) -> str:
+    dtype = str(queries.dtype).removeprefix("torch.")
+    return f"{dtype} queries of shape {tuple(queries.shape)} on {queries.device.type}"
+
+
+def available() -> dict[str, list[str]]:
+    """Each backend with the reasons why it cannot serve a plain half-precision call on the best device here."""
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    probe = torch.empty(1, 1, 1, 64, dtype=torch.bfloat16, device=device)
+    return {name: backend.refuse(probe) for name, backend in BACKENDS.items()}

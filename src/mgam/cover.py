@@ -1,0 +1,188 @@
+"""The cover: for each query block and KV head, which entries are read, each at which level."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from mgam.levels import Levels
+from mgam.schedule import Blocks
+
+
+@dataclass(frozen=True)
+class Cover:
+    """What N query blocks read, per KV head; every query also reads the tokens from its block's window start to itself.
+
+    Index lists are sorted, hold no index twice, and end in -1 where a block reads fewer than others. All entries lie before
+    the window start, so every query of the block may read them.
+
+    Shapes (N blocks, H KV heads):
+        window_start: (N,), first token of the window; 0 with no entries is dense attention
+        opened: (N, H, K), chunks of level 1 read token by token
+        summaries[l-1]: (N, H, M_l), chunks of level l read as one entry each
+    """
+
+    levels: Levels
+    window_start: Tensor
+    opened: Tensor
+    summaries: tuple[Tensor, ...]
+    mass: bool = True
+    """Whether a summary counts as many times as it has tokens (a bias log n on its logit)."""
+
+    def __post_init__(self) -> None:
+        if len(self.summaries) != self.levels.top:
+            raise ValueError(f"{len(self.summaries)} lists of summaries for {self.levels.top} levels of chunks")
+
+    def __getitem__(self, part: slice) -> Cover:
+        return Cover(
+            self.levels,
+            self.window_start[part],
+            self.opened[part],
+            tuple(index[part] for index in self.summaries),
+            self.mass,
+        )
+
+    @property
+    def is_dense(self) -> bool:
+        """Whether every query reads its whole past as tokens."""
+        return not self.width and not bool(self.window_start.any())
+
+    @property
+    def width(self) -> int:
+        """Most entries before the window that any block may hold, padding included."""
+        return self.opened.shape[-1] * self.levels.chunk + sum(index.shape[-1] for index in self.summaries)
+
+    def entries(self) -> Tensor:
+        """Entries before the window (N, H), without padding."""
+        count = (self.opened >= 0).sum(-1) * self.levels.chunk
+        for index in self.summaries:
+            count = count + (index >= 0).sum(-1)
+        return count
+
+    def entries_per_level(self, blocks: Blocks) -> list[float]:
+        """Entries read at each level, summed over queries and averaged over KV heads; the window counts at level 0.
+
+        This is also the number that FLOP and byte counts start from.
+        """
+        queries = blocks.length.to(torch.float64)
+        start = self.window_start.to(queries.device)
+        reach = (blocks.start - start).to(torch.float64)
+        window = queries * reach + queries * (queries + 1) / 2
+        tokens = (self.opened >= 0).sum(-1).to(torch.float64).mean(-1).cpu() * self.levels.chunk
+        found = [float((window + queries * tokens).sum())]
+        for index in self.summaries:
+            found.append(float(((index >= 0).sum(-1).to(torch.float64).mean(-1).cpu() * queries).sum()))
+        return found
+
+    def ranks(self) -> tuple[Tensor, tuple[Tensor, ...]]:
+        """Distance of every entry to the window in its cover, in entries, as numbers -n ... -1.
+
+        Returns the distance of the first token of each opened chunk (N, H, K) and of each summary (N, H, M_l). Where an
+        index is -1 the number means nothing.
+        """
+        sizes = (self.levels.chunk, *self.levels.sizes[1:])
+        lists = (self.opened, *self.summaries)
+        weights = (self.levels.chunk, *([1] * self.levels.top))
+        far = torch.iinfo(torch.int64).max
+        starts = [torch.where(index < 0, far, index * size) for index, size in zip(lists, sizes, strict=True)]
+        total = self.entries()[..., None]
+        placed = []
+        for start in starts:
+            before = torch.zeros_like(start)
+            for other, weight in zip(starts, weights, strict=True):
+                if other.shape[-1]:
+                    before = before + weight * torch.searchsorted(other.contiguous(), start.contiguous())
+            placed.append(before - total)
+        return placed[0], tuple(placed[1:])
+
+
+def window_start(decide: Tensor, window: int, levels: Levels) -> Tensor:
+    """First token of the window of blocks decided at `decide` (N,): at least the last `window` tokens, on a chunk border."""
+    return (decide - window + 1).clamp_min(0) // levels.chunk * levels.chunk
+
+
+def dense_cover(blocks: Blocks, heads: int, levels: Levels, device: torch.device) -> Cover:
+    """Every past token at level 0."""
+    none = torch.empty(len(blocks), heads, 0, dtype=torch.int64, device=device)
+    start = torch.zeros(len(blocks), dtype=torch.int64, device=device)
+    return Cover(levels, start, none, (none,) * levels.top)
+
+
+def refine(opened: Tensor, start: Tensor, levels: Levels, *, keep: Sequence[Tensor | None] | None = None) -> tuple[Tensor, ...]:
+    """Summaries that complete a partition: everything before the window that is not opened, as coarse as it can be.
+
+    A chunk is split when something in it is opened, when it reaches into the window, when it is the first, or when `keep`
+    says so.
+
+    Args:
+        opened: (N, H, C) bool, chunks of level 1 that are read as tokens.
+        start: (N,) first token of the window, a multiple of the chunk size.
+        keep: per level 2 and up, (N, H, C_l) bool of chunks to split besides.
+
+    Returns:
+        Per level 1 and up, (N, H, C_l) bool of summaries that are read.
+    """
+    blocks, heads, chunks = opened.shape
+    ends = start[:, None, None]
+    split = [opened]
+    complete = [_complete(chunks, levels.sizes[1], ends)]
+    for level in range(2, levels.top + 1):
+        ratio, size = levels.ratio(level), levels.sizes[level]
+        count = -(-split[-1].shape[-1] // ratio)
+        children = torch.nn.functional.pad(split[-1], (0, count * ratio - split[-1].shape[-1]))
+        parent = children.view(blocks, heads, count, ratio).any(-1)
+        whole = _complete(count, size, ends)
+        parent = parent | ~whole
+        if count:
+            parent[..., 0] = True
+        if keep is not None and keep[level - 2] is not None:
+            parent = parent | keep[level - 2]
+        split.append(parent)
+        complete.append(whole)
+    read = []
+    for level in range(1, levels.top + 1):
+        here = complete[level - 1] & ~split[level - 1]
+        if level < levels.top:
+            above = split[level].repeat_interleave(levels.ratio(level + 1), -1)[..., : here.shape[-1]]
+            here = here & above
+        read.append(here)
+    return tuple(read)
+
+
+def _complete(count: int, size: int, start: Tensor) -> Tensor:
+    """(N, 1, count) bool: chunks that end before the window."""
+    return (torch.arange(1, count + 1, device=start.device) * size)[None, None] <= start
+
+
+def indices(mask: Tensor, most: int | None = None) -> Tensor:
+    """Sorted positions of True along the last axis, (..., M), ended by -1.
+
+    `most` gives M when the caller knows a bound; else M is the largest count (which waits for the device).
+    """
+    if mask.shape[-1] == 0:
+        return torch.empty(*mask.shape[:-1], 0, dtype=torch.int64, device=mask.device)
+    place = mask.cumsum(-1) - 1
+    most = int(place[..., -1].max()) + 1 if most is None else most
+    found = torch.full((*mask.shape[:-1], most + 1), -1, dtype=torch.int64, device=mask.device)
+    number = torch.arange(mask.shape[-1], device=mask.device).expand(mask.shape)
+    found.scatter_(-1, torch.where(mask, place, most), number)
+    return found[..., :most].contiguous()
+
+
+def cover_of(opened: Tensor, start: Tensor, levels: Levels, *, rest: str = "summaries", mass: bool = True,
+             keep: Sequence[Tensor | None] | None = None) -> Cover:
+    """A cover that opens the chunks in `opened` (N, H, C) bool and reads the rest as summaries, or drops it.
+
+    The first chunk (the sink) is always opened; chunks that reach into the window are read there.
+    """
+    if opened.shape[-1]:
+        opened = opened & _complete(opened.shape[-1], levels.chunk, start[:, None, None])
+        opened[..., 0] = start[:, None] > 0
+    if rest == "drop":
+        none = torch.empty(*opened.shape[:2], 0, dtype=torch.int64, device=opened.device)
+        return Cover(levels, start, indices(opened), (none,) * levels.top, mass)
+    summaries = refine(opened, start, levels, keep=keep)
+    return Cover(levels, start, indices(opened), tuple(indices(read) for read in summaries), mass)

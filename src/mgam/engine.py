@@ -1,0 +1,195 @@
+"""The engine: one call of one layer, from new queries to their attention over the pyramid.
+
+Policies, attention and caches do not know one another; they meet here.
+"""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor
+
+from mgam.attend import attend, blockwise
+from mgam.cover import Cover, dense_cover
+from mgam.errors import SettingError
+from mgam.levels import Levels
+from mgam.policies.base import Policy, Voters
+from mgam.positions import Positions
+from mgam.pyramid import Pyramid
+from mgam.schedule import Blocks, Piece, Schedule
+
+CPU_ELEMENTS = 1 << 22
+GPU_ELEMENTS = 1 << 27
+"""Elements of one gathered tensor at a time: bounds working memory whatever the length of a call."""
+
+
+@dataclass(frozen=True)
+class Reading:
+    """How a layer reads: everything that decides its result besides states and schedule."""
+
+    policy: Policy
+    levels: Levels = Levels()
+    positions: Positions = Positions()
+    dense_until: int = 0
+    backend: str | None = None
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What one call computes: groups of query blocks of like size, and where each row's new tokens stand.
+
+    Shared by all layers of a model. `first[b]`: position of column 0 of the call in row b (negative under left padding).
+    """
+
+    groups: tuple[tuple[bool, Blocks], ...]
+    first: Tensor
+    columns: int
+
+    @classmethod
+    def of(cls, schedule: Schedule, before: Sequence[int], counts: Sequence[int], columns: int, dense_until: int) -> Plan:
+        """Plans a call that adds `counts[b]` tokens to rows that hold `before[b]`."""
+        sorted_pieces: dict[tuple[bool, int], list[tuple[int, Piece]]] = defaultdict(list)
+        for row, (old, new) in enumerate(zip(before, counts, strict=True)):
+            for piece in schedule.pieces(old, old + new, dense_until):
+                size = piece.stop - piece.start
+                votes = piece.vote_to - piece.vote_from
+                sorted_pieces[piece.dense, max(size, votes).bit_length()].append((row, piece))
+        groups = tuple((dense, Blocks.of(pieces)) for (dense, _), pieces in sorted_pieces.items())
+        first = torch.tensor([old + new - columns for old, new in zip(before, counts, strict=True)], dtype=torch.int64)
+        return cls(groups, first, columns)
+
+
+@dataclass
+class Record:
+    """What reading cost and what it rested on. Filled while `watch` is set."""
+
+    entries: list[float] = field(default_factory=list)
+    """Entries read per level, summed over queries and layers, averaged over KV heads."""
+    queries: float = 0.0
+    """Queries counted, summed over layers."""
+    backends: set[str] = field(default_factory=set)
+    evidence_from: int | None = None
+    """Queries from this position on have their attention to opened chunks recorded."""
+    mass: dict[int, Tensor] = field(default_factory=dict)
+    """Per layer: attention mass of each chunk of level 1, (H, C), of the queries from `evidence_from` on."""
+
+    def count(self, cover: Cover, blocks: Blocks) -> None:
+        found = cover.entries_per_level(blocks)
+        self.entries = [a + b for a, b in zip(self.entries or [0.0] * len(found), found, strict=True)]
+        self.queries += float(blocks.length.sum())
+
+    def attribute(self, layer: int, cover: Cover, mass: Tensor) -> None:
+        heads, chunks = cover.opened.shape[1], int(cover.opened.max()) + 1 if cover.opened.numel() else 0
+        kept = self.mass.get(layer, torch.zeros(heads, 0))
+        if chunks > kept.shape[1]:
+            kept = torch.nn.functional.pad(kept, (0, chunks - kept.shape[1]))
+        ok = cover.opened >= 0
+        for block_index, block_ok, block_mass in zip(cover.opened.cpu(), ok.cpu(), mass.float().cpu(), strict=True):
+            kept.scatter_add_(1, block_index.clamp_min(0), block_mass * block_ok)
+        self.mass[layer] = kept
+
+
+def read(
+    queries: Tensor, pyramid: Pyramid, plan: Plan, reading: Reading, scale: float, *, softcap: float | None = None,
+    recent: Tensor | None = None, record: Record | None = None, layer: int = 0,
+) -> Tensor:
+    """Attention of a call's queries (B, Hq, L, D) over a pyramid that already holds the call's keys.
+
+    Columns that belong to no row (padding) give zeros. `recent` (B, Hq, R, D) are the queries before the call, for votes of
+    blocks that began there.
+    """
+    _, query_heads, _, dim = queries.shape
+    heads = pyramid.keys[0].shape[1]
+    out = torch.zeros_like(queries)
+    for dense, blocks in plan.groups:
+        for part in _segments(dense, blocks, reading, pyramid, query_heads, dim):
+            taken, live = _take(queries, plan.first, part.row, part.start, part.length, part.size)
+            cover = _choose(queries, recent, part, plan, pyramid, reading, heads, dense)
+            got = attend(taken, part, cover, pyramid, reading.positions, scale, softcap, reading.backend)
+            out = _put(out, got, plan.first, part, live)
+            if record is not None:
+                _watch(record, taken, part, cover, pyramid, reading, scale, softcap, layer)
+    return out
+
+
+def history(schedule: Schedule) -> int:
+    """Queries that must be kept from call to call so that later blocks can vote."""
+    blocks = [span.block for span in schedule.spans if span.lookahead == "none" and span.block > 1]
+    return 2 * max(blocks, default=0)
+
+
+def _choose(
+    queries: Tensor, recent: Tensor | None, blocks: Blocks, plan: Plan, pyramid: Pyramid, reading: Reading, heads: int, dense: bool
+) -> Cover:
+    with torch.no_grad():
+        if dense:
+            return dense_cover(blocks, heads, reading.levels, queries.device)
+        voters = None
+        if reading.policy.votes:
+            known, first = queries.detach(), plan.first
+            if recent is not None and recent.shape[2]:
+                known, first = torch.cat((recent, known), 2), first - recent.shape[2]
+            length = blocks.vote_to - blocks.vote_from
+            voters = Voters(*_take(known, first, blocks.row, blocks.vote_from, length, blocks.votes))
+        return reading.policy.choose(voters, blocks, pyramid, reading.levels)
+
+
+def _segments(dense: bool, blocks: Blocks, reading: Reading, pyramid: Pyramid, query_heads: int, dim: int) -> list[Blocks]:
+    """Cuts a group so that no working tensor grows with the call; a segment never mixes rows of different lengths when dense."""
+    heads = pyramid.keys[0].shape[1]
+    room = GPU_ELEMENTS if pyramid.keys[0].is_cuda else CPU_ELEMENTS
+    tokens = int(blocks.stop.max()) if len(blocks) else 0
+    if dense:
+        per_block = blocks.size * tokens
+    else:
+        window = blocks.size + int((blocks.start - blocks.decide).max()) + getattr(reading.policy, "window", tokens) + reading.levels.chunk
+        entries = reading.policy.read_at_most(tokens, reading.levels) + window
+        voting = query_heads * blocks.votes * (tokens // reading.levels.chunk) // 4 if reading.policy.votes else 0
+        per_block = max(min(entries, tokens) * heads * max(dim, blocks.size), voting)
+    step = max(1, room // max(per_block, 1))
+    borders = list(range(0, len(blocks), step)) + [len(blocks)]
+    if dense:
+        changes = (blocks.row[1:] != blocks.row[:-1]).nonzero().flatten() + 1
+        borders = sorted({*borders, *changes.tolist()})
+    return [blocks[a:b] for a, b in zip(borders, borders[1:], strict=False)]
+
+
+def _take(states: Tensor, first: Tensor, row: Tensor, start: Tensor, length: Tensor, size: int) -> tuple[Tensor, Tensor]:
+    """Rows of queries (B, Hq, L, D) cut into pieces (N, Hq, size, D); `live` (N, size) marks real ones."""
+    column = (start - first[row])[:, None] + torch.arange(size)
+    live = (torch.arange(size) < length[:, None]) & (column >= 0)
+    column = column.clamp(0, states.shape[2] - 1)
+    taken = states.transpose(1, 2)[row[:, None].to(states.device), column.to(states.device)]
+    return taken.transpose(1, 2).contiguous(), live.to(states.device)
+
+
+def _put(out: Tensor, got: Tensor, first: Tensor, blocks: Blocks, live: Tensor) -> Tensor:
+    """Writes pieces (N, Hq, Q, D) back to their columns."""
+    column = (blocks.start - first[blocks.row])[:, None] + torch.arange(blocks.size)
+    row = blocks.row[:, None].expand_as(column)
+    place = live.cpu()
+    index = (row[place].to(out.device), column[place].to(out.device))
+    return out.transpose(1, 2).index_put(index, got.transpose(1, 2)[live]).transpose(1, 2)
+
+
+def _watch(
+    record: Record, taken: Tensor, blocks: Blocks, cover: Cover, pyramid: Pyramid, reading: Reading, scale: float,
+    softcap: float | None, layer: int,
+) -> None:
+    record.count(cover, blocks)
+    from_here = record.evidence_from
+    if from_here is None or not cover.opened.shape[-1] or int(blocks.start.max()) < from_here:
+        return
+    with torch.no_grad():
+        mass = blockwise.masses(taken, blocks, cover, pyramid, reading.positions, scale, softcap)
+    answering = (blocks.start >= from_here).to(mass.device)
+    record.attribute(layer, cover, mass * answering[:, None, None])
+
+
+def check_settings(budget: int, levels: Levels) -> None:
+    """Refuses a budget that cannot open a chunk."""
+    if not isinstance(budget, int) or isinstance(budget, bool) or budget < levels.chunk:
+        raise SettingError(f"budget={budget!r} must be a whole number of tokens, at least one chunk ({levels.chunk})")

@@ -1,0 +1,112 @@
+"""The training-free search: every voting query looks at keys of about four tokens; each chunk counts by its best."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from mgam.cover import Cover, cover_of, window_start
+from mgam.errors import SettingError
+from mgam.levels import Levels
+from mgam.policies.base import Rest, Voters
+from mgam.pyramid import Pyramid
+from mgam.schedule import Blocks
+
+TILE = 128
+"""Chunks scored at a time: the scores of a tile stay in the processor's cache."""
+
+
+@dataclass(frozen=True)
+class Scored:
+    """Opens the chunks with the most softmax mass.
+
+    For each voting query, a chunk's logit is that of its best search key; a softmax over all complete chunks of the past turns
+    logits into mass; masses add up over the voters and the query heads of the group. The `budget // chunk` best chunks
+    between sink and window are opened, once per KV head.
+    """
+
+    budget: int = 1024
+    window: int = 512
+    rest: Rest = "summaries"
+    mass: bool = True
+    scale: float | None = None
+    every: int = 1
+    """Every n-th query votes (the last one always)."""
+
+    votes = True
+
+    def __post_init__(self) -> None:
+        if self.every < 1:
+            raise SettingError(f"every={self.every}: the stride of voting queries starts at 1")
+
+    def choose(self, voters: Voters | None, blocks: Blocks, pyramid: Pyramid, levels: Levels) -> Cover:
+        """Covers for N blocks within the budget."""
+        assert voters is not None
+        states = pyramid.keys[0]
+        device, heads = states.device, states.shape[1]
+        start = window_start(blocks.decide, self.window, levels).to(device)
+        chunks = int(start.max()) // levels.chunk if len(blocks) else 0
+        opened = torch.zeros(len(blocks), heads, chunks, dtype=torch.bool, device=device)
+        number = torch.arange(chunks, device=device)
+        allowed = (number > 0) & ((number + 1) * levels.chunk <= start[:, None])
+        most = self.budget // levels.chunk
+        if chunks - 1 <= most:
+            opened |= allowed[:, None]
+        elif most:
+            scores = self.scores(voters, blocks, pyramid, levels, chunks)
+            scores = scores.masked_fill(~allowed[:, None], -1.0)
+            best = scores.topk(most, -1).indices
+            opened.scatter_(-1, best, True)
+            opened &= allowed[:, None]
+        return cover_of(opened, start, levels, rest=self.rest, mass=self.mass)
+
+    def read_at_most(self, tokens: int, levels: Levels) -> int:
+        """Sink, budget, and the summaries around what is opened."""
+        most = self.budget // levels.chunk
+        inner = sum(levels.ratio(level) for level in range(2, levels.top + 1))
+        rest = 0 if self.rest == "drop" else (most + 2) * max(inner, 1) + tokens // levels.sizes[-1] + levels.ratio(1)
+        return levels.chunk + self.budget + rest
+
+    def scores(self, voters: Voters, blocks: Blocks, pyramid: Pyramid, levels: Levels, chunks: int) -> Tensor:
+        """Mass (N, H, chunks) that the voters give each chunk, in float32 or finer."""
+        queries, live = _thin(voters, self.every)
+        logits = chunk_logits(queries, blocks, pyramid, chunks)
+        ends = (torch.arange(1, chunks + 1, device=logits.device) * levels.chunk)[None]
+        visible = ends <= blocks.decide.to(logits.device)[:, None]
+        wide = torch.promote_types(queries.dtype, torch.float32)
+        scale = self.scale if self.scale is not None else queries.shape[-1] ** -0.5
+        masked = (logits.to(wide) * scale).masked_fill(~visible[:, None, None], -torch.inf)
+        mass = torch.softmax(masked, -1).nan_to_num(0.0)
+        return (mass * live[:, None, :, None].repeat(1, 1, mass.shape[2] // live.shape[1], 1)).sum(2)
+
+
+def chunk_logits(queries: Tensor, blocks: Blocks, pyramid: Pyramid, chunks: int) -> Tensor:
+    """Best unscaled logit of each voter in each chunk: (N, H, G*V, chunks), in the precision of the search keys."""
+    assert pyramid.search is not None
+    count, query_heads, votes, dim = queries.shape
+    heads = pyramid.search.shape[1]
+    search = pyramid.search
+    folded = queries.reshape(count, heads, query_heads // heads * votes, dim).to(search.dtype)
+    rows = blocks.row.tolist()
+    best = torch.empty(*folded.shape[:3], chunks, dtype=search.dtype, device=queries.device)
+    for row in dict.fromkeys(rows):
+        members = [n for n, other in enumerate(rows) if other == row]
+        part = slice(members[0], members[-1] + 1) if members == list(range(members[0], members[-1] + 1)) else members
+        asked = folded[part].transpose(0, 1).reshape(heads, -1, dim)
+        for first in range(0, chunks, TILE):
+            tile = search[row, :, :, first : min(first + TILE, chunks)]
+            width = tile.shape[2]
+            logits = asked @ tile.reshape(heads, -1, dim).transpose(1, 2)
+            peak = logits.view(heads, asked.shape[1], -1, width).amax(2)
+            best[part, :, :, first : first + width] = peak.view(heads, len(members), -1, width).transpose(0, 1)
+    return best
+
+
+def _thin(voters: Voters, every: int) -> tuple[Tensor, Tensor]:
+    if every == 1:
+        return voters.queries, voters.live
+    votes = voters.queries.shape[2]
+    kept = torch.arange(votes - 1, -1, -every, device=voters.queries.device).flip(0)
+    return voters.queries[:, :, kept], voters.live[:, kept]

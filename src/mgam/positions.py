@@ -1,0 +1,93 @@
+"""Positions: true ones (absolute), or an entry's rank in its cover (granular)."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import Literal
+
+import torch
+from torch import Tensor
+
+from mgam.errors import SettingError
+
+PositionKind = Literal["absolute", "granular"]
+
+
+@dataclass
+class Rotary:
+    """Rotary tables of a model for positions 0 ... limit-1, filled on first use.
+
+    `tables(positions)` returns cos and sin, each (P, R) with R <= head dim (partial rotation), scaled as the model scales them.
+    """
+
+    tables: Callable[[Tensor], tuple[Tensor, Tensor]]
+    limit: int
+    """Positions the model was trained for; ranks must stay below it."""
+
+    _kept: dict[tuple[torch.device, torch.dtype, int], tuple[Tensor, Tensor]] = field(default_factory=dict, repr=False)
+
+    @classmethod
+    def plain(cls, dim: int, limit: int, theta: float = 10000.0) -> Rotary:
+        """The rotation of RoFormer (Su et al. 2021, eq. 34) over `dim` dimensions."""
+
+        def tables(positions: Tensor) -> tuple[Tensor, Tensor]:
+            frequencies = theta ** (-torch.arange(0, dim, 2, dtype=torch.float64, device=positions.device) / dim)
+            angles = positions.to(torch.float64)[:, None] * frequencies
+            return torch.cat((angles.cos(), angles.cos()), -1), torch.cat((angles.sin(), angles.sin()), -1)
+
+        return cls(tables, limit)
+
+    def table(self, device: torch.device, dtype: torch.dtype, limit: int | None = None) -> tuple[Tensor, Tensor]:
+        """cos and sin, each (limit, R/2), in float32 or float64: the first half of each row (the second repeats it)."""
+        limit = self.limit if limit is None else limit
+        wide = torch.promote_types(dtype, torch.float32)
+        key = (device, wide, limit)
+        if key not in self._kept:
+            cos, sin = self.tables(torch.arange(limit, device=device))
+            half = cos.shape[-1] // 2
+            self._kept[key] = (cos[:, :half].to(wide).contiguous(), sin[:, :half].to(wide).contiguous())
+        return self._kept[key]
+
+
+def rotate(states: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+    """Rotates the first 2*R dimensions of states (..., D) by half-tables (..., R); the rest passes unchanged."""
+    half = cos.shape[-1]
+    cos, sin = cos.to(states.dtype), sin.to(states.dtype)
+    first, second = states[..., :half], states[..., half : 2 * half]
+    turned = (first * cos - second * sin, second * cos + first * sin)
+    rest = states[..., 2 * half :]
+    return torch.cat((*turned, rest), -1) if rest.shape[-1] else torch.cat(turned, -1)
+
+
+@dataclass(frozen=True)
+class Positions:
+    """How entries and queries are placed.
+
+    `absolute`: the states in the pyramid are rotated already and nothing is done here. `granular`: they are not, and every
+    entry takes its rank in its cover. Only distances matter to a rotation, so ranks are counted backwards from `anchor`, the
+    position of the first token of the window: they do not depend on how many entries other covers hold.
+    """
+
+    kind: PositionKind = "absolute"
+    rotary: Rotary | None = None
+    anchor: int = 0
+
+    @classmethod
+    def granular(cls, rotary: Rotary, window: int) -> Positions:
+        """Granular positions for covers whose window and block span at most `window` tokens."""
+        limit = min(rotary.limit, 32768)
+        if window >= limit:
+            raise SettingError(
+                f"window and block take {window} positions, but the model was trained for {rotary.limit}; "
+                "choose a smaller window or block"
+            )
+        return cls("granular", rotary, limit - window)
+
+    def check(self, entries: int) -> None:
+        """Refuses covers whose ranks would leave the trained window."""
+        if self.rotary is not None and entries > self.anchor:
+            raise SettingError(
+                f"a cover of {entries} entries before its window does not fit the {self.anchor} positions that the model's "
+                "trained window leaves; lower the budget, add a coarser level (e.g. levels=(1, 64, 1024, 16384)) or drop the rest"
+            )

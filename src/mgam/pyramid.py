@@ -1,0 +1,156 @@
+"""The pyramid: keys and values of the past at every level, with search keys, growing as text arrives."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from mgam.levels import Levels
+
+
+def search_dtype(dtype: torch.dtype) -> torch.dtype:
+    """Precision of search keys: rounding them costs no recall, so half precision, except for the float64 oracle."""
+    return dtype if dtype == torch.float64 else torch.bfloat16
+
+
+class Pyramid:
+    """Tokens and summaries of one layer, for a batch of rows that each start at their first real token.
+
+    Shapes (B rows, H KV heads, D head dim, C chunks of level 1, S search keys per chunk):
+        keys, values: (B, H, >=T, D); only the first `lengths[b]` of row b are set
+        summaries[l]: keys and values (B, H, >=T//size[l], D), means over complete chunks; index 0 is the tokens themselves
+        search: (B, H, S, >=C, D), means over `levels.search` keys of complete chunks, ordered by place in the chunk first
+    """
+
+    def __init__(self, levels: Levels) -> None:
+        self.levels = levels
+        self.lengths: list[int] = []
+        self.keys: list[Tensor] = []
+        self.values: list[Tensor] = []
+        self.search: Tensor | None = None
+        self._reserved = 0
+
+    @classmethod
+    def of(cls, keys: Tensor, values: Tensor, levels: Levels, lengths: Sequence[int] | None = None) -> Pyramid:
+        """A pyramid over whole sequences (B, H, T, D), differentiable with respect to both."""
+        pyramid = cls(levels)
+        batch, heads, tokens, dim = keys.shape
+        pyramid.lengths = [tokens] * batch if lengths is None else list(lengths)
+        pyramid.keys, pyramid.values = [keys], [values]
+        for level in range(1, levels.top + 1):
+            pyramid.keys.append(_means(pyramid.keys[-1], levels.ratio(level)))
+            pyramid.values.append(_means(pyramid.values[-1], levels.ratio(level)))
+        pyramid.search = _search_keys(keys, levels)
+        return pyramid
+
+    @property
+    def tokens(self) -> int:
+        """Tokens of the longest row."""
+        return max(self.lengths, default=0)
+
+    def reserve(self, tokens: int) -> None:
+        """Makes later appends up to `tokens` in all free of copying."""
+        self._reserved = max(self._reserved, tokens)
+
+    def append(self, keys: Tensor, values: Tensor, counts: Sequence[int] | None = None) -> None:
+        """Adds the last `counts[b]` of the new states (B, H, n, D) to each row b (all of them by default).
+
+        Summaries and search keys are made for chunks that become complete, always from the whole chunk: they are the same
+        however the text was cut into calls.
+        """
+        batch, _, new, _ = keys.shape
+        counts = [new] * batch if counts is None else list(counts)
+        if not self.lengths:
+            self._start(keys)
+        before = list(self.lengths)
+        self._grow(max(length + count for length, count in zip(before, counts, strict=True)))
+        if len(set(before)) == 1 and set(counts) == {new}:
+            self._write(slice(None), before[0], keys, values)
+        else:
+            for row, count in enumerate(counts):
+                if count:
+                    span = slice(row, row + 1)
+                    self._write(span, before[row], keys[span, :, new - count :], values[span, :, new - count :])
+
+    def crop(self, remove: Sequence[int]) -> None:
+        """Forgets the last `remove[b]` tokens of each row; summaries of chunks cut open are made again when they refill."""
+        self.lengths = [max(0, length - count) for length, count in zip(self.lengths, remove, strict=True)]
+
+    def select(self, rows: Tensor) -> None:
+        """Keeps, repeats or reorders rows by index."""
+        index = rows.to(self.keys[0].device)
+        self.lengths = [self.lengths[row] for row in rows.tolist()]
+        self.keys = [states.index_select(0, index) for states in self.keys]
+        self.values = [states.index_select(0, index) for states in self.values]
+        if self.search is not None:
+            self.search = self.search.index_select(0, index)
+
+    def _start(self, like: Tensor) -> None:
+        batch, heads, _, dim = like.shape
+        self.lengths = [0] * batch
+        self.keys = [like.new_empty(batch, heads, 0, dim) for _ in self.levels.sizes]
+        self.values = [like.new_empty(batch, heads, 0, dim) for _ in self.levels.sizes]
+        self.search = like.new_empty(batch, heads, self.levels.search_per_chunk, 0, dim, dtype=search_dtype(like.dtype))
+
+    def _grow(self, tokens: int) -> None:
+        """Makes room for `tokens` per row: in one step when reserved, else by a quarter at a time."""
+        have = self.keys[0].shape[2]
+        if tokens <= have:
+            return
+        room = self._reserved if tokens <= self._reserved else max(tokens, have + have // 4, 256)
+        chunk = self.levels.chunk
+        room = -(-room // chunk) * chunk
+        used = [self.tokens // size for size in self.levels.sizes]
+        for level, size in enumerate(self.levels.sizes):
+            self.keys[level] = _widen(self.keys[level], room // size, used[level], 2)
+            self.values[level] = _widen(self.values[level], room // size, used[level], 2)
+        assert self.search is not None
+        self.search = _widen(self.search, room // chunk, used[1], 3)
+
+    def _write(self, rows: slice, before: int, keys: Tensor, values: Tensor) -> None:
+        after = before + keys.shape[2]
+        self.keys[0][rows, :, before:after] = keys
+        self.values[0][rows, :, before:after] = values
+        for row in range(*rows.indices(len(self.lengths))):
+            self.lengths[row] = after
+        for level in range(1, self.levels.top + 1):
+            first, last = before // self.levels.sizes[level], after // self.levels.sizes[level]
+            if last <= first:
+                return
+            ratio = self.levels.ratio(level)
+            for states in (self.keys, self.values):
+                states[level][rows, :, first:last] = _means(states[level - 1][rows, :, first * ratio : last * ratio], ratio)
+            if level == 1:
+                assert self.search is not None
+                chunk = self.levels.chunk
+                complete = self.keys[0][rows, :, first * chunk : last * chunk]
+                self.search[rows, :, :, first:last] = _search_keys(complete, self.levels)
+
+
+def _means(states: Tensor, ratio: int) -> Tensor:
+    """Means of `ratio` neighbours (B, H, n, D) -> (B, H, n // ratio, D); an incomplete rest is left out."""
+    batch, heads, count, dim = states.shape
+    whole = count // ratio
+    return states[:, :, : whole * ratio].reshape(batch, heads, whole, ratio, dim).mean(3)
+
+
+def _search_keys(keys: Tensor, levels: Levels) -> Tensor:
+    """Search keys (B, H, S, C, D) of the complete chunks in keys (B, H, T, D)."""
+    batch, heads, count, dim = keys.shape
+    chunks = count // levels.chunk
+    fine = _means(keys[:, :, : chunks * levels.chunk].detach(), levels.search)
+    placed = fine.reshape(batch, heads, chunks, levels.search_per_chunk, dim).transpose(2, 3)
+    return placed.to(search_dtype(keys.dtype)).contiguous()
+
+
+def _widen(states: Tensor, room: int, used: int, axis: int) -> Tensor:
+    """A larger buffer along `axis` that starts with the first `used` of the old one."""
+    if room <= states.shape[axis]:
+        return states
+    shape = list(states.shape)
+    shape[axis] = room
+    wider = states.new_empty(shape)
+    wider.narrow(axis, 0, used).copy_(states.narrow(axis, 0, used))
+    return wider

@@ -1,0 +1,167 @@
+"""The schedule: which queries share one cover, and who may decide it.
+
+Borders are counted from a row's first real token and never from call boundaries.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, replace
+from typing import Literal
+
+import torch
+from torch import Tensor
+
+from mgam.errors import SettingError
+
+Lookahead = Literal["none", "block"]
+
+
+@dataclass(frozen=True)
+class Span:
+    """A stretch of a text whose query blocks have one size."""
+
+    stop: int | None
+    """First position after the span; None for the last span, which has no end."""
+
+    block: int
+    """Queries per block, counted from the start of the span."""
+
+    lookahead: Lookahead = "none"
+    """`none`: a block's cover is decided by queries up to its first position. `block`: by all its queries
+    (declared as selection-leak(block); only for a given text that is being read)."""
+
+
+@dataclass(frozen=True)
+class Schedule:
+    """The ordered spans of a text."""
+
+    spans: tuple[Span, ...]
+
+    def __post_init__(self) -> None:
+        stops = [span.stop for span in self.spans]
+        if not stops or stops[-1] is not None or None in stops[:-1]:
+            raise SettingError("a schedule needs spans of which exactly the last has no end (stop=None)")
+        finite = [stop for stop in stops if stop is not None]
+        if finite != sorted(finite) or any(span.block < 1 for span in self.spans):
+            raise SettingError(f"spans {self.spans} must have growing ends and blocks of at least 1 query")
+
+    @classmethod
+    def uniform(cls, block: int = 128, lookahead: Lookahead = "none") -> Schedule:
+        """Blocks of one size without end; with `lookahead="none"` what training and loss figures use."""
+        return cls((Span(None, block, lookahead),))
+
+    @classmethod
+    def reading(
+        cls,
+        document: int,
+        question: int,
+        *,
+        block: int = 128,
+        question_block: int = 32,
+        lookahead: Lookahead = "block",
+    ) -> Schedule:
+        """A document of `document` tokens, a question of `question` tokens, then generation token by token."""
+        spans = [Span(document, block, lookahead)] if document else []
+        if question:
+            spans.append(Span(document + question, question_block, lookahead))
+        return cls((*spans, Span(None, 1, "none")))
+
+    def pieces(self, start: int, stop: int, dense_until: int = 0) -> Iterator[Piece]:
+        """The parts of query blocks that a call over positions [start, stop) computes.
+
+        A block with `lookahead="block"` that does not lie whole inside the call falls back to blocks of one query, which may
+        always decide for themselves. Queries before `dense_until` never share a block with later ones.
+        """
+        begin = 0
+        for span in self.spans:
+            end = stop if span.stop is None else min(span.stop, stop)
+            if end > start and end > begin:
+                yield from _cut(span, begin, start, end, dense_until)
+            if span.stop is None or span.stop >= stop:
+                return
+            begin = span.stop
+
+
+@dataclass(frozen=True)
+class Piece:
+    """Consecutive queries of one block. `decide`: position at which the block's cover is fixed; votes come from
+    queries in [vote_from, vote_to)."""
+
+    start: int
+    stop: int
+    decide: int
+    vote_from: int
+    vote_to: int
+    dense: bool
+
+
+def _cut(span: Span, begin: int, start: int, end: int, dense_until: int) -> Iterator[Piece]:
+    """Pieces of one span that fall in [start, end)."""
+    first = begin + max(0, start - begin) // span.block * span.block
+    limit = span.stop
+    for block_start in range(first, end, span.block):
+        block_stop = block_start + span.block if limit is None else min(block_start + span.block, limit)
+        low, high = max(block_start, start), min(block_stop, end)
+        if low < dense_until:
+            yield Piece(low, min(high, dense_until), low, low, low + 1, True)
+            low = min(high, dense_until)
+            block_start = max(block_start, dense_until)
+            if low >= high:
+                continue
+        whole = low == block_start and high == block_stop
+        if span.lookahead == "block" and not whole:
+            for query in range(low, high):
+                yield Piece(query, query + 1, query, query, query + 1, False)
+        elif span.lookahead == "block":
+            yield Piece(low, high, block_start, block_start, block_stop, False)
+        else:
+            votes = block_stop - block_start if limit is not None else span.block
+            yield Piece(low, high, block_start, max(0, block_start + 1 - votes), block_start + 1, False)
+
+
+@dataclass(frozen=True)
+class Blocks:
+    """Query blocks of all rows, flattened: N blocks of at most `size` queries.
+
+    Shapes: every tensor (N,), int64. Positions count from the row's first real token.
+    """
+
+    row: Tensor
+    start: Tensor
+    length: Tensor
+    decide: Tensor
+    vote_from: Tensor
+    vote_to: Tensor
+    size: int
+    votes: int
+
+    def __len__(self) -> int:
+        return self.row.shape[0]
+
+    @property
+    def stop(self) -> Tensor:
+        """First position after each block (N,)."""
+        return self.start + self.length
+
+    def to(self, device: torch.device | str) -> Blocks:
+        """The same blocks on another device."""
+        return self._map(lambda tensor: tensor.to(device))
+
+    def __getitem__(self, part: slice) -> Blocks:
+        return self._map(lambda tensor: tensor[part])
+
+    def _map(self, change) -> Blocks:  # type: ignore[no-untyped-def]
+        names = ("row", "start", "length", "decide", "vote_from", "vote_to")
+        return replace(self, **{name: change(getattr(self, name)) for name in names})
+
+    @classmethod
+    def of(cls, pieces: Sequence[tuple[int, Piece]]) -> Blocks:
+        """Blocks from (row, piece) pairs."""
+        table = torch.tensor(
+            [(row, p.start, p.stop - p.start, p.decide, p.vote_from, p.vote_to) for row, p in pieces], dtype=torch.int64
+        ).reshape(-1, 6)
+        row, start, length, decide, vote_from, vote_to = table.unbind(1)
+        size = int(length.max()) if len(pieces) else 0
+        votes = int((vote_to - vote_from).max()) if len(pieces) else 0
+        return cls(row, start, length, decide, vote_from, vote_to, size, votes)
