@@ -11,12 +11,12 @@ import numpy as np
 import pytest
 import torch
 from safetensors.torch import load_file
-from tiny_files import INNER, SPECIAL, WIDTH, write_tiny_gguf
 
 from mgam.errors import MemoryBudgetError, ModelFileError, SettingError, UnsupportedModelError
 from mgam.integrations import gguf_models, loading
 from mgam.integrations.gguf_models import RECEIPT, read_header, unpacked
 from mgam.integrations.loading import load, locate, resolve_device, resolve_dtype
+from tiny_files import INNER, SPECIAL, WIDTH, write_tiny_gguf
 
 
 @pytest.fixture(scope="session")
