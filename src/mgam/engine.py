@@ -49,17 +49,24 @@ class Plan:
     columns: int
 
     @classmethod
-    def of(cls, schedule: Schedule, before: Sequence[int], counts: Sequence[int], columns: int, dense_until: int) -> Plan:
-        """Plans a call that adds `counts[b]` tokens to rows that hold `before[b]`."""
+    def of(
+        cls, schedules: Sequence[Schedule], before: Sequence[int], counts: Sequence[int], columns: int, dense_until: int,
+        first: Sequence[int] | None = None,
+    ) -> Plan:
+        """Plans a call that adds `counts[b]` tokens to rows that hold `before[b]`, each row with its own schedule.
+
+        Rows stand at the right of the call's columns unless `first` says otherwise.
+        """
         sorted_pieces: dict[tuple[bool, int], list[tuple[int, Piece]]] = defaultdict(list)
-        for row, (old, new) in enumerate(zip(before, counts, strict=True)):
+        for row, (schedule, old, new) in enumerate(zip(schedules, before, counts, strict=True)):
             for piece in schedule.pieces(old, old + new, dense_until):
                 size = piece.stop - piece.start
                 votes = piece.vote_to - piece.vote_from
                 sorted_pieces[piece.dense, max(size, votes).bit_length()].append((row, piece))
         groups = tuple((dense, Blocks.of(pieces)) for (dense, _), pieces in sorted_pieces.items())
-        first = torch.tensor([old + new - columns for old, new in zip(before, counts, strict=True)], dtype=torch.int64)
-        return cls(groups, first, columns)
+        if first is None:
+            first = [old + new - columns for old, new in zip(before, counts, strict=True)]
+        return cls(groups, torch.tensor(first, dtype=torch.int64), columns)
 
 
 @dataclass

@@ -1,0 +1,25 @@
+"""mgam: language models that read very long documents with multi-granular attention."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from mgam.integrations.transformers import PyramidCache, apply, remove
+    from mgam.settings import Settings
+
+__version__ = "0.1.0"
+__all__ = ["PyramidCache", "Settings", "__version__", "apply", "remove"]
+
+
+def __getattr__(name: str) -> Any:
+    """Loads the parts that need torch and transformers when they are first asked for."""
+    if name == "Settings":
+        from mgam.settings import Settings
+
+        return Settings
+    if name in ("apply", "remove", "PyramidCache"):
+        from mgam.integrations import transformers
+
+        return getattr(transformers, name)
+    raise AttributeError(f"module 'mgam' has no attribute {name!r}")

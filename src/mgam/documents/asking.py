@@ -1,0 +1,146 @@
+"""Asking a question of documents: reads them in calls of bounded size, answers, and shows what the answer rests on."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers import DynamicCache, TextStreamer
+
+from mgam.documents.evidence import Evidence, find_evidence
+from mgam.documents.prompt import Prompt, build
+from mgam.documents.sources import Source
+from mgam.engine import Record
+from mgam.integrations.memory import peak_memory_bytes
+from mgam.integrations.transformers import Applied, PyramidCache
+from mgam.schedule import Schedule
+
+CALL = 2048
+"""Tokens read in one call of the model."""
+
+
+@dataclass(frozen=True)
+class Answer:
+    """An answer and what it rests on."""
+
+    answer: str
+    evidence: list[Evidence]
+    entries_per_level: dict[str, float]
+    """Entries that a query read on average at each level, keyed by tokens per entry."""
+    tokens: dict[str, int]
+    """Tokens of `document`, `question` and `answer`."""
+    seconds: dict[str, float]
+    """Seconds spent `reading` and `answering`."""
+    peak_memory_bytes: int
+    settings: dict[str, Any]
+
+
+@torch.no_grad()
+def ask(
+    model: Any,
+    tokenizer: Any,
+    sources: Sequence[Source],
+    question: str,
+    *,
+    max_new_tokens: int = 64,
+    on_progress: Callable[[int, int], None] | None = None,
+    on_text: Callable[[str], None] | None = None,
+    evidence_count: int = 3,
+) -> Answer:
+    """Answers a question from some texts, greedily.
+
+    A model that `mgam.apply` was called on reads multi-granularly and gives evidence; any other model reads densely, by the
+    same calls, and gives none.
+
+    Args:
+        on_progress: called with tokens read so far and tokens in all.
+        on_text: called with each piece of the answer as it is generated.
+
+    Raises:
+        DocumentError: for an empty question or no text.
+    """
+    prompt = build(tokenizer, sources, question)
+    applied: Applied | None = getattr(model, "_mgam_applied", None)
+    cache, record = _open_cache(model, applied, prompt, max_new_tokens)
+    ids = torch.tensor([prompt.ids], device=model.device)
+    begin = time.perf_counter()
+    _read_document(model, ids, cache, prompt.document, on_progress)
+    read = time.perf_counter()
+    streamer = _Streamer(tokenizer, on_text) if on_text is not None else None
+    produced = model.generate(
+        ids,
+        attention_mask=torch.ones_like(ids),
+        past_key_values=cache,
+        max_new_tokens=max_new_tokens,
+        do_sample=False,
+        temperature=None, top_p=None, top_k=None,
+        pad_token_id=tokenizer.pad_token_id if tokenizer.pad_token_id is not None else tokenizer.eos_token_id,
+        streamer=streamer,
+    )
+    answer_ids = produced[0, ids.shape[1] :]
+    text = tokenizer.decode(answer_ids, skip_special_tokens=True).strip()
+    done = time.perf_counter()
+    return Answer(
+        answer=text,
+        evidence=find_evidence(record, prompt, applied.settings.pyramid_levels, evidence_count) if applied and record else [],
+        entries_per_level=_per_level(record, applied),
+        tokens={"document": prompt.document, "question": prompt.question, "answer": int(answer_ids.shape[0])},
+        seconds={"reading": round(read - begin, 3), "answering": round(done - read, 3)},
+        peak_memory_bytes=peak_memory_bytes(),
+        settings=_settings(model, applied),
+    )
+
+
+def _open_cache(model: Any, applied: Applied | None, prompt: Prompt, max_new_tokens: int) -> tuple[Any, Record | None]:
+    if applied is None:
+        return DynamicCache(config=model.config.get_text_config(decoder=True)), None
+    settings = applied.settings
+    schedule = Schedule.reading(
+        prompt.document, prompt.question, block=settings.block, question_block=settings.question_block, lookahead=settings.lookahead
+    )
+    cache = PyramidCache(model, [schedule], reserve=len(prompt.ids) + max_new_tokens)
+    record = Record(evidence_from=prompt.document)
+    cache.watch(record)
+    return cache, record
+
+
+def _read_document(
+    model: Any, ids: Tensor, cache: Any, document: int, on_progress: Callable[[int, int], None] | None
+) -> None:
+    """Reads all but the question, without logits."""
+    decoder = model.get_decoder()
+    for first in range(0, document, CALL):
+        last = min(first + CALL, document)
+        positions = torch.arange(first, last, device=ids.device)[None]
+        decoder(input_ids=ids[:, first:last], position_ids=positions, past_key_values=cache, use_cache=True)
+        if on_progress is not None:
+            on_progress(last, document)
+
+
+def _per_level(record: Record | None, applied: Applied | None) -> dict[str, float]:
+    if record is None or applied is None or not record.queries:
+        return {}
+    sizes = applied.settings.pyramid_levels.sizes
+    return {str(size): round(count / record.queries, 1) for size, count in zip(sizes, record.entries, strict=True)}
+
+
+def _settings(model: Any, applied: Applied | None) -> dict[str, Any]:
+    values = {"method": "dense"} if applied is None else {**applied.settings.as_dict(), "dense_until": applied.reading.dense_until}
+    return {**values, "model": getattr(model, "name_or_path", ""), "dtype": str(model.dtype).removeprefix("torch."),
+            "device": str(model.device)}
+
+
+class _Streamer(TextStreamer):
+    """Hands pieces of text on as they are generated."""
+
+    def __init__(self, tokenizer: Any, on_text: Callable[[str], None]) -> None:
+        super().__init__(tokenizer, skip_prompt=True, skip_special_tokens=True)
+        self._on_text = on_text
+
+    def on_finalized_text(self, text: str, stream_end: bool = False) -> None:
+        if text:
+            self._on_text(text)

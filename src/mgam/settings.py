@@ -1,0 +1,122 @@
+"""Settings: the dials of `mgam.apply`, with defaults that work."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import asdict, dataclass, fields, replace
+from pathlib import Path
+from typing import Any
+
+from mgam.errors import SettingError
+from mgam.levels import Levels
+from mgam.policies.base import Rest
+from mgam.positions import PositionKind
+from mgam.schedule import Lookahead
+
+
+@dataclass(frozen=True)
+class Settings:
+    """How a model reads. One dial matters, `budget`; the rest has defaults that work.
+
+    Raises:
+        SettingError: when a value cannot work; the message names the range.
+    """
+
+    method: str = "mgam"
+    """Name of the method, as `mgam methods` lists them."""
+
+    budget: int = 1024
+    """Tokens that a query may read in full outside window and sink, at least one chunk."""
+
+    window: int = 512
+    """Last tokens before a query that are always read in full."""
+
+    levels: tuple[int, ...] = (1, 64, 1024)
+    """Tokens per chunk at each level."""
+
+    search: int = 4
+    """Tokens per search key."""
+
+    every: int = 1
+    """Every n-th query of a block votes."""
+
+    rest: Rest = "summaries"
+    """What happens to chunks that are not opened: read as summaries, or dropped."""
+
+    mass: bool = True
+    """Whether a summary counts as many times as it has tokens."""
+
+    positions: PositionKind = "granular"
+    """`granular`: an entry stands at its rank in the cover, so that any length fits the trained window."""
+
+    dense_until: int | None = None
+    """Queries before this position read everything in full. None: 2048, or the trained window where that is smaller."""
+
+    lookahead: Lookahead = "block"
+    """Who decides a block's cover while a given text is read by `generate` and `ask`: all its queries (`block`), or only
+    queries up to its first (`none`). Plain forward passes and generated tokens always use `none`."""
+
+    block: int = 128
+    """Queries that share one cover while a document is read."""
+
+    question_block: int = 32
+    """The same for the end of a prompt."""
+
+    backend: str | None = None
+    """Attention backend; None picks the first that can serve."""
+
+    def __post_init__(self) -> None:
+        levels = self.pyramid_levels
+        if not isinstance(self.budget, int) or isinstance(self.budget, bool) or self.budget < levels.chunk:
+            raise SettingError(
+                f"budget={self.budget!r} must be a whole number of tokens, at least one chunk ({levels.chunk})"
+            )
+        for name in ("window", "block", "question_block", "every"):
+            value = getattr(self, name)
+            if not isinstance(value, int) or value < 1:
+                raise SettingError(f"{name}={value!r} must be a whole number, 1 or more")
+        _one_of("rest", self.rest, ("summaries", "drop"))
+        _one_of("positions", self.positions, ("absolute", "granular"))
+        _one_of("lookahead", self.lookahead, ("none", "block"))
+        if self.dense_until is not None and self.dense_until < 0:
+            raise SettingError(f"dense_until={self.dense_until} must be 0 or more positions, or None for the default")
+
+    @property
+    def pyramid_levels(self) -> Levels:
+        """The levels as the core takes them."""
+        return Levels(tuple(self.levels), self.search)
+
+    def with_(self, **changes: Any) -> Settings:
+        """The same settings with some changed; unknown names are refused with the known ones."""
+        known = [field.name for field in fields(self)]
+        unknown = sorted(set(changes) - set(known))
+        if unknown:
+            raise SettingError(f"unknown setting {', '.join(unknown)}; known are {', '.join(known)}")
+        if "levels" in changes:
+            changes["levels"] = tuple(changes["levels"])
+        return replace(self, **changes)
+
+    def as_dict(self) -> dict[str, Any]:
+        """Plain values, for results and JSON."""
+        return {**asdict(self), "levels": list(self.levels)}
+
+    def save_pretrained(self, folder: str | Path) -> None:
+        """Writes `mgam.json` into a folder."""
+        path = Path(folder)
+        path.mkdir(parents=True, exist_ok=True)
+        (path / "mgam.json").write_text(json.dumps(self.as_dict(), indent=2) + "\n", encoding="utf-8")
+
+    @classmethod
+    def from_pretrained(cls, folder: str | Path) -> Settings:
+        """Reads `mgam.json` from a folder."""
+        path = Path(folder) / "mgam.json"
+        try:
+            values = json.loads(path.read_text(encoding="utf-8"))
+        except (OSError, ValueError) as error:
+            raise SettingError(f"{path} cannot be read as settings ({error}); write it with Settings.save_pretrained") from error
+        return cls().with_(**values)
+
+
+def _one_of(name: str, value: object, choices: tuple[str, ...]) -> None:
+    if value not in choices:
+        raise SettingError(f"{name}={value!r} is unknown; choose {' or '.join(choices)}")
