@@ -1,0 +1,203 @@
+"""Runs tasks, lengths and methods, and writes each trial as it ends, so that a killed run goes on where it stopped."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+from mgam.errors import SettingError
+from mgam.evaluation.cache import SampleCache
+from mgam.evaluation.evidence import evidence_scores
+from mgam.evaluation.metrics import Score
+from mgam.evaluation.reader import BatchReader, DoesNotFitError, LossReader, Reader, Reading
+from mgam.evaluation.registry import Task
+from mgam.evaluation.results import ResultsFile, Row, Trial, summarise
+from mgam.evaluation.sample import Request, Sample
+from mgam.evaluation.texts import TextLibrary
+from mgam.evaluation.tokens import TokenCounter
+
+REPLY_KEPT = 500  # characters of a reply that the results keep
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What is to be run."""
+
+    tasks: Sequence[Task]
+    lengths: Sequence[int]
+    trials: int
+    seed: int = 0
+    keep_out: tuple[int, int] = (0, 0)  # tokens at both ends of a document in which no needle may stand
+    batch_size: int = 1
+    rank: int = 0  # of this process among `world`, which share the trials
+    world: int = 1
+
+    def __post_init__(self) -> None:
+        if self.trials < 1:
+            raise SettingError(f"--trials is {self.trials}; give 1 or more")
+        if self.batch_size < 1:
+            raise SettingError(f"--batch-size is {self.batch_size}; give 1 or more")
+
+    @property
+    def size(self) -> int:
+        """Trials of one method."""
+        return len(self.tasks) * len(self.lengths) * self.trials
+
+    def cells(self) -> Iterator[tuple[int, Task]]:
+        """Short lengths first, so that the first figures come soon."""
+        for length in sorted(self.lengths):
+            for task in self.tasks:
+                yield length, task
+
+
+@dataclass(frozen=True)
+class Bench:
+    """What trials are made and kept with."""
+
+    counter: TokenCounter
+    texts: TextLibrary
+    samples: SampleCache
+    results: ResultsFile
+    progress: Callable[[Trial], None] = lambda trial: None
+    say: Callable[[str], None] = lambda message: None
+
+
+def run(plan: Plan, reader: Reader, bench: Bench) -> None:
+    """Reads every sample of the plan that the results do not hold yet."""
+    too_long: dict[bool, tuple[int, str]] = {}
+    for length, task in plan.cells():
+        waiting = _waiting(plan, task, length, reader, bench)
+        for start in range(0, len(waiting), plan.batch_size):
+            batch = waiting[start : start + plan.batch_size]
+            limit = too_long.get(task.score_losses is not None)
+            if limit is not None and length >= limit[0]:
+                trials = [_unread(plan, task, reader, length, index, limit[1]) for index in batch]
+            else:
+                trials = _read(plan, task, length, batch, reader, bench)
+            for trial in trials:
+                if trial.status != "ok":
+                    too_long.setdefault(task.score_losses is not None, (length, trial.reason))
+                bench.results.add(trial)
+                bench.progress(trial)
+
+
+def _waiting(plan: Plan, task: Task, length: int, reader: Reader, bench: Bench) -> list[int]:
+    """Numbers of the trials that are this process's and not read with the same settings; what did not fit is tried
+    again, since a later run may have more memory."""
+    waiting = []
+    for index in range(plan.rank, plan.trials, plan.world):
+        done = bench.results.trials.get((task.name, reader.method, reader.model, length, plan.seed, index))
+        if done is not None and done.status == "ok" and dict(done.settings) == _settings(plan, reader):
+            bench.progress(done)
+        else:
+            waiting.append(index)
+    return waiting
+
+
+def _settings(plan: Plan, reader: Reader) -> dict[str, Any]:
+    kept = {} if plan.keep_out == (0, 0) else {"keep_out": list(plan.keep_out)}
+    return {**reader.settings, **kept}
+
+
+def _read(plan: Plan, task: Task, length: int, batch: Sequence[int], reader: Reader, bench: Bench) -> list[Trial]:
+    requests = [
+        Request(task.name, length, plan.seed, index, bench.counter, bench.texts, plan.keep_out) for index in batch
+    ]
+    samples = [bench.samples.get(task, request) for request in requests]
+    try:
+        readings = _readings(task, samples, reader)
+    except DoesNotFitError as error:
+        return [_unread(plan, task, reader, length, index, str(error)) for index in batch]
+    settings = _settings(plan, reader)
+    return [
+        _trial(task, sample, reading, reader, plan.seed, index, bench, settings)
+        for index, sample, reading in zip(batch, samples, readings, strict=True)
+    ]
+
+
+def _readings(task: Task, samples: Sequence[Sample], reader: Reader) -> list[Reading]:
+    if task.score_losses is not None:
+        if not isinstance(reader, LossReader):
+            raise DoesNotFitError(f"{reader.method} cannot tell the loss of a text, which task {task.name} measures")
+        return [reader.losses(sample.document) for sample in samples]
+    if len(samples) > 1 and isinstance(reader, BatchReader):
+        documents, questions = [one.document for one in samples], [one.question for one in samples]
+        return reader.read_batch(documents, questions, task.max_new_tokens)
+    return [reader.read(sample.document, sample.question, task.max_new_tokens) for sample in samples]
+
+
+def judge(task: Task, sample: Sample, reading: Reading, counter: TokenCounter) -> tuple[Score, str]:
+    """The score of a reading, and the reply that was scored: cut at the task's token limit."""
+    if task.score_losses is not None:
+        return task.score_losses(sample, reading.losses), ""
+    reply = counter.cut(reading.answer.strip(), task.max_new_tokens)
+    score = task.score(sample, reply)
+    if task.score_evidence is not None:
+        shown = task.score_evidence(sample, reading.evidence)
+        return Score(shown.value, {**shown.parts, "answer": score.value}), reply
+    beside = evidence_scores(reading.evidence, sample.spans) if reading.evidence else {}
+    return replace(score, parts={**score.parts, **beside}), reply
+
+
+def _trial(
+    task: Task,
+    sample: Sample,
+    reading: Reading,
+    reader: Reader,
+    seed: int,
+    index: int,
+    bench: Bench,
+    settings: Mapping[str, Any],
+) -> Trial:
+    score, reply = judge(task, sample, reading, bench.counter)
+    return Trial(
+        task=task.name,
+        method=reader.method,
+        model=reader.model,
+        length=sample.length,
+        seed=seed,
+        trial=index,
+        score=score.value,
+        parts=score.parts,
+        seconds=reading.seconds,
+        peak_memory_bytes=reading.peak_memory_bytes,
+        entries_per_query=reading.entries_per_query,
+        tokens=sample.tokens,
+        depths=[round(depth, 5) for depth in sample.depths],
+        diffusion=sample.tags.diffusion,
+        scope=sample.tags.scope,
+        quadrant=sample.tags.quadrant,
+        hits=task.hits,
+        unit=task.unit,
+        reply=reply[:REPLY_KEPT],
+        gold=[gold[:REPLY_KEPT] for gold in sample.answers],
+        settings=settings,
+    )
+
+
+def _unread(plan: Plan, task: Task, reader: Reader, length: int, index: int, reason: str) -> Trial:
+    return Trial(
+        task=task.name,
+        method=reader.method,
+        model=reader.model,
+        length=length,
+        seed=plan.seed,
+        trial=index,
+        status="does not fit",
+        hits=task.hits,
+        unit=task.unit,
+        reason=reason,
+        settings=_settings(plan, reader),
+    )
+
+
+def rows(plan: Plan, readers: Sequence[tuple[str, str]], results: ResultsFile) -> list[Row]:
+    """The rows of this plan alone, whatever else the results file holds; `readers` are (method, model) pairs."""
+    wanted = [
+        (task.name, method, model, length, plan.seed, index)
+        for length, task in plan.cells()
+        for method, model in readers
+        for index in range(plan.trials)
+    ]
+    return summarise(results.trials[key] for key in wanted if key in results.trials)
