@@ -9,7 +9,7 @@ from functools import cache
 from importlib import resources
 from pathlib import Path
 
-from mgam.evaluation.paths import cache_root, replace_file
+from mgam.evaluation.paths import replace_file, samples_folder
 from mgam.evaluation.registry import Task
 from mgam.evaluation.sample import Request, Sample
 
@@ -33,7 +33,7 @@ class SampleCache:
     """Builds samples, or reads those built before; `say` is told when a file was damaged and is built again."""
 
     def __init__(self, root: Path | None = None, say: Callable[[str], None] = lambda message: None) -> None:
-        self.root = root if root is not None else cache_root() / "samples"
+        self.root = root if root is not None else samples_folder()
         self.say = say
 
     def path(self, task: Task, request: Request) -> Path:

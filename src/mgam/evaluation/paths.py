@@ -1,18 +1,26 @@
-"""Where evaluation keeps what it can make or fetch again."""
+"""Files that evaluation can make or fetch again, in the user's cache folder."""
 
 from __future__ import annotations
 
 import os
 from pathlib import Path
 
+from mgam.integrations.cache import cache_folder
 
-def cache_root() -> Path:
-    """`$MGAM_CACHE`, else `mgam` in the user's cache directory."""
-    named = os.environ.get("MGAM_CACHE")
-    if named:
-        return Path(named).expanduser()
-    base = os.environ.get("XDG_CACHE_HOME")
-    return (Path(base) if base else Path.home() / ".cache") / "mgam"
+
+def texts_folder() -> Path:
+    """Real text that `mgam data fetch` has brought."""
+    return cache_folder() / "texts"
+
+
+def samples_folder() -> Path:
+    """Samples that were built."""
+    return cache_folder() / "samples"
+
+
+def results_folder() -> Path:
+    """Results of runs that no `--results` file was named for."""
+    return cache_folder() / "results"
 
 
 def replace_file(path: Path, text: str) -> None:

