@@ -38,11 +38,24 @@ class Backend:
     """Whether it may be picked when nobody asked for it."""
 
 
+def _triton(*args: object) -> Tensor:
+    from mgam.attend.triton import backend
+
+    return backend.attend(*args)  # type: ignore[arg-type]
+
+
+def _refuse_triton(queries: Tensor) -> list[str]:
+    from mgam.attend.triton import backend
+
+    return backend.refuse(queries)
+
+
 def _oracle(*args: object) -> Tensor:
     return reference.attend(*args).out  # type: ignore[arg-type]
 
 
 BACKENDS: dict[str, Backend] = {
+    "triton": Backend("triton", _triton, _refuse_triton, automatic=True),
     "torch": Backend("torch", blockwise.attend, lambda queries: [], automatic=True),
     "reference": Backend("reference", _oracle, lambda queries: [], automatic=False),
 }

@@ -1,0 +1,29 @@
+"""Attention over a cover as one differentiable operation."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from mgam.attend.triton.forward import Turn, read
+from mgam.attend.triton.lists import Lists
+
+
+class Read(torch.autograd.Function):
+    """Forward and backward of reading a cover. The selection is kept, not made again."""
+
+    @staticmethod
+    def forward(  # type: ignore[override]
+        ctx: Any, queries: Tensor, lists: Lists, turn: Turn, scale: float, softcap: float | None, *states: Tensor
+    ) -> Tensor:
+        half = len(states) // 2
+        part = read(queries, lists, states[:half], states[half:], scale, turn=turn, softcap=softcap)
+        ctx.save_for_backward(queries, part.out, part.lse, *states)
+        ctx.lists, ctx.turn, ctx.scale, ctx.softcap = lists, turn, scale, softcap
+        return part.out
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
+        raise NotImplementedError

@@ -1,0 +1,123 @@
+"""Launches the read kernel: chooses tiles by shape, allocates results, and nothing else."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+import triton
+from torch import Tensor
+
+from mgam.attend.triton.lists import Lists
+from mgam.attend.triton.read import merge_kernel, read_kernel
+from mgam.merge import Part
+from mgam.positions import Positions
+
+
+@dataclass(frozen=True)
+class Tiles:
+    """How a kernel is cut: rows and entries per tile, warps, pipeline stages, programs per cover."""
+
+    rows: int
+    entries: int
+    warps: int
+    stages: int
+    splits: int = 1
+
+
+@dataclass(frozen=True)
+class Turn:
+    """Rotary tables for a launch; `pairs` 0 means that nothing is rotated."""
+
+    cos: Tensor
+    sin: Tensor
+    pairs: int
+    anchor: int
+
+    @classmethod
+    def of(cls, positions: Positions, lists: Lists, tokens: int, device: torch.device) -> Turn:
+        """Tables that reach every rank; dense attention takes true positions and so needs `tokens` of them."""
+        if positions.kind != "granular":
+            none = torch.empty(1, dtype=torch.float32, device=device)
+            return cls(none, none, 0, 0)
+        assert positions.rotary is not None
+        limit = max(tokens, positions.rotary.limit) if lists.bare else positions.rotary.limit
+        cos, sin = positions.rotary.table(device, torch.float32, limit)
+        return cls(cos, sin, cos.shape[-1], positions.anchor)
+
+
+def tiles_for(rows: int, dim: int, turned: bool, entries: int, programs: int) -> Tiles:
+    """Tile shapes for blocks of `rows` rows (heads of a group x queries), found on an H100."""
+    if rows <= 32:
+        splits = max(1, min(entries // 256, 64, 512 // max(programs, 1)))
+        return Tiles(16 if rows <= 16 else 32, 64, 4, 3, splits)
+    if dim > 128:
+        return Tiles(64, 32 if turned else 64, 4, 2)
+    return Tiles(64 if rows <= 64 else 128, 64, 4 if rows <= 64 else 8, 3)
+
+
+def read(
+    queries: Tensor, lists: Lists, keys: Sequence[Tensor], values: Sequence[Tensor], scale: float, *, turn: Turn,
+    softcap: float | None = None, tiles: Tiles | None = None,
+) -> Part:
+    """One softmax over each block's cover, without any wait for the device.
+
+    Shapes: queries (N, H*G, Q, D), rows beyond a block's length give zeros; keys[l], values[l] (B, H, n_l, D) with any strides
+    but the last; out like queries, lse (N, H*G, Q) float32, -inf where nothing may be read.
+    """
+    count, query_heads, size, dim = queries.shape
+    heads = keys[0].shape[1]
+    group = query_heads // heads
+    top = lists.levels.top
+    room = sum(part.shape[-1] * (lists.levels.chunk if level == 0 else 1) for level, part in enumerate(lists.index))
+    if tiles is None:
+        tiles = tiles_for(group * size, dim, turn.pairs > 0, room + 1024, count * heads)
+    out = torch.empty_like(queries, memory_format=torch.contiguous_format)
+    lse = torch.empty(count, query_heads, size, dtype=torch.float32, device=queries.device)
+    if not out.numel():
+        return Part(out, lse)
+    part_out, part_lse = out, lse
+    if tiles.splits > 1:
+        part_out = torch.empty(tiles.splits, *out.shape, dtype=torch.float32, device=out.device)
+        part_lse = torch.empty(tiles.splits, *lse.shape, dtype=torch.float32, device=out.device)
+    row_tiles = triton.cdiv(group * size, tiles.rows)
+    rest = dim - 2 * turn.pairs
+    read_kernel[(row_tiles * count * heads, tiles.splits)](
+        queries, part_out, part_lse, lists.blocks, lists.counts, tuple(keys), tuple(values), strides(keys), strides(values),
+        lists.index, lists.ranks, tuple(part.shape[-1] for part in lists.index),
+        turn.cos, turn.sin, turn.cos.shape[0] - 1, turn.anchor, scale, softcap or 1.0, biases(lists),
+        count, heads, row_tiles, queries.stride(0), queries.stride(1), queries.stride(2),
+        G=group, Q=size, CHUNK=lists.levels.chunk, TOP=top, D=dim, R=turn.pairs,
+        BLOCK_M=tiles.rows, BLOCK_N=tiles.entries, BLOCK_D=block(dim), BLOCK_R=block(turn.pairs), BLOCK_P=block(rest),
+        CAP=softcap is not None, BARE=lists.bare, SPLITS=tiles.splits, PRECISION=precision(queries.dtype),
+        num_warps=tiles.warps, num_stages=tiles.stages,
+    )  # fmt: skip
+    if tiles.splits > 1:
+        lines = count * query_heads * size
+        merge_kernel[(lines,)](
+            part_out, part_lse, out, lse, lines, D=dim, BLOCK_D=block(dim), SPLITS=tiles.splits,
+            BLOCK_S=triton.next_power_of_2(tiles.splits), num_warps=4 if tiles.splits > 8 else 1,
+        )  # fmt: skip
+    return Part(out, lse)
+
+
+def strides(states: Sequence[Tensor]) -> tuple[tuple[int, int, int], ...]:
+    """Steps of rows, heads and entries, per level."""
+    return tuple((level.stride(0), level.stride(1), level.stride(2)) for level in states)
+
+
+def biases(lists: Lists) -> tuple[float, ...]:
+    """Log mass of an entry in base 2, per level."""
+    return tuple(math.log2(size) if lists.mass else 0.0 for size in lists.levels.sizes)
+
+
+def block(width: int) -> int:
+    """Columns of a tile that holds `width` of them: a power of two, at least 16."""
+    return max(16, triton.next_power_of_2(width))
+
+
+def precision(dtype: torch.dtype) -> str:
+    """How products are taken: exactly for float32, which only tests use."""
+    return "ieee" if dtype == torch.float32 else "tf32"

@@ -1,0 +1,190 @@
+"""Read, forward: every block of queries reads its cover in one pass, with one online softmax.
+
+The query heads of a KV head and the queries of a block form one tile of rows, so that an entry is loaded once for all of them.
+Entries come as opened chunks, summaries level by level, then the window. With `splits` above 1 the cover is divided among that
+many programs, whose parts are merged after (decode).
+"""
+
+from __future__ import annotations
+
+import triton
+import triton.language as tl
+
+from mgam.attend.triton.tiles import (
+    FLOOR,
+    LN2,
+    OPENED,
+    SUMMARIES,
+    WINDOW,
+    capped,
+    entries,
+    products,
+    rows,
+    states,
+)
+
+
+@triton.jit
+def _tile(
+    acc, peak, total, q0, q1, q2, own, j, end, key_ptr, value_ptr, key_step, value_step, list_ptr, rank_ptr, window, anchor,
+    cos_ptr, sin_ptr, limit, scale, bias, cap,
+    KIND: tl.constexpr, MASKED: tl.constexpr, CHUNK: tl.constexpr, D: tl.constexpr, R: tl.constexpr, BLOCK_N: tl.constexpr,
+    BLOCK_D: tl.constexpr, BLOCK_R: tl.constexpr, BLOCK_P: tl.constexpr, CAP: tl.constexpr, PRECISION: tl.constexpr,
+):  # fmt: skip
+    """One step of the online softmax over BLOCK_N entries."""
+    index, rank, live = entries(j, end, list_ptr, rank_ptr, window, anchor, KIND, CHUNK, BLOCK_N, R)
+    if R > 0:
+        rank = tl.minimum(tl.maximum(rank, 0), limit)
+    k0, k1, k2 = states(
+        key_ptr, index * key_step, live, rank, cos_ptr, sin_ptr, D, R, BLOCK_D, BLOCK_R, BLOCK_P, MASKED
+    )
+    raw = capped(products(q0, q1, q2, k0, k1, k2, D, R, PRECISION), scale, cap, CAP)
+    if MASKED:
+        seen = live[None, :]
+        if KIND == WINDOW:
+            seen = seen & (index[None, :] <= own[:, None])
+        raw = tl.where(seen, raw, -float("inf"))
+    factor = 1.0 if CAP else scale * 1.4426950408889634
+    value = rows(value_ptr, index * value_step, live, 0, D, BLOCK_D, MASKED)
+    highest = tl.maximum(peak, tl.max(raw, 1) * factor + bias)
+    weight = tl.exp2(raw * factor + (bias - highest)[:, None])
+    fade = tl.exp2(peak - highest)
+    total = total * fade + tl.sum(weight, 1)
+    acc = tl.dot(weight.to(value.dtype), value, acc * fade[:, None], input_precision=PRECISION)
+    return acc, highest, total
+
+
+@triton.jit
+def _run(
+    acc, peak, total, q0, q1, q2, own, begin, safe, end, key_ptr, value_ptr, key_step, value_step, list_ptr, rank_ptr, window,
+    anchor, cos_ptr, sin_ptr, limit, scale, bias, cap,
+    KIND: tl.constexpr, CHUNK: tl.constexpr, D: tl.constexpr, R: tl.constexpr, BLOCK_N: tl.constexpr,
+    BLOCK_D: tl.constexpr, BLOCK_R: tl.constexpr, BLOCK_P: tl.constexpr, CAP: tl.constexpr, PRECISION: tl.constexpr,
+):  # fmt: skip
+    """Entries [begin, end) of one list: whole tiles up to `safe` need no mask."""
+    middle = begin + (tl.maximum(safe, begin) - begin) // BLOCK_N * BLOCK_N
+    for j in tl.range(begin, middle, BLOCK_N):
+        acc, peak, total = _tile(
+            acc, peak, total, q0, q1, q2, own, j, end, key_ptr, value_ptr, key_step, value_step, list_ptr, rank_ptr, window,
+            anchor, cos_ptr, sin_ptr, limit, scale, bias, cap, KIND, False, CHUNK, D, R, BLOCK_N, BLOCK_D, BLOCK_R, BLOCK_P,
+            CAP, PRECISION,
+        )  # fmt: skip
+    if not (KIND == OPENED and CHUNK % BLOCK_N == 0):
+        for j in tl.range(middle, end, BLOCK_N):
+            acc, peak, total = _tile(
+                acc, peak, total, q0, q1, q2, own, j, end, key_ptr, value_ptr, key_step, value_step, list_ptr, rank_ptr,
+                window, anchor, cos_ptr, sin_ptr, limit, scale, bias, cap, KIND, True, CHUNK, D, R, BLOCK_N, BLOCK_D, BLOCK_R,
+                BLOCK_P, CAP, PRECISION,
+            )  # fmt: skip
+    return acc, peak, total
+
+
+@triton.jit
+def _share(count, part, SPLITS: tl.constexpr, STEP: tl.constexpr):
+    """This part's stretch of `count` entries, cut at multiples of STEP."""
+    if SPLITS == 1:
+        return 0, count
+    else:
+        steps = (count + STEP - 1) // STEP
+        return steps * part // SPLITS * STEP, tl.minimum(count, steps * (part + 1) // SPLITS * STEP)
+
+
+@triton.jit
+def read_kernel(
+    q_ptr, out_ptr, lse_ptr, block_ptr, count_ptr, keys, values, key_strides, value_strides, lists, ranks, widths,
+    cos_ptr, sin_ptr, limit, anchor, scale, cap, biases, blocks, heads, tiles, q_block, q_head, q_row,
+    G: tl.constexpr, Q: tl.constexpr, CHUNK: tl.constexpr, TOP: tl.constexpr, D: tl.constexpr, R: tl.constexpr,
+    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_R: tl.constexpr, BLOCK_P: tl.constexpr,
+    CAP: tl.constexpr, BARE: tl.constexpr, SPLITS: tl.constexpr, PRECISION: tl.constexpr,
+):  # fmt: skip
+    """One program: BLOCK_M rows (query heads of one group x queries of one block) over one part of the block's cover.
+
+    Shapes: queries (N, H*G, Q, D) by strides; out (SPLITS, N, H*G, Q, D) and lse (SPLITS, N, H*G, Q) contiguous; block_ptr
+    (4, N): row, start, length, window start; count_ptr (1+TOP, N, H); lists[l], ranks[l] (N, H, widths[l]).
+    """
+    pid = tl.program_id(0)
+    part = tl.program_id(1)
+    tile = pid % tiles
+    block = pid // tiles % blocks
+    head = pid // tiles // blocks
+    row = tl.load(block_ptr + block)
+    start = tl.load(block_ptr + blocks + block)
+    length = tl.load(block_ptr + 2 * blocks + block)
+    window = tl.load(block_ptr + 3 * blocks + block)
+
+    m = tile * BLOCK_M + tl.arange(0, BLOCK_M)
+    query = m % Q
+    member = m // Q
+    there = m < G * Q
+    live = there & (query < length)
+    own = start + tl.minimum(query, length - 1)
+    q_offset = block.to(tl.int64) * q_block + (head * G + member).to(tl.int64) * q_head + query * q_row
+    base = anchor
+    if BARE:  # no entries before the window: where it starts at 0 this is dense attention, at true positions
+        base = tl.where(window == 0, 0, anchor)
+    place = base + (own - window).to(tl.int32)
+    q0, q1, q2 = states(q_ptr, q_offset, live, place, cos_ptr, sin_ptr, D, R, BLOCK_D, BLOCK_R, BLOCK_P, True)
+
+    acc = tl.zeros((BLOCK_M, BLOCK_D), tl.float32)
+    peak = tl.full((BLOCK_M,), FLOOR, tl.float32)
+    total = tl.zeros((BLOCK_M,), tl.float32)
+    if tl.max(live.to(tl.int32), 0) > 0:
+        pair = block.to(tl.int64) * heads + head
+        for level in tl.static_range(TOP + 1):
+            if widths[level] > 0:
+                count = tl.load(count_ptr + level * blocks.to(tl.int64) * heads + pair)
+                if level == 0:
+                    count = count * CHUNK
+                begin, end = _share(count, part, SPLITS, BLOCK_N)
+                acc, peak, total = _run(
+                    acc, peak, total, q0, q1, q2, own, begin, end, end,
+                    keys[level] + row * key_strides[level][0] + head.to(tl.int64) * key_strides[level][1],
+                    values[level] + row * value_strides[level][0] + head.to(tl.int64) * value_strides[level][1],
+                    key_strides[level][2], value_strides[level][2],
+                    lists[level] + pair * widths[level], ranks[level] + pair * widths[level], window, base,
+                    cos_ptr, sin_ptr, limit, scale, biases[level], cap,
+                    OPENED if level == 0 else SUMMARIES, CHUNK, D, R, BLOCK_N, BLOCK_D, BLOCK_R, BLOCK_P, CAP, PRECISION,
+                )  # fmt: skip
+        begin, end = _share(start + length - window, part, SPLITS, BLOCK_N)
+        acc, peak, total = _run(
+            acc, peak, total, q0, q1, q2, own, begin, tl.minimum(end, start + 1 - window), end,
+            keys[0] + row * key_strides[0][0] + head.to(tl.int64) * key_strides[0][1],
+            values[0] + row * value_strides[0][0] + head.to(tl.int64) * value_strides[0][1],
+            key_strides[0][2], value_strides[0][2], lists[0], ranks[0], window, base, cos_ptr, sin_ptr, limit, scale, 0.0, cap,
+            WINDOW, CHUNK, D, R, BLOCK_N, BLOCK_D, BLOCK_R, BLOCK_P, CAP, PRECISION,
+        )  # fmt: skip
+
+    some = live & (total > 0)
+    out = tl.where(some[:, None], acc / tl.where(total > 0, total, 1.0)[:, None], 0.0)
+    lse = tl.where(some, (peak + tl.log2(tl.where(total > 0, total, 1.0))) * LN2, -float("inf"))
+    slot = ((part * blocks + block).to(tl.int64) * heads + head) * (G * Q) + m
+    column = tl.arange(0, BLOCK_D)
+    tl.store(
+        out_ptr + slot[:, None] * D + column[None, :],
+        out.to(out_ptr.dtype.element_ty),
+        mask=there[:, None] & (column < D)[None, :],
+    )
+    tl.store(lse_ptr + slot, lse, mask=there)
+
+
+@triton.jit
+def merge_kernel(
+    part_ptr, part_lse_ptr, out_ptr, lse_ptr, count, D: tl.constexpr, BLOCK_D: tl.constexpr, SPLITS: tl.constexpr,
+    BLOCK_S: tl.constexpr,
+):  # fmt: skip
+    """Merges parts (SPLITS, count, D) and (SPLITS, count) into out (count, D) and lse (count): one program a row."""
+    line = tl.program_id(0).to(tl.int64)
+    part = tl.arange(0, BLOCK_S)
+    column = tl.arange(0, BLOCK_D)
+    place = part.to(tl.int64) * count + line
+    lse = tl.load(part_lse_ptr + place, mask=part < SPLITS, other=-float("inf"))
+    peak = tl.maximum(tl.max(lse, 0), FLOOR)
+    weight = tl.exp(lse - peak)
+    total = tl.sum(weight, 0)
+    share = weight / tl.where(total > 0, total, 1.0)
+    value = tl.load(
+        part_ptr + place[:, None] * D + column[None, :], mask=(part < SPLITS)[:, None] & (column < D)[None, :], other=0.0
+    )
+    out = tl.sum(share[:, None] * value, 0)
+    tl.store(out_ptr + line * D + column, out.to(out_ptr.dtype.element_ty), mask=column < D)
+    tl.store(lse_ptr + line, tl.where(total > 0, peak + tl.log(tl.where(total > 0, total, 1.0)), -float("inf")))

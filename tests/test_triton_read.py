@@ -1,0 +1,130 @@
+"""The read kernel against the oracle in float64, on fresh random data, in buffers poisoned with NaN."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+
+import pytest
+import torch
+from triton_cases import DEVICE, DTYPES, Case, needs_triton, oracle, poisoned
+
+pytestmark = needs_triton
+
+
+@pytest.fixture(autouse=True)
+def _seed(request: pytest.FixtureRequest) -> None:
+    torch.manual_seed(hash(request.node.name) % (1 << 31))
+
+
+CASES = {
+    "plain": Case(),
+    "levels": Case(sizes=(1, 8, 32), tokens=203, opened=3),
+    "four levels": Case(sizes=(1, 4, 8, 32), search=4, tokens=181, opened=4),
+    "ragged": Case(batch=3, lengths=(203, 64, 9), tokens=203, sizes=(1, 8, 32), opened=2),
+    "granular": Case(granular=True, sizes=(1, 8, 32), tokens=203, opened=3),
+    "granular, partial rotation": Case(granular=True, pairs=16, sizes=(1, 8, 32), tokens=99, opened=2),
+    "head 96": Case(dim=96, granular=True, tokens=70, opened=2),
+    "softcap": Case(softcap=5.0, tokens=90),
+    "no mass": Case(mass=False, tokens=90),
+    "drop": Case(rest="drop", tokens=150),
+    "one query": Case(block=1, tokens=77, few=9),
+    "one query, granular": Case(block=1, tokens=77, few=9, granular=True),
+    "single token": Case(tokens=1),
+    "shorter than a chunk": Case(tokens=5),
+    "no group": Case(group=1, tokens=100),
+    "odd group": Case(group=7, tokens=60, block=8),
+    "big chunk": Case(sizes=(1, 64, 128), search=4, tokens=300, opened=2, window=64, block=16, heads=1),
+    "dense": Case(dense=True, tokens=100),
+    "dense, granular": Case(dense=True, tokens=100, granular=True),
+}
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_equals_oracle(name: str) -> None:
+    from mgam.attend.triton.forward import Turn, read
+    from mgam.attend.triton.lists import Lists
+
+    case = CASES[name]
+    for dtype in DTYPES:
+        made = case.make(dtype)
+        want = oracle(made)
+        lists = Lists.of(made.cover, made.blocks, made.queries.device, made.positions)
+        turn = Turn.of(made.positions, lists, made.pyramid.tokens, made.queries.device)
+        got = read(
+            made.queries, lists, made.pyramid.keys, made.pyramid.values, made.scale, turn=turn, softcap=case.softcap
+        )
+        made.compare(got.out, want.out)
+        live = torch.isfinite(want.lse)
+        assert torch.equal(live, torch.isfinite(got.lse.cpu()))
+        assert (got.lse.cpu().double() - want.lse)[live].abs().max() < made.tolerance
+
+
+@pytest.mark.parametrize("splits", [2, 5])
+@pytest.mark.parametrize("name", ["levels", "ragged", "one query, granular", "single token", "big chunk"])
+def test_split_equals_oracle(name: str, splits: int) -> None:
+    from mgam.attend.triton.forward import Tiles, Turn, read
+    from mgam.attend.triton.lists import Lists
+
+    made = CASES[name].make(DTYPES[-1])
+    want = oracle(made)
+    lists = Lists.of(made.cover, made.blocks, made.queries.device, made.positions)
+    turn = Turn.of(made.positions, lists, made.pyramid.tokens, made.queries.device)
+    got = read(
+        made.queries, lists, made.pyramid.keys, made.pyramid.values, made.scale, turn=turn, tiles=Tiles(16, 16, 4, 2, splits)
+    )
+    made.compare(got.out, want.out)
+
+
+def test_strided_states() -> None:
+    """Keys in a larger buffer, heads innermost: nothing is copied, nothing beyond the row is used."""
+    from mgam.attend import attend
+
+    made = CASES["levels"].make(DTYPES[-1])
+    want = oracle(made)
+    made.pyramid.keys[0] = poisoned(made.pyramid.keys[0].transpose(1, 2), 11).transpose(1, 2)
+    made.pyramid.values[0] = poisoned(made.pyramid.values[0].transpose(1, 2), 5).transpose(1, 2)
+    queries = made.queries.transpose(1, 2).contiguous().transpose(1, 2)
+    got = attend(queries, made.blocks, made.cover, made.pyramid, made.positions, made.scale, backend="triton")
+    made.compare(got, want.out)
+
+
+@dataclass
+class Broken:
+    words: str
+    index: int
+
+
+@pytest.mark.parametrize("broken", [Broken("before the window", 10_000), Broken("sorted", 0), Broken("before the window", -7)])
+def test_bad_indices_are_refused(broken: Broken) -> None:
+    from mgam.attend import attend
+    from mgam.errors import SettingError
+
+    made = CASES["levels"].make(DTYPES[-1])
+    opened = made.cover.opened.clone()
+    opened[-1, 0, 1] = broken.index
+    cover = replace(made.cover, opened=opened)
+    with pytest.raises(SettingError, match=broken.words):
+        attend(made.queries, made.blocks, cover, made.pyramid, made.positions, made.scale, backend="triton")
+
+
+def test_bad_shapes_are_refused() -> None:
+    from mgam.attend import attend
+    from mgam.errors import SettingError
+
+    made = CASES["levels"].make(DTYPES[-1])
+    with pytest.raises(SettingError, match=r"do not divide|do not hold"):
+        attend(made.queries[:, :3], made.blocks, made.cover, made.pyramid, made.positions, made.scale, backend="triton")
+
+
+@pytest.mark.parametrize("shift", [1e4, -1e4])
+def test_shifted_logits(shift: float) -> None:
+    """A shift of all logits changes nothing (P11)."""
+    from mgam.attend import attend
+
+    made = CASES["levels"].make(torch.float32 if DEVICE == "cpu" else DTYPES[-1])
+    with torch.no_grad():
+        made.queries[..., 0] = 1.0
+        for level in made.pyramid.keys:
+            level[..., 0] = shift / made.scale
+    got = attend(made.queries, made.blocks, made.cover, made.pyramid, made.positions, made.scale, backend="triton")
+    assert torch.isfinite(got).all()
