@@ -106,9 +106,9 @@ def _cut(span: Span, begin: int, start: int, end: int, dense_until: int) -> Iter
         if low < dense_until:
             yield Piece(low, min(high, dense_until), low, low, low + 1, True)
             low = min(high, dense_until)
-            block_start = max(block_start, dense_until)
             if low >= high:
                 continue
+        block_start = max(block_start, dense_until)
         whole = low == block_start and high == block_stop
         if span.lookahead == "block" and not whole:
             for query in range(low, high):

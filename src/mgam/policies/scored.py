@@ -55,7 +55,7 @@ class Scored:
         if chunks - 1 <= most:
             opened |= allowed[:, None]
         elif most:
-            scores = self.scores(voters, blocks, pyramid, levels, chunks)
+            scores = self.scores(voters, blocks, pyramid, levels)[..., :chunks]
             scores = scores.masked_fill(~allowed[:, None], -1.0)
             best = scores.topk(most, -1).indices
             opened.scatter_(-1, best, True)
@@ -69,9 +69,14 @@ class Scored:
         rest = 0 if self.rest == "drop" else (most + 2) * max(inner, 1) + tokens // levels.sizes[-1] + levels.ratio(1)
         return levels.chunk + self.budget + rest
 
-    def scores(self, voters: Voters, blocks: Blocks, pyramid: Pyramid, levels: Levels, chunks: int) -> Tensor:
-        """Mass (N, H, chunks) that the voters give each chunk, in float32 or finer."""
-        queries, live = _thin(voters, self.every)
+    def scores(self, voters: Voters, blocks: Blocks, pyramid: Pyramid, levels: Levels) -> Tensor:
+        """Mass (N, H, chunks) that the voters give each complete chunk before the decision, in float32 or finer.
+
+        Chunks that the window holds take their share too: a voter that looks nearby has little to say about the far past,
+        and a block's scores do not depend on the blocks that are scored with it.
+        """
+        queries, live = _thin(voters, blocks, self.every)
+        chunks = int(blocks.decide.max()) // levels.chunk
         logits = chunk_logits(queries, blocks, pyramid, chunks)
         ends = (torch.arange(1, chunks + 1, device=logits.device) * levels.chunk)[None]
         visible = ends <= blocks.decide.to(logits.device)[:, None]
@@ -104,9 +109,13 @@ def chunk_logits(queries: Tensor, blocks: Blocks, pyramid: Pyramid, chunks: int)
     return best
 
 
-def _thin(voters: Voters, every: int) -> tuple[Tensor, Tensor]:
+def _thin(voters: Voters, blocks: Blocks, every: int) -> tuple[Tensor, Tensor]:
+    """Every n-th voter of each block, counted back from its last one."""
     if every == 1:
         return voters.queries, voters.live
-    votes = voters.queries.shape[2]
-    kept = torch.arange(votes - 1, -1, -every, device=voters.queries.device).flip(0)
-    return voters.queries[:, :, kept], voters.live[:, kept]
+    back = torch.arange(0, blocks.votes, every)
+    place = (blocks.vote_to - blocks.vote_from)[:, None] - 1 - back
+    live = (place >= 0).to(voters.live.device)
+    place = place.clamp_min(0).to(voters.live.device)
+    chosen = place[:, None, :, None].expand(-1, voters.queries.shape[1], -1, voters.queries.shape[3])
+    return voters.queries.gather(2, chosen), voters.live.gather(1, place) & live
