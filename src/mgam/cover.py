@@ -172,17 +172,45 @@ def indices(mask: Tensor, most: int | None = None) -> Tensor:
     return found[..., :most].contiguous()
 
 
-def cover_of(opened: Tensor, start: Tensor, levels: Levels, *, rest: str = "summaries", mass: bool = True,
-             keep: Sequence[Tensor | None] | None = None) -> Cover:
+def cover_of(
+    opened: Tensor,
+    start: Tensor,
+    levels: Levels,
+    *,
+    rest: str = "summaries",
+    mass: bool = True,
+    keep: Sequence[Tensor | None] | None = None,
+    most: int | None = None,
+) -> Cover:
     """A cover that opens the chunks in `opened` (N, H, C) bool and reads the rest as summaries, or drops it.
 
-    The first chunk (the sink) is always opened; chunks that reach into the window are read there.
+    The first chunk (the sink) is always opened; chunks that reach into the window are read there. A policy whose choice
+    depends on queries says how many chunks it opens at `most`, sink included: the shape of the cover, and with it the order
+    of sums, must not depend on what later blocks chose.
     """
     if opened.shape[-1]:
         opened = opened & _complete(opened.shape[-1], levels.chunk, start[:, None, None])
         opened[..., 0] = start[:, None] > 0
+    chosen = indices(opened, None if most is None else min(most, opened.shape[-1]))
     if rest == "drop":
         none = torch.empty(*opened.shape[:2], 0, dtype=torch.int64, device=opened.device)
-        return Cover(levels, start, indices(opened), (none,) * levels.top, mass)
+        return Cover(levels, start, chosen, (none,) * levels.top, mass)
     summaries = refine(opened, start, levels, keep=keep)
-    return Cover(levels, start, indices(opened), tuple(indices(read) for read in summaries), mass)
+    limits = [None] * levels.top if most is None else summaries_at_most(opened.shape[-1], most, levels)
+    found = tuple(indices(read, limit) for read, limit in zip(summaries, limits, strict=True))
+    return Cover(levels, start, chosen, found, mass)
+
+
+def summaries_at_most(chunks: int, opened: int, levels: Levels) -> list[int]:
+    """Bounds of what `refine` returns, per level 1 and up, when at most `opened` of `chunks` chunks are opened.
+
+    Every chunk that is split holds one that is opened, or the border of the window; all its children but one may be read.
+    """
+    limits = []
+    for level in range(1, levels.top + 1):
+        count = chunks * levels.chunk // levels.sizes[level]
+        if level < levels.top:
+            above = -(-chunks * levels.chunk // levels.sizes[level + 1])
+            count = min(count, min(above, opened + 1) * (levels.ratio(level + 1) - 1))
+        limits.append(count)
+    return limits

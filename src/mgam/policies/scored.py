@@ -60,7 +60,7 @@ class Scored:
             best = scores.topk(most, -1).indices
             opened.scatter_(-1, best, True)
             opened &= allowed[:, None]
-        return cover_of(opened, start, levels, rest=self.rest, mass=self.mass)
+        return cover_of(opened, start, levels, rest=self.rest, mass=self.mass, most=1 + most)
 
     def read_at_most(self, tokens: int, levels: Levels) -> int:
         """Sink, budget, and the summaries around what is opened."""
