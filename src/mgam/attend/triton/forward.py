@@ -9,6 +9,7 @@ from dataclasses import dataclass
 import torch
 import triton
 from torch import Tensor
+from triton.tools.tensor_descriptor import TensorDescriptor
 
 from mgam.attend.triton.lists import Lists
 from mgam.attend.triton.read import merge_kernel, read_kernel
@@ -25,6 +26,10 @@ class Tiles:
     warps: int
     stages: int
     splits: int = 1
+    copies: bool = True
+    """Whether contiguous tiles come by the copy engine (Hopper and newer)."""
+    registers: int | None = None
+    """Most registers per thread; fewer let two programs share a multiprocessor."""
 
 
 @dataclass(frozen=True)
@@ -84,15 +89,20 @@ def read(
         part_lse = torch.empty(tiles.splits, *lse.shape, dtype=torch.float32, device=out.device)
     row_tiles = triton.cdiv(group * size, tiles.rows)
     rest = dim - 2 * turn.pairs
+    copies = tiles.copies and turn.pairs * 2 in (0, dim) and copyable(keys[0]) and copyable(values[0])
+    key_desc, value_desc = keys[0], values[0]
+    if copies:
+        key_desc = described(keys[0], tiles.entries, block(turn.pairs or dim))
+        value_desc = described(values[0], tiles.entries, block(dim))
     read_kernel[(row_tiles * count * heads, tiles.splits)](
-        queries, part_out, part_lse, lists.blocks, lists.counts, tuple(keys), tuple(values), strides(keys), strides(values),
+        queries, part_out, part_lse, lists.blocks, lists.counts, key_desc, value_desc, tuple(keys), tuple(values), strides(keys), strides(values),
         lists.index, lists.ranks, tuple(part.shape[-1] for part in lists.index),
         turn.cos, turn.sin, turn.cos.shape[0] - 1, turn.anchor, scale, softcap or 1.0, biases(lists),
         count, heads, row_tiles, queries.stride(0), queries.stride(1), queries.stride(2),
         G=group, Q=size, CHUNK=lists.levels.chunk, TOP=top, D=dim, R=turn.pairs,
         BLOCK_M=tiles.rows, BLOCK_N=tiles.entries, BLOCK_D=block(dim), BLOCK_R=block(turn.pairs), BLOCK_P=block(rest),
-        CAP=softcap is not None, BARE=lists.bare, SPLITS=tiles.splits, PRECISION=precision(queries.dtype),
-        num_warps=tiles.warps, num_stages=tiles.stages,
+        CAP=softcap is not None, BARE=lists.bare, SPLITS=tiles.splits, PRECISION=precision(queries.dtype), COPY=copies,
+        num_warps=tiles.warps, num_stages=tiles.stages, maxnreg=tiles.registers,
     )  # fmt: skip
     if tiles.splits > 1:
         lines = count * query_heads * size
@@ -101,6 +111,20 @@ def read(
             BLOCK_S=triton.next_power_of_2(tiles.splits), num_warps=4 if tiles.splits > 8 else 1,
         )  # fmt: skip
     return Part(out, lse)
+
+
+def copyable(states: Tensor) -> bool:
+    """Whether the copy engine can take tiles of these states (B, H, n, D)."""
+    if states.is_cuda and torch.cuda.get_device_capability(states.device) < (9, 0):
+        return False
+    step = states.element_size()
+    aligned = all(stride * step % 16 == 0 for stride in states.stride()[:3])
+    return aligned and states.data_ptr() % 16 == 0 and states.stride(3) == 1 and states.numel() > 0
+
+
+def described(states: Tensor, entries: int, columns: int) -> TensorDescriptor:
+    """Tiles of `entries` neighbours of one row and head, `columns` wide."""
+    return TensorDescriptor(states, list(states.shape), list(states.stride()), [1, 1, entries, columns])
 
 
 def strides(states: Sequence[Tensor]) -> tuple[tuple[int, int, int], ...]:

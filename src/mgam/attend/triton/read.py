@@ -17,6 +17,7 @@ from mgam.attend.triton.tiles import (
     SUMMARIES,
     WINDOW,
     capped,
+    described,
     entries,
     products,
     rows,
@@ -26,18 +27,33 @@ from mgam.attend.triton.tiles import (
 
 @triton.jit
 def _tile(
-    acc, peak, total, q0, q1, q2, own, j, end, key_ptr, value_ptr, key_step, value_step, list_ptr, rank_ptr, window, anchor,
+    acc, peak, total, q0, q1, q2, own, j, end, key_desc, value_desc, row, head, key_ptr, value_ptr, key_step, value_step, list_ptr, rank_ptr, window, anchor,
     cos_ptr, sin_ptr, limit, scale, bias, cap,
     KIND: tl.constexpr, MASKED: tl.constexpr, CHUNK: tl.constexpr, D: tl.constexpr, R: tl.constexpr, BLOCK_N: tl.constexpr,
     BLOCK_D: tl.constexpr, BLOCK_R: tl.constexpr, BLOCK_P: tl.constexpr, CAP: tl.constexpr, PRECISION: tl.constexpr,
+    COPY: tl.constexpr,
 ):  # fmt: skip
     """One step of the online softmax over BLOCK_N entries."""
-    index, rank, live = entries(j, end, list_ptr, rank_ptr, window, anchor, KIND, CHUNK, BLOCK_N, R)
-    if R > 0:
-        rank = tl.minimum(tl.maximum(rank, 0), limit)
-    k0, k1, k2 = states(
-        key_ptr, index * key_step, live, rank, cos_ptr, sin_ptr, D, R, BLOCK_D, BLOCK_R, BLOCK_P, MASKED
-    )
+    if COPY:
+        if KIND == OPENED:
+            first = tl.load(list_ptr + j // CHUNK).to(tl.int32) * CHUNK + j % CHUNK
+        else:
+            first = (window + j).to(tl.int32)
+        rank = tl.arange(0, BLOCK_N)
+        if R > 0:
+            if KIND == OPENED:
+                rank += anchor + tl.load(rank_ptr + j // CHUNK).to(tl.int32) + j % CHUNK
+            else:
+                rank += anchor + j
+            rank = tl.minimum(tl.maximum(rank, 0), limit)
+        k0, k1, k2 = described(key_desc, row, head, first, rank, cos_ptr, sin_ptr, R, BLOCK_N, BLOCK_D, BLOCK_R)
+    else:
+        index, rank, live = entries(j, end, list_ptr, rank_ptr, window, anchor, KIND, CHUNK, BLOCK_N, R)
+        if R > 0:
+            rank = tl.minimum(tl.maximum(rank, 0), limit)
+        k0, k1, k2 = states(
+            key_ptr, index * key_step, live, rank, cos_ptr, sin_ptr, D, R, BLOCK_D, BLOCK_R, BLOCK_P, MASKED
+        )
     raw = capped(products(q0, q1, q2, k0, k1, k2, D, R, PRECISION), scale, cap, CAP)
     if MASKED:
         seen = live[None, :]
@@ -45,7 +61,10 @@ def _tile(
             seen = seen & (index[None, :] <= own[:, None])
         raw = tl.where(seen, raw, -float("inf"))
     factor = 1.0 if CAP else scale * 1.4426950408889634
-    value = rows(value_ptr, index * value_step, live, 0, D, BLOCK_D, MASKED)
+    if COPY:
+        value = value_desc.load([row, head, first, 0]).reshape(BLOCK_N, BLOCK_D)
+    else:
+        value = rows(value_ptr, index * value_step, live, 0, D, BLOCK_D, MASKED)
     highest = tl.maximum(peak, tl.max(raw, 1) * factor + bias)
     weight = tl.exp2(raw * factor + (bias - highest)[:, None])
     fade = tl.exp2(peak - highest)
@@ -56,25 +75,26 @@ def _tile(
 
 @triton.jit
 def _run(
-    acc, peak, total, q0, q1, q2, own, begin, safe, end, key_ptr, value_ptr, key_step, value_step, list_ptr, rank_ptr, window,
+    acc, peak, total, q0, q1, q2, own, begin, safe, end, key_desc, value_desc, row, head, key_ptr, value_ptr, key_step, value_step, list_ptr, rank_ptr, window,
     anchor, cos_ptr, sin_ptr, limit, scale, bias, cap,
     KIND: tl.constexpr, CHUNK: tl.constexpr, D: tl.constexpr, R: tl.constexpr, BLOCK_N: tl.constexpr,
     BLOCK_D: tl.constexpr, BLOCK_R: tl.constexpr, BLOCK_P: tl.constexpr, CAP: tl.constexpr, PRECISION: tl.constexpr,
+    COPY: tl.constexpr,
 ):  # fmt: skip
     """Entries [begin, end) of one list: whole tiles up to `safe` need no mask."""
     middle = begin + (tl.maximum(safe, begin) - begin) // BLOCK_N * BLOCK_N
     for j in tl.range(begin, middle, BLOCK_N):
         acc, peak, total = _tile(
-            acc, peak, total, q0, q1, q2, own, j, end, key_ptr, value_ptr, key_step, value_step, list_ptr, rank_ptr, window,
+            acc, peak, total, q0, q1, q2, own, j, end, key_desc, value_desc, row, head, key_ptr, value_ptr, key_step, value_step, list_ptr, rank_ptr, window,
             anchor, cos_ptr, sin_ptr, limit, scale, bias, cap, KIND, False, CHUNK, D, R, BLOCK_N, BLOCK_D, BLOCK_R, BLOCK_P,
-            CAP, PRECISION,
+            CAP, PRECISION, COPY,
         )  # fmt: skip
     if not (KIND == OPENED and CHUNK % BLOCK_N == 0):
-        for j in tl.range(middle, end, BLOCK_N):
+        for j in tl.range(middle, end, BLOCK_N, num_stages=1):
             acc, peak, total = _tile(
-                acc, peak, total, q0, q1, q2, own, j, end, key_ptr, value_ptr, key_step, value_step, list_ptr, rank_ptr,
+                acc, peak, total, q0, q1, q2, own, j, end, key_desc, value_desc, row, head, key_ptr, value_ptr, key_step, value_step, list_ptr, rank_ptr,
                 window, anchor, cos_ptr, sin_ptr, limit, scale, bias, cap, KIND, True, CHUNK, D, R, BLOCK_N, BLOCK_D, BLOCK_R,
-                BLOCK_P, CAP, PRECISION,
+                BLOCK_P, CAP, PRECISION, False,
             )  # fmt: skip
     return acc, peak, total
 
@@ -91,11 +111,11 @@ def _share(count, part, SPLITS: tl.constexpr, STEP: tl.constexpr):
 
 @triton.jit
 def read_kernel(
-    q_ptr, out_ptr, lse_ptr, block_ptr, count_ptr, keys, values, key_strides, value_strides, lists, ranks, widths,
+    q_ptr, out_ptr, lse_ptr, block_ptr, count_ptr, key_desc, value_desc, keys, values, key_strides, value_strides, lists, ranks, widths,
     cos_ptr, sin_ptr, limit, anchor, scale, cap, biases, blocks, heads, tiles, q_block, q_head, q_row,
     G: tl.constexpr, Q: tl.constexpr, CHUNK: tl.constexpr, TOP: tl.constexpr, D: tl.constexpr, R: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_R: tl.constexpr, BLOCK_P: tl.constexpr,
-    CAP: tl.constexpr, BARE: tl.constexpr, SPLITS: tl.constexpr, PRECISION: tl.constexpr,
+    CAP: tl.constexpr, BARE: tl.constexpr, SPLITS: tl.constexpr, PRECISION: tl.constexpr, COPY: tl.constexpr,
 ):  # fmt: skip
     """One program: BLOCK_M rows (query heads of one group x queries of one block) over one part of the block's cover.
 
@@ -137,21 +157,23 @@ def read_kernel(
                     count = count * CHUNK
                 begin, end = _share(count, part, SPLITS, BLOCK_N)
                 acc, peak, total = _run(
-                    acc, peak, total, q0, q1, q2, own, begin, end, end,
+                    acc, peak, total, q0, q1, q2, own, begin, end, end, key_desc, value_desc, row.to(tl.int32), head,
                     keys[level] + row * key_strides[level][0] + head.to(tl.int64) * key_strides[level][1],
                     values[level] + row * value_strides[level][0] + head.to(tl.int64) * value_strides[level][1],
                     key_strides[level][2], value_strides[level][2],
                     lists[level] + pair * widths[level], ranks[level] + pair * widths[level], window, base,
                     cos_ptr, sin_ptr, limit, scale, biases[level], cap,
                     OPENED if level == 0 else SUMMARIES, CHUNK, D, R, BLOCK_N, BLOCK_D, BLOCK_R, BLOCK_P, CAP, PRECISION,
+                    COPY and level == 0 and CHUNK % BLOCK_N == 0,
                 )  # fmt: skip
-        begin, end = _share(start + length - window, part, SPLITS, BLOCK_N)
+        begin, end = _share((start + length - window).to(tl.int32), part, SPLITS, BLOCK_N)
         acc, peak, total = _run(
-            acc, peak, total, q0, q1, q2, own, begin, tl.minimum(end, start + 1 - window), end,
+            acc, peak, total, q0, q1, q2, own, begin, tl.minimum(end, (start + 1 - window).to(tl.int32)), end,
+            key_desc, value_desc, row.to(tl.int32), head,
             keys[0] + row * key_strides[0][0] + head.to(tl.int64) * key_strides[0][1],
             values[0] + row * value_strides[0][0] + head.to(tl.int64) * value_strides[0][1],
             key_strides[0][2], value_strides[0][2], lists[0], ranks[0], window, base, cos_ptr, sin_ptr, limit, scale, 0.0, cap,
-            WINDOW, CHUNK, D, R, BLOCK_N, BLOCK_D, BLOCK_R, BLOCK_P, CAP, PRECISION,
+            WINDOW, CHUNK, D, R, BLOCK_N, BLOCK_D, BLOCK_R, BLOCK_P, CAP, PRECISION, COPY,
         )  # fmt: skip
 
     some = live & (total > 0)

@@ -70,6 +70,24 @@ def states(
 
 
 @triton.jit
+def described(
+    desc, row, head, first, rank, cos_ptr, sin_ptr,
+    R: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_R: tl.constexpr,
+):  # fmt: skip
+    """The same parts as `states` for BLOCK_N neighbours from `first` on, by the copy engine; columns beyond D are zero."""
+    if R == 0:
+        whole = desc.load([row, head, first, 0]).reshape(BLOCK_N, BLOCK_D)
+        return whole, whole, whole
+    else:
+        one = desc.load([row, head, first, 0]).reshape(BLOCK_N, BLOCK_R)
+        two = desc.load([row, head, first, R]).reshape(BLOCK_N, BLOCK_R)
+        cos, sin = half_tables(cos_ptr, sin_ptr, rank, R, BLOCK_R)
+        turned = (one * cos - two * sin).to(one.dtype)
+        turned_too = (two * cos + one * sin).to(one.dtype)
+        return turned, turned_too, turned
+
+
+@triton.jit
 def products(a0, a1, a2, b0, b1, b2, D: tl.constexpr, R: tl.constexpr, PRECISION: tl.constexpr):
     """Dot products (M, N) of rows given in parts, in float32."""
     found = tl.dot(a0, tl.trans(b0), input_precision=PRECISION)
