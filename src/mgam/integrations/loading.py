@@ -67,6 +67,7 @@ def load(
         refuse_weights_if_too_large(folder, number_format, place)
     tokenizer = _load_tokenizer(location, download)
     model = _load_model(location, number_format, download)
+    model.name_or_path = name or DEFAULT_MODEL  # what the user knows it by, not where the cache keeps it
     return Loaded(model.to(place).eval(), tokenizer)
 
 

@@ -1,0 +1,327 @@
+"""The command line: what it prints, what it refuses, and with which exit code."""
+
+from __future__ import annotations
+
+import io
+import json
+import os
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import pytest
+
+import mgam
+from mgam.cli import run
+from mgam.documents import asking
+from mgam.documents.asking import Answer
+from mgam.documents.evidence import Evidence
+from mgam.errors import UnsupportedModelError
+from mgam.integrations import loading
+
+QUESTION = "Who keeps the lighthouse?"
+
+
+class Outcome(NamedTuple):
+    code: int
+    out: str
+    err: str
+
+    @property
+    def line(self) -> str:
+        """The one line on standard error, which never is a traceback."""
+        assert self.err.endswith("\n")
+        assert self.err.count("\n") == 1, self.err
+        return self.err
+
+    @property
+    def error(self) -> dict[str, str]:
+        """The error of `--json`: the only thing on standard output."""
+        found = json.loads(self.out)
+        assert list(found) == ["error"]
+        return found["error"]
+
+
+Command = Callable[..., Outcome]
+
+
+@pytest.fixture
+def command(capsys: pytest.CaptureFixture[str]) -> Command:
+    def call(*words: str) -> Outcome:
+        code = run(words)
+        captured = capsys.readouterr()
+        return Outcome(code, captured.out, captured.err)
+
+    return call
+
+
+@pytest.fixture
+def text(tmp_path: Path) -> str:
+    path = tmp_path / "island.txt"
+    path.write_text("The lighthouse on the island is kept by Ada. " * 20)
+    return str(path)
+
+
+class FakeTokenizer:
+    def __call__(self, text: str, **_: Any) -> Any:
+        return type("Encoding", (), {"input_ids": text.split()})()
+
+
+@pytest.fixture
+def calls(monkeypatch: pytest.MonkeyPatch) -> dict[str, Any]:
+    """Replaces loading, applying and asking; holds what they were called with."""
+    seen: dict[str, Any] = {}
+
+    def load(name: str | None, **options: Any) -> loading.Loaded:
+        seen["load"] = {"name": name, **options}
+        return loading.Loaded("model", FakeTokenizer())  # type: ignore[arg-type]
+
+    def apply(model: Any, method: str, **settings: Any) -> Any:
+        seen["apply"] = {"method": method, **settings}
+        return model
+
+    def ask(model: Any, tokenizer: Any, sources: Any, question: str, **options: Any) -> Answer:
+        seen["ask"] = {"sources": sources, "question": question, **options}
+        for done in (100, 180):
+            options["on_progress"](done, 180)
+        for piece in (" Ada", " keeps it."):
+            options["on_text"](piece)
+        excerpt = sources[0].text[4:40]
+        return Answer(
+            answer="Ada keeps it.",
+            evidence=[Evidence(sources[0].name, 4, 40, excerpt, 0.75)],
+            entries_per_level={"1": 150.0, "64": 2.5},
+            tokens={"document": 180, "question": 7, "answer": 4},
+            seconds={"reading": 1.5, "answering": 0.25},
+            peak_memory_bytes=2**30,
+            settings={"budget": 1024},
+        )
+
+    monkeypatch.setattr(loading, "load", load)
+    monkeypatch.setattr(mgam, "apply", apply, raising=False)
+    monkeypatch.setattr(asking, "ask", ask)
+    monkeypatch.setattr("mgam.integrations.memory.refuse_if_too_large", lambda *_: seen.setdefault("memory", True))
+    return seen
+
+
+def test_answer_evidence_and_facts(command: Command, calls: dict[str, Any], text: str) -> None:
+    done = command("ask", text, QUESTION)
+    assert done.code == 0
+    assert done.out.startswith("Ada keeps it.\n")
+    assert "75%" in done.out
+    assert "lighthouse on the island" in done.out
+    assert "4 to 40" in done.out
+    assert "tokens 150, summaries of 64 tokens 2" in done.out
+    assert "1.00 GiB" in done.out
+    assert "180 of 180 tokens" in done.err
+    assert "tokens/s" in done.err
+    assert calls["memory"]
+
+
+def test_json_prints_one_object_and_nothing_else(command: Command, calls: dict[str, Any], text: str) -> None:
+    done = command("ask", text, QUESTION, "--json")
+    assert (done.code, done.err) == (0, "")
+    result = json.loads(done.out)
+    wanted = {"answer", "evidence", "entries_per_level", "tokens", "seconds", "peak_memory_bytes", "settings"}
+    assert wanted <= set(result)
+    assert set(result["evidence"][0]) == {"file", "start", "end", "text", "share"}
+    assert result["evidence"][0]["file"] == text
+    assert result["seconds"]["reading"] == 1.5
+    assert result["seconds"]["loading"] >= 0
+
+
+def test_options_reach_the_library(command: Command, calls: dict[str, Any], text: str) -> None:
+    options = (
+        "--model m --budget 256 --device cpu --max-new-tokens 9 --lookahead none --dense-until 128 --dtype bfloat16"
+    )
+    assert command("ask", text, text, QUESTION, *options.split(), "--download", "--method", "dyadic").code == 0
+    assert calls["load"].items() >= {"name": "m", "device": "cpu", "dtype": "bfloat16", "download": True}.items()
+    assert calls["apply"] == {"method": "dyadic", "budget": 256, "lookahead": "none", "dense_until": 128}
+    assert calls["ask"]["max_new_tokens"] == 9
+    assert [source.name for source in calls["ask"]["sources"]] == [text, text]
+
+
+def test_the_default_is_the_library_default(command: Command, calls: dict[str, Any], text: str) -> None:
+    assert command("ask", text, QUESTION).code == 0
+    assert calls["load"].items() >= {"name": None, "device": "auto", "dtype": None, "download": False}.items()
+    assert calls["apply"] == {"method": "mgam", "budget": mgam.Settings().budget}
+
+
+def test_standard_input(command: Command, calls: dict[str, Any], monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO(b"Ada keeps the lighthouse.")))
+    assert command("ask", "-", QUESTION).code == 0
+    assert calls["ask"]["sources"][0].text == "Ada keeps the lighthouse."
+
+
+def test_markup_in_a_text_is_shown_as_it_is(command: Command, calls: dict[str, Any], tmp_path: Path) -> None:
+    path = tmp_path / "markup.txt"
+    path.write_text("xxx [bold]lamp[/bold] [/oops] more text that goes on and on")
+    done = command("ask", str(path), QUESTION)
+    assert done.code == 0
+    assert "[bold]lamp[/bold]" in done.out
+
+
+@pytest.mark.parametrize(
+    ("words", "said"),
+    [
+        (["FILE"], "Missing argument 'FILE...'"),
+        (["FILE", ""], "question is empty"),
+        (["FILE", "  \n"], "question is empty"),
+        (["FILE", QUESTION, "--budget", "lots"], "'lots' is not a whole number"),
+        (["FILE", QUESTION, "--budget", "3"], "budget=3"),
+        (["FILE", QUESTION, "--budget", "-64"], "budget=-64"),
+        (["FILE", QUESTION, "--budget"], "--budget"),
+        (["FILE", QUESTION, "--max-new-tokens", "0"], "--max-new-tokens is 0"),
+        (["FILE", QUESTION, "--dense-until", "-1"], "dense_until=-1"),
+        (["FILE", QUESTION, "--lookahead", "far"], "'far'"),
+        (["FILE", QUESTION, "--dtype", "int3"], "'int3'"),
+        (["FILE", QUESTION, "--method", "magic"], "unknown method 'magic'"),
+        (["FILE", QUESTION, "--no-such-option"], "--no-such-option"),
+        (["nowhere.txt", QUESTION], "nowhere.txt does not exist"),
+        (["-", "-", QUESTION], "more than once"),
+    ],
+)
+def test_bad_input(command: Command, text: str, words: list[str], said: str) -> None:
+    words = ["ask", *(text if word == "FILE" else word for word in words)]
+    plain = command(*words)
+    assert (plain.code, plain.out) == (2, "")
+    assert said in plain.line
+    as_json = command(*words, "--json")
+    assert (as_json.code, as_json.err) == (2, "")
+    assert said in as_json.error["message"] or words[-1] == "--budget"
+
+
+@pytest.mark.parametrize("data", [b"", b" \n", b"%PDF-1.7", b"\x00\x01\x02", b"caf\xe9"])
+def test_bad_files(command: Command, tmp_path: Path, data: bytes) -> None:
+    path = tmp_path / "bad"
+    path.write_bytes(data)
+    assert command("ask", str(path), QUESTION).code == 2
+    assert command("ask", str(path), QUESTION, "--json").error["kind"] == "DocumentError"
+
+
+def test_bad_models(command: Command, text: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    damaged = tmp_path / "damaged.gguf"
+    damaged.write_bytes(b"GGUF and no more")
+    for name in (str(damaged), str(tmp_path), "someone/no-such-model", "./nowhere"):
+        done = command("ask", text, QUESTION, "--json", "--model", name)
+        assert (done.code, done.error["kind"]) == (2, "ModelFileError")
+    done = command("ask", text, QUESTION, "--json", "--device", "abacus")
+    assert (done.code, done.error["kind"]) == (2, "SettingError")
+
+
+@pytest.mark.parametrize(
+    ("error", "code", "kind", "said"),
+    [
+        (UnsupportedModelError("reason one;\nreason two"), 2, "UnsupportedModelError", "reason one; reason two"),
+        (KeyboardInterrupt(), 130, "Interrupted", "stopped"),
+        (MemoryError(), 2, "MemoryBudgetError", "shorter text"),
+        (RuntimeError("DefaultCPUAllocator: can't allocate memory"), 2, "MemoryBudgetError", "shorter text"),
+        (RuntimeError("CUDA out of memory."), 2, "MemoryBudgetError", "shorter text"),
+        (
+            ZeroDivisionError("half of\nnothing"),
+            1,
+            "InternalError",
+            "ZeroDivisionError: half of nothing; set MGAM_DEBUG",
+        ),
+    ],
+)
+def test_whatever_happens_while_reading(
+    command: Command,
+    calls: dict[str, Any],
+    text: str,
+    monkeypatch: pytest.MonkeyPatch,
+    error: BaseException,
+    code: int,
+    kind: str,
+    said: str,
+) -> None:
+    def ask(*_: Any, on_progress: Callable[[int, int], None], **__: Any) -> Answer:
+        on_progress(1, 180)
+        raise error
+
+    monkeypatch.setattr(asking, "ask", ask)
+    plain = command("ask", text, QUESTION)
+    assert plain.code == code
+    assert said in plain.err.splitlines()[-1]
+    assert "Traceback" not in plain.err
+    as_json = command("ask", text, QUESTION, "--json")
+    assert (as_json.code, as_json.error["kind"]) == (code, kind)
+
+
+def test_debug_shows_where(command: Command, calls: dict[str, Any], text: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("MGAM_DEBUG", "")  # so that the variable is put back after the test
+    monkeypatch.setattr(asking, "ask", lambda *_, **__: 1 / 0)
+    assert "ZeroDivisionError: division by zero" in command("--debug", "ask", text, QUESTION).err.split("Traceback")[1]
+
+
+def test_too_little_memory(command: Command, calls: dict[str, Any], text: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    from mgam.errors import MemoryBudgetError
+
+    def refuse(*_: Any) -> None:
+        raise MemoryBudgetError("reading 180 tokens takes 9 GiB, and 1 GiB are free")
+
+    monkeypatch.setattr("mgam.integrations.memory.refuse_if_too_large", refuse)
+    done = command("ask", text, QUESTION, "--json")
+    assert (done.code, done.error["kind"]) == (2, "MemoryBudgetError")
+    assert "ask" not in calls
+
+
+def test_env(command: Command) -> None:
+    facts = json.loads(command("env", "--json").out)
+    assert facts["packages"]["mgam"] == mgam.__version__
+    assert facts["packages"]["torch"]
+    assert facts["system"]["cores"] >= 1
+    assert facts["memory"]["total_bytes"] > facts["memory"]["available_bytes"] > 0
+    shown = command("env")
+    assert shown.code == 0
+    assert "transformers:" in shown.out
+
+
+def test_methods(command: Command) -> None:
+    listed = json.loads(command("methods", "--json").out)
+    assert {"mgam", "dense"} <= {method["name"] for method in listed}
+    assert all("causal" in method for method in listed)
+    assert "mgam:" in command("methods").out
+
+
+def test_version_and_help(command: Command) -> None:
+    assert command("--version").out == f"mgam {mgam.__version__}\n"
+    assert command().out == command("--help").out
+    assert "QUESTION" in command("ask", "--help").out
+    unknown = command("aks")
+    assert (unknown.code, unknown.out) == (2, "")
+    assert "aks" in unknown.line
+
+
+def mgam_process(*words: str, **options: Any) -> subprocess.Popen[str]:
+    root = Path(mgam.__file__).parents[1]
+    environment = {**os.environ, "PYTHONPATH": str(root), "PYTHONUNBUFFERED": "1"}
+    return subprocess.Popen(
+        [sys.executable, "-m", "mgam", *words], env=environment, text=True, stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE, **options,
+    )  # fmt: skip
+
+
+def test_help_does_not_import_torch() -> None:
+    program = "import sys; from mgam.cli import run; run(['ask', '--help']); sys.exit('torch' in sys.modules)"
+    environment = {**os.environ, "PYTHONPATH": str(Path(mgam.__file__).parents[1])}
+    assert subprocess.run([sys.executable, "-c", program], env=environment, capture_output=True).returncode == 0
+
+
+def test_a_reader_that_leaves_early_is_no_error() -> None:
+    process = mgam_process("methods", "--json")
+    assert process.stdout is not None
+    process.stdout.close()
+    assert process.stderr is not None
+    assert "Traceback" not in process.stderr.read()
+    process.wait(timeout=60)
+
+
+def test_missing_file_from_the_shell() -> None:
+    process = mgam_process("ask", "nowhere.txt", QUESTION)
+    out, err = process.communicate(timeout=60)
+    assert (process.returncode, out) == (2, "")
+    assert err == "mgam: nowhere.txt does not exist; check the name, or give - for standard input\n"
