@@ -41,11 +41,13 @@ class Reading:
 class Plan:
     """What one call computes: groups of query blocks of like size, and where each row's new tokens stand.
 
-    Shared by all layers of a model. `first[b]`: position of column 0 of the call in row b (negative under left padding).
+    Shared by all layers of a model. `first[b]`: position of column 0 of the call in row b (negative under left padding);
+    `before[b]`: tokens that row b held before the call.
     """
 
     groups: tuple[tuple[bool, Blocks], ...]
     first: Tensor
+    before: Tensor
     columns: int
 
     @classmethod
@@ -66,7 +68,9 @@ class Plan:
         groups = tuple((dense, Blocks.of(pieces)) for (dense, _), pieces in sorted_pieces.items())
         if first is None:
             first = [old + new - columns for old, new in zip(before, counts, strict=True)]
-        return cls(groups, torch.tensor(first, dtype=torch.int64), columns)
+        return cls(
+            groups, torch.tensor(first, dtype=torch.int64), torch.tensor(list(before), dtype=torch.int64), columns
+        )
 
 
 @dataclass
@@ -105,8 +109,9 @@ def read(
 ) -> Tensor:
     """Attention of a call's queries (B, Hq, L, D) over a pyramid that already holds the call's keys.
 
-    Columns that belong to no row (padding) give zeros. `recent` (B, Hq, R, D) are the queries before the call, for votes of
-    blocks that began there.
+    Columns that belong to no row (padding) give zeros. `recent` (B, Hq, R, D) are the last queries of each row before the
+    call, for votes of blocks that began there: at least `history(schedule)` of them, or all there were. A query that is not
+    there does not vote.
     """
     _, query_heads, _, dim = queries.shape
     heads = pyramid.keys[0].shape[1]
@@ -116,7 +121,7 @@ def read(
             taken, live = _take(queries, plan.first, part.row, part.start, part.length, part.size)
             cover = _choose(queries, recent, part, plan, pyramid, reading, heads, dense)
             got = attend(taken, part, cover, pyramid, reading.positions, scale, softcap, reading.backend)
-            out = _put(out, got, plan.first, part, live)
+            _put(out, got, plan.first, part, live)
             if record is not None:
                 _watch(record, taken, part, cover, pyramid, reading, scale, softcap, layer)
     return out
@@ -134,18 +139,26 @@ def _choose(
     with torch.no_grad():
         if dense:
             return dense_cover(blocks, heads, reading.levels, queries.device)
-        voters = None
-        if reading.policy.votes:
-            known, first = queries.detach(), plan.first
-            if recent is not None and recent.shape[2]:
-                known, first = torch.cat((recent, known), 2), first - recent.shape[2]
-            length = blocks.vote_to - blocks.vote_from
-            voters = Voters(*_take(known, first, blocks.row, blocks.vote_from, length, blocks.votes))
+        voters = _voters(queries.detach(), recent, blocks, plan) if reading.policy.votes else None
         return reading.policy.choose(voters, blocks, pyramid, reading.levels)
 
 
+def _voters(queries: Tensor, recent: Tensor | None, blocks: Blocks, plan: Plan) -> Voters:
+    """The voting queries of each block: those of this call, and `recent` ones from before it."""
+    asked = blocks.row, blocks.vote_from, blocks.vote_to - blocks.vote_from, blocks.votes
+    taken, live = _take(queries, plan.first, *asked)
+    old = blocks.vote_from[:, None] + torch.arange(blocks.votes) < plan.before[blocks.row][:, None]
+    if not bool(old.any()):
+        return Voters(taken, live)
+    here = old.to(taken.device)
+    if recent is None or not recent.shape[2]:
+        return Voters(taken, live & ~here)
+    past, kept = _take(recent, plan.before - recent.shape[2], *asked)
+    return Voters(torch.where(here[:, None, :, None], past, taken), torch.where(here, kept, live))
+
+
 def _segments(dense: bool, blocks: Blocks, reading: Reading, pyramid: Pyramid, query_heads: int, dim: int) -> list[Blocks]:
-    """Cuts a group so that no working tensor grows with the call; a segment never mixes rows of different lengths when dense."""
+    """Cuts a group so that no working tensor grows with the call."""
     heads = pyramid.keys[0].shape[1]
     room = GPU_ELEMENTS if pyramid.keys[0].is_cuda else CPU_ELEMENTS
     tokens = int(blocks.stop.max()) if len(blocks) else 0
@@ -155,13 +168,10 @@ def _segments(dense: bool, blocks: Blocks, reading: Reading, pyramid: Pyramid, q
         window = blocks.size + int((blocks.start - blocks.decide).max()) + getattr(reading.policy, "window", tokens) + reading.levels.chunk
         entries = reading.policy.read_at_most(tokens, reading.levels) + window
         voting = query_heads * blocks.votes * (tokens // reading.levels.chunk) // 4 if reading.policy.votes else 0
-        per_block = max(min(entries, tokens) * heads * max(dim, blocks.size), voting)
+        choosing = 8 * heads * (tokens // reading.levels.chunk)
+        per_block = max(min(entries, tokens) * heads * max(dim, blocks.size), voting, choosing)
     step = max(1, room // max(per_block, 1))
-    borders = list(range(0, len(blocks), step)) + [len(blocks)]
-    if dense:
-        changes = (blocks.row[1:] != blocks.row[:-1]).nonzero().flatten() + 1
-        borders = sorted({*borders, *changes.tolist()})
-    return [blocks[a:b] for a, b in zip(borders, borders[1:], strict=False)]
+    return [blocks[first : first + step] for first in range(0, len(blocks), step)]
 
 
 def _take(states: Tensor, first: Tensor, row: Tensor, start: Tensor, length: Tensor, size: int) -> tuple[Tensor, Tensor]:
@@ -173,13 +183,13 @@ def _take(states: Tensor, first: Tensor, row: Tensor, start: Tensor, length: Ten
     return taken.transpose(1, 2).contiguous(), live.to(states.device)
 
 
-def _put(out: Tensor, got: Tensor, first: Tensor, blocks: Blocks, live: Tensor) -> Tensor:
-    """Writes pieces (N, Hq, Q, D) back to their columns."""
+def _put(out: Tensor, got: Tensor, first: Tensor, blocks: Blocks, live: Tensor) -> None:
+    """Writes pieces (N, Hq, Q, D) back to their columns, in place: a copy for every segment would cost the call's square."""
     column = (blocks.start - first[blocks.row])[:, None] + torch.arange(blocks.size)
     row = blocks.row[:, None].expand_as(column)
     place = live.cpu()
     index = (row[place].to(out.device), column[place].to(out.device))
-    return out.transpose(1, 2).index_put(index, got.transpose(1, 2)[live]).transpose(1, 2)
+    out.transpose(1, 2).index_put_(index, got.transpose(1, 2)[live])
 
 
 def _watch(

@@ -13,6 +13,11 @@ from mgam.errors import SettingError
 
 PositionKind = Literal["absolute", "granular"]
 
+MOST_RANKS = 32768
+"""Ranks in use at most, however long the trained window: covers are far smaller."""
+TABLE_STEP = 4096
+"""A table that must reach beyond the trained window (dense attention there) grows by this many positions at a time."""
+
 
 @dataclass
 class Rotary:
@@ -25,7 +30,7 @@ class Rotary:
     limit: int
     """Positions the model was trained for; ranks must stay below it."""
 
-    _kept: dict[tuple[torch.device, torch.dtype, int], tuple[Tensor, Tensor]] = field(default_factory=dict, repr=False)
+    _kept: dict[tuple[torch.device, torch.dtype], tuple[Tensor, Tensor]] = field(default_factory=dict, repr=False)
 
     @classmethod
     def plain(cls, dim: int, limit: int, theta: float = 10000.0) -> Rotary:
@@ -41,13 +46,14 @@ class Rotary:
     def table(self, device: torch.device, dtype: torch.dtype, limit: int | None = None) -> tuple[Tensor, Tensor]:
         """cos and sin, each (limit, R/2), in float32 or float64: the first half of each row (the second repeats it)."""
         limit = self.limit if limit is None else limit
-        wide = torch.promote_types(dtype, torch.float32)
-        key = (device, wide, limit)
-        if key not in self._kept:
-            cos, sin = self.tables(torch.arange(limit, device=device))
+        key = (device, torch.promote_types(dtype, torch.float32))
+        if key not in self._kept or self._kept[key][0].shape[0] < limit:
+            reach = self.limit if limit <= self.limit else -(-limit // TABLE_STEP) * TABLE_STEP
+            cos, sin = self.tables(torch.arange(reach, device=device))
             half = cos.shape[-1] // 2
-            self._kept[key] = (cos[:, :half].to(wide).contiguous(), sin[:, :half].to(wide).contiguous())
-        return self._kept[key]
+            self._kept[key] = (cos[:, :half].to(key[1]).contiguous(), sin[:, :half].to(key[1]).contiguous())
+        cos, sin = self._kept[key]
+        return cos[:limit], sin[:limit]
 
 
 def rotate(states: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
@@ -66,7 +72,8 @@ class Positions:
 
     `absolute`: the states in the pyramid are rotated already and nothing is done here. `granular`: they are not, and every
     entry takes its rank in its cover. Only distances matter to a rotation, so ranks are counted backwards from `anchor`, the
-    position of the first token of the window: they do not depend on how many entries other covers hold.
+    position of the first token of the window: they do not depend on how many entries other covers hold. A block whose window
+    begins with the text has nothing before it and stands at its true positions.
     """
 
     kind: PositionKind = "absolute"
@@ -76,7 +83,7 @@ class Positions:
     @classmethod
     def granular(cls, rotary: Rotary, window: int) -> Positions:
         """Granular positions for covers whose window and block span at most `window` tokens."""
-        limit = min(rotary.limit, 32768)
+        limit = min(rotary.limit, MOST_RANKS)
         if window >= limit:
             raise SettingError(
                 f"window and block take {window} positions, but the model was trained for {rotary.limit}; "
@@ -84,9 +91,26 @@ class Positions:
             )
         return cls("granular", rotary, limit - window)
 
-    def check(self, entries: int) -> None:
-        """Refuses covers whose ranks would leave the trained window."""
-        if self.rotary is not None and entries > self.anchor:
+    def base(self, start: Tensor) -> Tensor:
+        """Position of the first token of windows that start at `start` (N,)."""
+        return torch.where(start > 0, self.anchor, 0)
+
+    def check(self, entries: int, reach: int = 0) -> None:
+        """Refuses covers whose ranks would leave the trained window.
+
+        Args:
+            entries: most entries before a window.
+            reach: most tokens from the start of a window that does not begin with the text to the end of its block.
+        """
+        if self.rotary is None:
+            return
+        room = min(self.rotary.limit, MOST_RANKS) - self.anchor
+        if reach > room:
+            raise SettingError(
+                f"a window and its block span {reach} tokens, but positions were made for {room}; "
+                "choose a smaller window or block, or make them with Positions.granular(rotary, window + chunk + block)"
+            )
+        if entries > self.anchor:
             raise SettingError(
                 f"a cover of {entries} entries before its window does not fit the {self.anchor} positions that the model's "
                 "trained window leaves; lower the budget, add a coarser level (e.g. levels=(1, 64, 1024, 16384)) or drop the rest"

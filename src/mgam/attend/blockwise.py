@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from itertools import pairwise
 
 import torch
 import torch.nn.functional as F
@@ -21,8 +22,13 @@ def attend(
     queries: Tensor, blocks: Blocks, cover: Cover, pyramid: Pyramid, positions: Positions, scale: float, softcap: float | None = None
 ) -> Tensor:
     """One softmax over each block's cover. Shapes: queries (N, H*G, Q, D); returns the same shape."""
-    if cover.is_dense and _in_one_row(blocks):
-        return _attend_prefix(queries, blocks, pyramid, positions, scale, softcap)
+    if cover.is_dense:
+        rows = blocks.row.tolist()
+        borders = [0, *(n for n in range(1, len(rows)) if rows[n] != rows[n - 1]), len(rows)]
+        parts = [slice(*pair) for pair in pairwise(borders)]
+        return torch.cat(
+            [_attend_prefix(queries[part], blocks[part], pyramid, positions, scale, softcap) for part in parts]
+        )
     q_NHGQD, keys, values, bias = gather(queries, blocks, cover, pyramid, positions)
     out = _softmax(q_NHGQD, keys, values, bias, scale, softcap)
     return out.reshape(queries.shape)
@@ -58,7 +64,9 @@ def gather(
         bias.append(torch.full((), weight, dtype=wide, device=device).masked_fill(~ok, -torch.inf))
     start = cover.window_start.to(device)
     own = blocks.start.to(device)[:, None] + torch.arange(size, device=device)
-    reach = int((blocks.stop - cover.window_start.to(blocks.row.device)).max())
+    begin = cover.window_start.to(blocks.row.device)
+    spans = blocks.stop - begin
+    reach = int(spans.max())
     window_NW = start[:, None] + torch.arange(reach, device=device)
     inside = torch.minimum(window_NW, last[:, None])[:, None].expand(count, heads, reach)
     keys.append(_take(pyramid.keys[0], row, inside))
@@ -74,6 +82,7 @@ def gather(
     )
     q_NHGQD = queries.view(count, heads, query_heads // heads, size, dim)
     if positions.kind == "granular":
+        positions.check(int(cover.entries().max()) if cover.width else 0, int(spans.masked_fill(begin == 0, 0).max()))
         q_NHGQD, keys = _place(q_NHGQD, keys, cover, positions, own, start, reach)
     return q_NHGQD, torch.cat(keys, 2), torch.cat(values, 2), bias_NHQE
 
@@ -83,8 +92,7 @@ def _place(
 ) -> tuple[Tensor, list[Tensor]]:
     """Rotates queries and keys by their ranks."""
     assert positions.rotary is not None
-    positions.check(int(cover.entries().max()) if cover.width else 0)
-    cos, sin = positions.rotary.table(q_NHGQD.device, q_NHGQD.dtype)
+    cos, sin = positions.rotary.table(q_NHGQD.device, q_NHGQD.dtype, max(reach, positions.rotary.limit))
     anchor, limit = positions.anchor, cos.shape[0] - 1
     chunk = torch.arange(cover.levels.chunk, device=start.device)
     first, others = cover.ranks()
@@ -93,9 +101,10 @@ def _place(
         rotate(key, cos[place], sin[place])
         for key, place in zip(keys, [(p + anchor).clamp(0, limit) for p in places], strict=False)
     ]
-    window = (anchor + torch.arange(reach, device=start.device)).clamp_max(limit)
-    turned.append(rotate(keys[-1], cos[window], sin[window]))
-    place_NQ = (anchor + own - start[:, None]).clamp(0, limit)
+    base = positions.base(start)[:, None]
+    window_NW = (base + torch.arange(reach, device=start.device)).clamp_max(limit)
+    turned.append(rotate(keys[-1], cos[window_NW][:, None], sin[window_NW][:, None]))
+    place_NQ = (base + own - start[:, None]).clamp(0, limit)
     return rotate(q_NHGQD, cos[place_NQ][:, None, None], sin[place_NQ][:, None, None]), turned
 
 
@@ -155,15 +164,11 @@ def masses(queries: Tensor, blocks: Blocks, cover: Cover, pyramid: Pyramid, posi
     logits = torch.einsum("nhgqd,nhed->nhgqe", q_NHGQD, keys).to(bias.dtype) * scale
     if softcap is not None:
         logits = softcap * torch.tanh(logits / softcap)
-    weights = torch.softmax(logits + bias[:, :, None], -1)
+    weights = torch.softmax(logits + bias[:, :, None], -1).nan_to_num(0.0)
     live = torch.arange(q_NHGQD.shape[3], device=keys.device) < blocks.length.to(keys.device)[:, None]
     per_entry = (weights * live[:, None, None, :, None]).sum((2, 3))
     opened = cover.opened.shape[-1] * cover.levels.chunk
     return per_entry[..., :opened].unflatten(-1, (-1, cover.levels.chunk)).sum(-1)
-
-
-def _in_one_row(blocks: Blocks) -> bool:
-    return bool((blocks.row == blocks.row[0]).all())
 
 
 def _take(states: Tensor, row: Tensor, index: Tensor) -> Tensor:

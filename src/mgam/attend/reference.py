@@ -55,14 +55,17 @@ def _one(
     keys = torch.stack([pyramid.keys[level][row, head, index] for _, level, index in entries])
     values = torch.stack([pyramid.values[level][row, head, index] for _, level, index in entries])
     mass = torch.tensor([cover.levels.sizes[level] if cover.mass else 1 for _, level, _ in entries])
-    last = torch.tensor([start + cover.levels.sizes[level] - 1 for start, level, _ in entries])
-    own = torch.arange(first, first + length)
+    last = torch.tensor([start + cover.levels.sizes[level] - 1 for start, level, _ in entries], device=queries.device)
+    own = torch.arange(first, first + length, device=queries.device)
     active = queries[:length]
     if positions.kind == "granular":
         assert positions.rotary is not None
         before = len(entries) - (first + length - window)
-        base = 0 if window == 0 and before == 0 else positions.anchor - before
-        cos, sin = positions.rotary.table(queries.device, queries.dtype)
+        if window:
+            positions.check(before, first + length - window)
+        base = positions.anchor - before if window else 0
+        limit = max(positions.rotary.limit, base + len(entries))
+        cos, sin = positions.rotary.table(queries.device, queries.dtype, limit)
         keys = rotate(keys, cos[base : base + len(entries)], sin[base : base + len(entries)])
         place = base + before + own - window
         active = rotate(active, cos[place], sin[place])
@@ -72,7 +75,7 @@ def _one(
     logits = logits + torch.log(mass.to(logits))
     logits = logits.masked_fill(last[None, :] > own[:, None], -torch.inf)
     lse = torch.logsumexp(logits, -1)
-    out = torch.exp(logits - lse[:, None]) @ values
+    out = torch.exp(logits - lse.masked_fill(lse == -torch.inf, 0)[:, None]) @ values
     rest = queries.shape[0] - length
     return (
         torch.cat((out, out.new_zeros(rest, out.shape[1]))),
