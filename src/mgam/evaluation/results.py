@@ -10,7 +10,8 @@ from pathlib import Path
 from statistics import fmean, stdev
 from typing import Any, Literal, get_args
 
-Status = Literal["ok", "does not fit"]
+Status = Literal["ok", "does not fit", "no sample"]
+"""`no sample`: the task cannot be made at this length, for example because no text is long enough."""
 Key = tuple[str, str, str, int, int, int]
 Z_95 = 1.959963984540054
 
@@ -40,7 +41,7 @@ class Trial:
     unit: str = "percent"
     reply: str = ""
     gold: Sequence[str] = ()
-    reason: str = ""  # why it does not fit
+    reason: str = ""  # why it was not read
     settings: Mapping[str, Any] = field(default_factory=dict)  # of the method
 
     @property

@@ -12,7 +12,7 @@ from mgam.evaluation.evidence import evidence_scores
 from mgam.evaluation.metrics import Score
 from mgam.evaluation.reader import BatchReader, DoesNotFitError, LossReader, Reader, Reading
 from mgam.evaluation.registry import Task
-from mgam.evaluation.results import ResultsFile, Row, Trial, summarise
+from mgam.evaluation.results import ResultsFile, Row, Status, Trial, summarise
 from mgam.evaluation.sample import Request, Sample
 from mgam.evaluation.texts import TextLibrary
 from mgam.evaluation.tokens import TokenCounter
@@ -72,11 +72,11 @@ def run(plan: Plan, reader: Reader, bench: Bench) -> None:
             batch = waiting[start : start + plan.batch_size]
             limit = too_long.get(task.score_losses is not None)
             if limit is not None and length >= limit[0]:
-                trials = [_unread(plan, task, reader, length, index, limit[1]) for index in batch]
+                trials = [_unread(plan, task, reader, length, index, "does not fit", limit[1]) for index in batch]
             else:
                 trials = _read(plan, task, length, batch, reader, bench)
             for trial in trials:
-                if trial.status != "ok":
+                if trial.status == "does not fit":
                     too_long.setdefault(task.score_losses is not None, (length, trial.reason))
                 bench.results.add(trial)
                 bench.progress(trial)
@@ -104,11 +104,13 @@ def _read(plan: Plan, task: Task, length: int, batch: Sequence[int], reader: Rea
     requests = [
         Request(task.name, length, plan.seed, index, bench.counter, bench.texts, plan.keep_out) for index in batch
     ]
-    samples = [bench.samples.get(task, request) for request in requests]
     try:
+        samples = [bench.samples.get(task, request) for request in requests]
         readings = _readings(task, samples, reader)
+    except SettingError as error:
+        return [_unread(plan, task, reader, length, index, "no sample", str(error)) for index in batch]
     except DoesNotFitError as error:
-        return [_unread(plan, task, reader, length, index, str(error)) for index in batch]
+        return [_unread(plan, task, reader, length, index, "does not fit", str(error)) for index in batch]
     settings = _settings(plan, reader)
     return [
         _trial(task, sample, reading, reader, plan.seed, index, bench, settings)
@@ -176,7 +178,7 @@ def _trial(
     )
 
 
-def _unread(plan: Plan, task: Task, reader: Reader, length: int, index: int, reason: str) -> Trial:
+def _unread(plan: Plan, task: Task, reader: Reader, length: int, index: int, status: Status, reason: str) -> Trial:
     return Trial(
         task=task.name,
         method=reader.method,
@@ -184,7 +186,7 @@ def _unread(plan: Plan, task: Task, reader: Reader, length: int, index: int, rea
         length=length,
         seed=plan.seed,
         trial=index,
-        status="does not fit",
+        status=status,
         hits=task.hits,
         unit=task.unit,
         reason=reason,

@@ -60,6 +60,15 @@ class TokenCounter:
             self._known.update(zip(unknown, found, strict=True))
         return [self._known[piece] for piece in pieces]
 
+    def middle_out(self, text: str, limit: int) -> str:
+        """First and last `limit // 2` tokens, each decoded, joined (LongBench's rule for texts that are too long)."""
+        ids = self._ids(text)
+        if len(ids) <= limit:
+            return text
+        half = limit // 2
+        parts = (ids[:half], ids[len(ids) - half :])
+        return "".join(str(self.tokenizer.decode(part, skip_special_tokens=True)) for part in parts)
+
     def cut(self, text: str, limit: int) -> str:
         """The first `limit` tokens of `text`, as text: what a model that stops there would have said."""
         head = text[: max(1, limit) * 40]  # no need to encode a whole document to keep its first tokens
