@@ -31,6 +31,8 @@ class Pyramid:
         self.values: list[Tensor] = []
         self.search: Tensor | None = None
         self._reserved = 0
+        self.derived: dict[object, object] = {}
+        """What policies made of the search keys, by its setting; forgotten when rows change other than by growing."""
 
     @classmethod
     def of(cls, keys: Tensor, values: Tensor, levels: Levels, lengths: Sequence[int] | None = None) -> Pyramid:
@@ -77,10 +79,12 @@ class Pyramid:
     def crop(self, remove: Sequence[int]) -> None:
         """Forgets the last `remove[b]` tokens of each row; summaries of chunks cut open are made again when they refill."""
         self.lengths = [max(0, length - count) for length, count in zip(self.lengths, remove, strict=True)]
+        self.derived.clear()
 
     def select(self, rows: Tensor) -> None:
         """Keeps, repeats or reorders rows by index."""
         index = rows.to(self.keys[0].device)
+        self.derived.clear()
         self.lengths = [self.lengths[row] for row in rows.tolist()]
         self.keys = [states.index_select(0, index) for states in self.keys]
         self.values = [states.index_select(0, index) for states in self.values]

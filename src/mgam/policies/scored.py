@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 from dataclasses import dataclass
 
 import torch
@@ -10,7 +11,9 @@ from torch import Tensor
 from mgam.cover import Cover, cover_of, window_start
 from mgam.errors import SettingError
 from mgam.levels import Levels
+from mgam.policies.asked import Asked, flat, plain_scores
 from mgam.policies.base import Rest, Voters
+from mgam.policies.compact import Compact, CompactKeys
 from mgam.pyramid import Pyramid
 from mgam.schedule import Blocks
 
@@ -34,6 +37,8 @@ class Scored:
     scale: float | None = None
     every: int = 1
     """Every n-th query votes (the last one always)."""
+    compact: Compact | None = None
+    """Shorter search keys for blocks beyond the tokens that give their basis; None searches full keys."""
 
     votes = True
 
@@ -48,10 +53,15 @@ class Scored:
         device, heads = states.device, states.shape[1]
         start = window_start(blocks.decide, self.window, levels).to(device)
         chunks = int(start.max()) // levels.chunk if len(blocks) else 0
+        most = self.budget // levels.chunk
+        if on_device(states) and most and chunks - 1 > most:
+            from mgam.policies import search_triton
+
+            found = self.scores(voters, blocks, pyramid, levels)[..., :chunks]
+            return search_triton.cover(found, start, levels, most, rest=self.rest, mass=self.mass)
         opened = torch.zeros(len(blocks), heads, chunks, dtype=torch.bool, device=device)
         number = torch.arange(chunks, device=device)
         allowed = (number > 0) & ((number + 1) * levels.chunk <= start[:, None])
-        most = self.budget // levels.chunk
         if chunks - 1 <= most:
             opened |= allowed[:, None]
         elif most:
@@ -77,11 +87,35 @@ class Scored:
         """
         queries, live = _thin(voters, blocks, self.every)
         chunks = int(blocks.decide.max()) // levels.chunk
+        if self.compact is not None:
+            late = blocks.decide >= self.compact.calibrate
+            if bool(late.any()):
+                found = torch.empty(len(blocks), pyramid.keys[0].shape[1], chunks, device=queries.device)
+                short = CompactKeys.of(pyramid, levels, self.compact)
+                for part, keys in ((late, short), (~late, None)):
+                    if bool(part.any()):
+                        there = part.to(queries.device)
+                        got = self._scores(queries[there], live[there], blocks[part], pyramid, levels, chunks, keys)
+                        found[there] = got.to(found.dtype)
+                return found
+        return self._scores(queries, live, blocks, pyramid, levels, chunks, None)
+
+    def _scores(
+        self, queries: Tensor, live: Tensor, blocks: Blocks, pyramid: Pyramid, levels: Levels, chunks: int, short: CompactKeys | None
+    ) -> Tensor:
+        scale = self.scale if self.scale is not None else queries.shape[-1] ** -0.5
+        if short is not None or on_device(queries):
+            row, visible = blocks.row.to(queries.device), (blocks.decide // levels.chunk).to(queries.device)
+            assert pyramid.search is not None
+            if short is None:
+                asked = flat(queries, live, pyramid.search, row, visible, scale)
+            else:
+                asked = short.asked(queries, live, row, visible, scale)
+            return _device_scores(asked, chunks) if on_device(queries) else plain_scores(asked, chunks)
         logits = chunk_logits(queries, blocks, pyramid, chunks)
         ends = (torch.arange(1, chunks + 1, device=logits.device) * levels.chunk)[None]
         visible = ends <= blocks.decide.to(logits.device)[:, None]
         wide = torch.promote_types(queries.dtype, torch.float32)
-        scale = self.scale if self.scale is not None else queries.shape[-1] ** -0.5
         masked = (logits.to(wide) * scale).masked_fill(~visible[:, None, None], -torch.inf)
         mass = torch.softmax(masked, -1).nan_to_num(0.0)
         return (mass * live[:, None, :, None].repeat(1, 1, mass.shape[2] // live.shape[1], 1)).sum(2)
@@ -107,6 +141,17 @@ def chunk_logits(queries: Tensor, blocks: Blocks, pyramid: Pyramid, chunks: int)
             peak = logits.view(heads, asked.shape[1], -1, width).amax(2)
             best[part, :, :, first : first + width] = peak.view(heads, len(members), -1, width).transpose(0, 1)
     return best
+
+
+def on_device(states: Tensor) -> bool:
+    """Whether the search kernels serve these states."""
+    return states.is_cuda and states.dtype in (torch.float16, torch.bfloat16) and importlib.util.find_spec("triton") is not None
+
+
+def _device_scores(asked: Asked, chunks: int) -> Tensor:
+    from mgam.policies import search_triton
+
+    return search_triton.scores(asked, chunks)
 
 
 def _thin(voters: Voters, blocks: Blocks, every: int) -> tuple[Tensor, Tensor]:

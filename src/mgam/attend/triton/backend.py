@@ -33,6 +33,8 @@ def refuse(queries: Tensor) -> list[str]:
         reasons.append("it needs a GPU of compute capability 8.0 or newer")
     if queries.dtype not in (torch.float16, torch.bfloat16) and not (interpreted() and queries.dtype == torch.float32):
         reasons.append("it serves float16 and bfloat16 only")
+    if queries.dtype == torch.bfloat16 and interpreted():
+        reasons.append("Triton's interpreter cannot multiply bfloat16")
     if queries.shape[-1] not in HEAD_DIMS and not interpreted():
         reasons.append(f"it serves head dimensions {', '.join(map(str, HEAD_DIMS))}")
     return reasons

@@ -1,0 +1,134 @@
+"""Compact search keys: fewer dimensions and eight bits, at the resolution of single queries and four keys.
+
+A softmax does not change when the same number is added to all of a query's logits, so the mean key is taken off first: what is
+left is small where keys share a large offset, and rounds well. The basis is that of the principal components of a row's first
+search keys, per KV head; it is a function of the prefix alone.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from typing import Literal
+
+import torch
+from torch import Tensor
+
+from mgam.errors import SettingError
+from mgam.levels import Levels
+from mgam.policies.asked import Asked
+from mgam.pyramid import Pyramid
+
+PEAK = 224.0
+"""Where the largest calibrated number is put: half of what e4m3 can hold, for keys that come later."""
+
+
+@dataclass(frozen=True)
+class Compact:
+    """How search keys are shortened."""
+
+    dims: int = 64
+    """Dimensions kept: half of a head's lose next to nothing, a quarter lose the needle."""
+    bits: Literal[8, 16] = 8
+    calibrate: int = 8192
+    """Tokens that give the basis. Blocks decided before this position search the full keys."""
+
+    def __post_init__(self) -> None:
+        if self.dims < 16 or self.dims % 16:
+            raise SettingError(f"dims={self.dims}: compact search keys take a multiple of 16 dimensions, at least 16")
+        if self.bits not in (8, 16):
+            raise SettingError(f"bits={self.bits}: compact search keys take 8 or 16 bits")
+        if self.calibrate < 1:
+            raise SettingError(f"calibrate={self.calibrate}: a basis needs at least one chunk of tokens")
+
+
+@dataclass
+class CompactKeys:
+    """Compact search keys of a pyramid.
+
+    Shapes: search (B, H, S, C, d) ordered by place first; basis (B, H, D, d); mean (B, H, D); step (B, H): a kept number
+    times the step is a coordinate.
+    """
+
+    search: Tensor
+    basis: Tensor
+    mean: Tensor
+    step: Tensor
+    chunks: int
+
+    @classmethod
+    def of(cls, pyramid: Pyramid, levels: Levels, compact: Compact) -> CompactKeys:
+        """The compact keys of all complete chunks; kept with the pyramid and extended as it grows."""
+        kept = pyramid.derived.get(compact)
+        if not isinstance(kept, CompactKeys):
+            kept = _calibrated(pyramid, levels, compact)
+            pyramid.derived[compact] = kept
+        kept._extend(pyramid, max(pyramid.lengths) // levels.chunk)
+        return kept
+
+    def _extend(self, pyramid: Pyramid, chunks: int) -> None:
+        assert pyramid.search is not None
+        if chunks <= self.chunks:
+            return
+        new = self._shorten(pyramid.search[:, :, :, self.chunks : chunks])
+        if self.search.shape[3] < chunks:
+            room = max(pyramid.search.shape[3], chunks)
+            wider = self.search.new_empty(*self.search.shape[:3], room, self.search.shape[4])
+            wider[:, :, :, : self.chunks] = self.search[:, :, :, : self.chunks]
+            self.search = wider
+        self.search[:, :, :, self.chunks : chunks] = new
+        self.chunks = chunks
+
+    def _shorten(self, keys: Tensor) -> Tensor:
+        """(B, H, S, n, D) -> (B, H, S, n, d), rounded."""
+        wide = self.basis.dtype
+        turned = torch.matmul(keys.to(wide) - self.mean[:, :, None, None].to(wide), self.basis[:, :, None])
+        return rounded(turned / self.step[:, :, None, None, None].to(wide), self.search.dtype)
+
+    def asked(self, queries: Tensor, live: Tensor, row: Tensor, visible: Tensor, scale: float) -> Asked:
+        """The search over these keys. `queries` (N, H*G, V, D) as voters come."""
+        heads = self.basis.shape[1]
+        folded = queries.reshape(queries.shape[0], heads, -1, queries.shape[-1])
+        turned, factor = self.ask(folded, row)
+        return Asked(turned, factor * (scale * math.log2(math.e)), live, self.search, row, visible)
+
+    def ask(self, queries: Tensor, row: Tensor) -> tuple[Tensor, Tensor]:
+        """Queries in the basis, rounded like the keys, and the factor that turns their products into logits.
+
+        Shapes: queries (N, H, M, D), row (N,); returns (N, H, M, d) and (N, H, M) float32.
+        """
+        basis = self.basis[row]
+        turned = torch.matmul(queries.to(basis.dtype), basis).float()
+        factor = self.step[row][..., None].float().expand(turned.shape[:3])
+        if self.search.dtype == torch.float8_e4m3fn:
+            size = turned.abs().amax(-1).clamp_min(1e-20) / PEAK
+            return rounded(turned / size[..., None], self.search.dtype), factor * size
+        return turned.to(self.search.dtype), factor.contiguous()
+
+
+def rounded(states: Tensor, dtype: torch.dtype) -> Tensor:
+    """States in `dtype`; eight bits saturate."""
+    if dtype == torch.float8_e4m3fn:
+        return states.float().clamp(-448.0, 448.0).to(dtype)
+    return states.to(dtype)
+
+
+def _calibrated(pyramid: Pyramid, levels: Levels, compact: Compact) -> CompactKeys:
+    assert pyramid.search is not None
+    batch, heads, places, _, dim = pyramid.search.shape
+    first = compact.calibrate // levels.chunk
+    bases, means, steps = [], [], []
+    wide = torch.promote_types(pyramid.search.dtype, torch.float32)
+    for row in range(batch):
+        seen = pyramid.search[row, :, :, : min(first, pyramid.lengths[row] // levels.chunk)].to(wide).flatten(1, 2)
+        mean = seen.mean(1) if seen.shape[1] else seen.new_zeros(heads, dim)
+        centred = seen - mean[:, None]
+        _, vectors = torch.linalg.eigh(centred.transpose(1, 2) @ centred)
+        basis = vectors[..., -min(compact.dims, dim) :].flip(-1)
+        peak = (centred @ basis).abs().flatten(1).amax(1) if seen.shape[1] else seen.new_ones(heads)
+        bases.append(basis)
+        means.append(mean)
+        steps.append(peak.clamp_min(1e-20) / PEAK if compact.bits == 8 else torch.ones_like(peak))
+    kept = torch.float8_e4m3fn if compact.bits == 8 else pyramid.search.dtype
+    search = torch.empty(batch, heads, places, 0, bases[0].shape[-1], dtype=kept, device=pyramid.search.device)
+    return CompactKeys(search, torch.stack(bases), torch.stack(means), torch.stack(steps), 0)

@@ -1,0 +1,122 @@
+"""The search of `Scored` on the device: scores by two passes over the search keys, covers by sorted lists.
+
+Nothing here waits for the device, and no logit of a prefill is written to memory.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass, replace
+
+import torch
+import triton
+from torch import Tensor
+from triton.tools.tensor_descriptor import TensorDescriptor
+
+from mgam.cover import Cover, summaries_at_most
+from mgam.levels import Levels
+from mgam.policies.asked import Asked
+from mgam.policies.search_kernels import logits_kernel, mass_kernel, normaliser_kernel, split_kernel
+
+
+@dataclass(frozen=True)
+class SearchTiles:
+    """Rows and chunks of a tile, warps and pipeline stages, for each of the two passes."""
+
+    rows: int = 128
+    chunks: int = 128
+    warps: int = 8
+    stages: int = 4
+    copies: bool = True
+    registers: int | None = None
+
+
+def scores(asked: Asked, chunks: int, tiles: SearchTiles | None = None) -> Tensor:
+    """Mass (N, H, chunks) that the voters give each chunk, float32; 0 for chunks that may not be judged."""
+    count, heads, voters, dim = asked.queries.shape
+    found = torch.empty(count, heads, chunks, dtype=torch.float32, device=asked.queries.device)
+    if not found.numel():
+        return found
+    tiles = tiles or tiles_for(voters, asked.queries.element_size())
+    places = asked.search.shape[2]
+    asked = replace(asked, row=asked.row.contiguous(), visible=asked.visible.contiguous())
+    live = asked.live.to(torch.uint8).contiguous()
+    steps = asked.search.stride()[:4]
+    width = max(16, triton.next_power_of_2(dim))
+    if voters <= 16:
+        logits = torch.empty(count, heads, voters, chunks, dtype=torch.float32, device=found.device)
+        cut = triton.cdiv(chunks, 64)
+        logits_kernel[(cut * count * heads,)](
+            asked.queries, asked.factor, logits, asked.search, asked.row, asked.visible, count, heads, cut, chunks, *steps,
+            M=voters, S=places, D=dim, BLOCK_M=16, BLOCK_C=64, BLOCK_D=width, num_warps=4, num_stages=4,
+        )  # fmt: skip
+        mass = torch.softmax(logits * math.log(2.0), -1).nan_to_num(0.0)
+        return (mass.unflatten(2, (-1, live.shape[1])) * live[:, None, None, :, None]).sum((2, 3))
+    copies = tiles.copies and _copyable(asked.search) and dim == width
+    desc: Tensor | TensorDescriptor = asked.search
+    if copies:
+        shape = [1, 1, 1, tiles.chunks, width]
+        desc = TensorDescriptor(asked.search, list(asked.search.shape), list(asked.search.stride()), shape)
+    normaliser = torch.empty(count, heads, voters, dtype=torch.float32, device=found.device)
+    row_tiles, chunk_tiles = triton.cdiv(voters, tiles.rows), triton.cdiv(chunks, tiles.chunks)
+    normaliser_kernel[(row_tiles * count * heads,)](
+        asked.queries, asked.factor, normaliser, asked.search, asked.row, asked.visible, count, heads, row_tiles, chunks, *steps,
+        desc, M=voters, S=places, D=dim, BLOCK_M=tiles.rows, BLOCK_C=tiles.chunks, BLOCK_D=width, COPY=copies,
+        num_warps=tiles.warps, num_stages=tiles.stages, maxnreg=tiles.registers,
+    )  # fmt: skip
+    mass_kernel[(chunk_tiles * count * heads,)](
+        asked.queries, asked.factor, normaliser, asked.search, asked.row, asked.visible, live, found, count, heads, chunk_tiles,
+        chunks, *steps, desc, M=voters, V=live.shape[1], S=places, D=dim, BLOCK_M=tiles.rows, BLOCK_C=tiles.chunks,
+        BLOCK_D=width, COPY=copies, num_warps=tiles.warps, num_stages=tiles.stages, maxnreg=tiles.registers,
+    )  # fmt: skip
+    return found
+
+
+def tiles_for(voters: int, bytes_each: int) -> SearchTiles:
+    """Tiles found on an H100."""
+    if voters <= 64:
+        return SearchTiles(64, 64, 4, 4)
+    return SearchTiles(128, 128, 8, 4 if bytes_each == 1 else 3)
+
+
+def cover(found: Tensor, start: Tensor, levels: Levels, most: int, *, rest: str = "summaries", mass: bool = True) -> Cover:
+    """The cover that opens the sink and the `most` best of the chunks between sink and window.
+
+    Shapes: found (N, H, C) as from `scores`, start (N,) first token of the window. The lists come out sorted.
+    """
+    count, heads, chunks = found.shape
+    device = found.device
+    number = torch.arange(chunks, device=device)
+    allowed = (number > 0) & ((number + 1) * levels.chunk <= start[:, None])
+    value, best = found.masked_fill(~allowed[:, None], -1.0).topk(min(most, max(chunks - 1, 0)), -1)
+    far = torch.iinfo(torch.int64).max
+    sink = torch.where(start > 0, 0, far)[:, None, None].expand(count, heads, 1)
+    chosen = torch.cat((sink, best.masked_fill(value < 0, far)), -1).sort(-1).values
+    opened = chosen.masked_fill(chosen == far, -1)
+    return Cover(levels, start, opened, summaries(opened, start, levels, chunks, rest), mass)
+
+
+def summaries(opened: Tensor, start: Tensor, levels: Levels, chunks: int, rest: str = "summaries") -> tuple[Tensor, ...]:
+    """Sorted lists, per level 1 and up, of the summaries that complete a partition (`mgam.cover.refine`)."""
+    count, heads, width = opened.shape
+    if rest == "drop" or not chunks:
+        return (torch.empty(count, heads, 0, dtype=torch.int64, device=opened.device),) * levels.top
+    found = []
+    for level, room in enumerate(summaries_at_most(chunks, width, levels), start=1):
+        index = torch.full((count, heads, room), -1, dtype=torch.int64, device=opened.device)
+        if index.numel():
+            total = torch.empty(count, heads, dtype=torch.int32, device=opened.device)
+            split_kernel[(count * heads,)](
+                opened, start, index, total, heads, width, room, K=width, CHUNK=levels.chunk, SIZE=levels.sizes[level],
+                ABOVE=levels.sizes[level + 1] if level < levels.top else 0, LEVEL=level,
+                BLOCK_K=max(2, triton.next_power_of_2(width)), BLOCK=128, num_warps=4,
+            )  # fmt: skip
+        found.append(index)
+    return tuple(found)
+
+
+def _copyable(search: Tensor) -> bool:
+    if search.is_cuda and torch.cuda.get_device_capability(search.device) < (9, 0):
+        return False
+    size = search.element_size()
+    return search.stride(4) == 1 and all(step * size % 16 == 0 for step in search.stride()[:4]) and search.data_ptr() % 16 == 0

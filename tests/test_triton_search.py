@@ -1,0 +1,104 @@
+"""The search kernels against the search of `Scored` in float64, and their covers against `cover_of`."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import pytest
+import torch
+from triton_cases import DEVICE, needs_triton
+
+from mgam.cover import cover_of, window_start
+from mgam.levels import Levels
+from mgam.policies import Scored, Voters
+from mgam.policies.asked import flat, plain_scores
+from mgam.policies.compact import Compact, CompactKeys
+from mgam.pyramid import Pyramid
+from mgam.schedule import Blocks, Schedule
+
+pytestmark = needs_triton
+
+KEPT = torch.bfloat16 if DEVICE == "cuda" else torch.float32
+"""Search keys' precision; Triton's interpreter cannot multiply bfloat16."""
+
+
+def made(tokens: int, votes: int, dim: int, lookahead: str, group: int = 2, batch: int = 2):
+    """A pyramid whose unread places are NaN, voters, and the same in float64."""
+    torch.manual_seed(tokens + votes + dim)
+    levels = Levels((1, 8, 32), 4)
+    keys = torch.randn(batch, 2, tokens, dim)
+    pyramid = Pyramid.of(keys, keys, levels)
+    pieces = [(row, p) for row in range(batch) for p in Schedule.uniform(votes, lookahead).pieces(0, tokens)]
+    blocks = Blocks.of(pieces)
+    queries = 2 * torch.randn(len(blocks), 2 * group, blocks.votes, dim)
+    live = torch.arange(blocks.votes) < (blocks.vote_to - blocks.vote_from)[:, None]
+    return levels, pyramid, blocks, Voters(queries, live)
+
+
+@pytest.mark.parametrize(
+    ("tokens", "votes", "dim", "lookahead"), [(300, 16, 64, "none"), (203, 40, 48, "block"), (160, 1, 64, "none"), (70, 20, 128, "block")]
+)
+def test_scores_equal_oracle(tokens: int, votes: int, dim: int, lookahead: str) -> None:
+    from mgam.policies import search_triton
+
+    levels, pyramid, blocks, voters = made(tokens, votes, dim, lookahead)
+    assert pyramid.search is not None
+    pyramid.search = pyramid.search.to(KEPT).double()
+    chunks = int(blocks.decide.max()) // levels.chunk
+    want = Scored().scores(Voters(voters.queries.to(KEPT).double(), voters.live), blocks, pyramid, levels)
+    search = pyramid.search.to(DEVICE, KEPT)
+    asked = flat(
+        voters.queries.to(DEVICE), voters.live.to(DEVICE), search, blocks.row.to(DEVICE),
+        (blocks.decide // levels.chunk).to(DEVICE), dim**-0.5,
+    )  # fmt: skip
+    got = search_triton.scores(asked, chunks)
+    assert torch.allclose(got.cpu().double(), want.double(), atol=2e-4, rtol=2e-3)
+
+
+@pytest.mark.parametrize("bits", [8, 16])
+def test_compact_scores(bits: int) -> None:
+    """Compact keys: the kernel equals the plain computation on the same rounded numbers, and stays near the full search."""
+    from mgam.policies import search_triton
+
+    levels, pyramid, blocks, voters = made(256, 32, 64, "block")
+    assert pyramid.search is not None
+    pyramid.search = pyramid.search.to(KEPT)
+    compact = Compact(dims=32, bits=bits, calibrate=64)
+    short = CompactKeys.of(pyramid, levels, compact)
+    chunks = int(blocks.decide.max()) // levels.chunk
+    visible = blocks.decide // levels.chunk
+    asked = short.asked(voters.queries, voters.live, blocks.row, visible, 64**-0.5)
+    want = plain_scores(asked, chunks).double()
+    there = replace(asked, **{name: getattr(asked, name).to(DEVICE) for name in vars(asked)})
+    got = search_triton.scores(there, chunks).cpu().double()
+    assert torch.allclose(got, want, atol=2e-3, rtol=2e-3)
+    if bits == 16:
+        full = replace(Scored(), compact=replace(compact, dims=64)).scores(voters, blocks, pyramid, levels)
+        exact = Scored().scores(voters, blocks, pyramid, levels)
+        assert torch.allclose(full, exact.to(full.dtype), atol=2e-3, rtol=2e-3)
+
+
+@pytest.mark.parametrize("sizes", [(1, 8), (1, 8, 32), (1, 4, 8, 32)])
+@pytest.mark.parametrize("tokens", [7, 60, 330])
+def test_covers_equal(sizes: tuple[int, ...], tokens: int) -> None:
+    from mgam.policies import search_triton
+
+    levels = Levels(sizes, 4)
+    blocks = Blocks.of([(0, piece) for piece in Schedule.uniform(24).pieces(0, tokens)])
+    start = window_start(blocks.decide, 20, levels)
+    chunks = int(start.max()) // levels.chunk
+    torch.manual_seed(tokens)
+    found = torch.rand(len(blocks), 2, chunks)
+    number = torch.arange(chunks)
+    allowed = (number > 0) & ((number + 1) * levels.chunk <= start[:, None])
+    mask = torch.zeros(len(blocks), 2, chunks, dtype=torch.bool)
+    if chunks > 1:
+        best = found.masked_fill(~allowed[:, None], -1).topk(min(3, chunks - 1), -1).indices
+        mask.scatter_(-1, best, True)
+    want = cover_of(mask & allowed[:, None], start, levels)
+    got = search_triton.cover(found.to(DEVICE), start.to(DEVICE), levels, 3)
+    for ours, theirs in zip((got.opened, *got.summaries), (want.opened, *want.summaries), strict=True):
+        ours = ours.cpu()
+        width = theirs.shape[-1]
+        assert torch.equal(ours[..., :width], theirs[..., : ours.shape[-1]])
+        assert not (ours[..., width:] >= 0).any()
