@@ -29,8 +29,8 @@ class Cover:
     window_start: Tensor
     opened: Tensor
     summaries: tuple[Tensor, ...]
-    mass: bool = True
-    """Whether a summary counts as many times as it has tokens (a bias log n on its logit)."""
+    mass: float = 1.0
+    """How far a summary counts for its tokens: a bias `mass * log n` on its logit. 1: as many times as it has tokens."""
 
     def __post_init__(self) -> None:
         if len(self.summaries) != self.levels.top:
@@ -178,7 +178,7 @@ def cover_of(
     levels: Levels,
     *,
     rest: str = "summaries",
-    mass: bool = True,
+    mass: float = 1.0,
     keep: Sequence[Tensor | None] | None = None,
     most: int | None = None,
 ) -> Cover:

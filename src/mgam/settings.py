@@ -43,8 +43,8 @@ class Settings:
     rest: Rest = "summaries"
     """What happens to chunks that are not opened: read as summaries, or dropped."""
 
-    mass: bool = True
-    """Whether a summary counts as many times as it has tokens."""
+    mass: float = 1.0
+    """How far a summary counts for its tokens, from 0 (as one entry) to 1 (as many times as it has tokens)."""
 
     positions: PositionKind = "granular"
     """`granular`: an entry stands at its rank in the cover, so that any length fits the trained window."""
@@ -75,6 +75,8 @@ class Settings:
             value = getattr(self, name)
             if not isinstance(value, int) or value < 1:
                 raise SettingError(f"{name}={value!r} must be a whole number, 1 or more")
+        if not 0 <= self.mass <= 1:
+            raise SettingError(f"mass={self.mass!r} must lie between 0 (a summary counts once) and 1 (once per token)")
         _one_of("rest", self.rest, ("summaries", "drop"))
         _one_of("positions", self.positions, ("absolute", "granular"))
         _one_of("lookahead", self.lookahead, ("none", "block"))

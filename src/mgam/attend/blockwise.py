@@ -60,7 +60,7 @@ def gather(
         ok = index >= 0
         for kept, states in ((keys, pyramid.keys), (values, pyramid.values)):
             kept.append(_take(states[level], row, index.clamp_min(0)).masked_fill(~ok[..., None], 0))
-        weight = math.log(cover.levels.sizes[level]) if cover.mass else 0.0
+        weight = cover.mass * math.log(cover.levels.sizes[level])
         bias.append(torch.full((), weight, dtype=wide, device=device).masked_fill(~ok, -torch.inf))
     start = cover.window_start.to(device)
     own = blocks.start.to(device)[:, None] + torch.arange(size, device=device)

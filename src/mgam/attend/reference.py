@@ -54,7 +54,7 @@ def _one(
         return torch.zeros_like(queries), queries.new_full(queries.shape[:1], -torch.inf)
     keys = torch.stack([pyramid.keys[level][row, head, index] for _, level, index in entries])
     values = torch.stack([pyramid.values[level][row, head, index] for _, level, index in entries])
-    mass = torch.tensor([cover.levels.sizes[level] if cover.mass else 1 for _, level, _ in entries])
+    mass = torch.tensor([float(cover.levels.sizes[level]) for _, level, _ in entries])
     last = torch.tensor([start + cover.levels.sizes[level] - 1 for start, level, _ in entries], device=queries.device)
     own = torch.arange(first, first + length, device=queries.device)
     active = queries[:length]
@@ -72,7 +72,7 @@ def _one(
     logits = scale * active @ keys.T
     if softcap is not None:
         logits = softcap * torch.tanh(logits / softcap)
-    logits = logits + torch.log(mass.to(logits))
+    logits = logits + cover.mass * torch.log(mass.to(logits))
     logits = logits.masked_fill(last[None, :] > own[:, None], -torch.inf)
     lse = torch.logsumexp(logits, -1)
     out = torch.exp(logits - lse.masked_fill(lse == -torch.inf, 0)[:, None]) @ values

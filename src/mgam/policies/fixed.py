@@ -35,7 +35,7 @@ class Window:
 
     window: int = 512
     rest: Rest = "drop"
-    mass: bool = True
+    mass: float = 1.0
 
     votes = False
 
@@ -58,7 +58,7 @@ class Dyadic:
 
     window: int = 512
     reach: int = 32
-    mass: bool = True
+    mass: float = 1.0
 
     votes = False
 

@@ -33,7 +33,7 @@ class Scored:
     budget: int = 1024
     window: int = 512
     rest: Rest = "summaries"
-    mass: bool = True
+    mass: float = 1.0
     scale: float | None = None
     every: int = 1
     """Every n-th query votes (the last one always)."""

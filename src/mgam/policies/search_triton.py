@@ -79,7 +79,7 @@ def tiles_for(voters: int, bytes_each: int) -> SearchTiles:
     return SearchTiles(128, 128, 8, 4 if bytes_each == 1 else 3)
 
 
-def cover(found: Tensor, start: Tensor, levels: Levels, most: int, *, rest: str = "summaries", mass: bool = True) -> Cover:
+def cover(found: Tensor, start: Tensor, levels: Levels, most: int, *, rest: str = "summaries", mass: float = 1.0) -> Cover:
     """The cover that opens the sink and the `most` best of the chunks between sink and window.
 
     Shapes: found (N, H, C) as from `scores`, start (N,) first token of the window. The lists come out sorted.

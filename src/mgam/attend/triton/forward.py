@@ -134,7 +134,7 @@ def strides(states: Sequence[Tensor]) -> tuple[tuple[int, int, int], ...]:
 
 def biases(lists: Lists) -> tuple[float, ...]:
     """Log mass of an entry in base 2, per level."""
-    return tuple(math.log2(size) if lists.mass else 0.0 for size in lists.levels.sizes)
+    return tuple(lists.mass * math.log2(size) for size in lists.levels.sizes)
 
 
 def block(width: int) -> int:

@@ -30,7 +30,7 @@ class Lists:
     counts: Tensor
     ranks: tuple[Tensor, ...]
     """Distance of each entry to the window (`Cover.ranks`); the index lists themselves where positions are absolute."""
-    mass: bool = True
+    mass: float = 1.0
 
     @classmethod
     def of(cls, cover: Cover, blocks: Blocks, device: torch.device, positions: Positions | None = None) -> Lists:
