@@ -7,23 +7,34 @@ model judges; a passage is right if it holds gold evidence. Readers that show no
 from __future__ import annotations
 
 from collections.abc import Sequence
+from itertools import pairwise
 
 from mgam.evaluation.reader import Passage
 from mgam.evaluation.sample import Span
 
-HELD = 0.5  # share of a gold span that a passage must hold to count as citing it
+HELD = 0.5  # share of a gold span that the passages must hold for it to count as cited
+UNIT = 1200  # characters: a longer passage counts as several, so that citing everything is not right
 
 
 def evidence_scores(passages: Sequence[Passage], gold: Sequence[Span]) -> dict[str, float]:
     """Precision (passages that hold gold), recall (gold spans held by the passages together) and F1."""
     if not gold:
         return {}
-    right = sum(any(_held(span, [passage]) > 0 for span in gold) for passage in passages)
+    units = [unit for passage in passages for unit in _units(passage)]
+    right = sum(any(_held(span, [unit]) > 0 for span in gold) for unit in units)
     held = sum(_held(span, passages) >= HELD for span in gold)
-    precision = right / len(passages) if passages else 0.0
+    precision = right / len(units) if units else 0.0
     recall = held / len(gold)
     f1 = 2 * precision * recall / (precision + recall) if precision + recall else 0.0
     return {"evidence_precision": precision, "evidence_recall": recall, "evidence_f1": f1}
+
+
+def _units(passage: Passage) -> list[Passage]:
+    """The passage in equal parts of at most UNIT characters."""
+    size = max(0, passage.end - passage.start)
+    parts = max(1, -(-size // UNIT))
+    edges = [passage.start + size * part // parts for part in range(parts + 1)]
+    return [Passage(start, end) for start, end in pairwise(edges)]
 
 
 def _held(span: Span, passages: Sequence[Passage]) -> float:

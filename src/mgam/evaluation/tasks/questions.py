@@ -115,7 +115,7 @@ def build(hops: int, request: Request) -> Draft:
     else:
         needles.append(Needle(_entry(world.firm(firm, seat)), rng.random()))
         question = (
-            f"In which town has the firm that {person} works for its seat? Answer with the name of the town only."
+            f"In which town is the seat of the firm that {person} works for? Answer with the name of the town only."
         )
         answer = seat
     room = request.room(question, NEW_TOKENS)

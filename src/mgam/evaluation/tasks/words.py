@@ -8,6 +8,7 @@ rank; rank 1 is a row of dots, ranks 2 to 4 are asked for.
 from __future__ import annotations
 
 import random
+import re
 import string
 
 from mgam.errors import SettingError
@@ -104,10 +105,23 @@ def _shuffled(rng: random.Random, codes: list[str], counts: list[int]) -> str:
     return " ".join(entries)
 
 
-def score(sample: Sample, reply: str) -> Score:
-    """Share of gold words in the reply, as whole words; beside it IoU over all words of the reply."""
+def score_common(sample: Sample, reply: str) -> Score:
+    """Share of gold words in the reply, as whole words (RULER's); beside it IoU over all words of the reply."""
     found = words_scores(reply, sample.answers)
     return Score(found["recall"], {"iou": found["iou"]})
+
+
+def score_frequent(sample: Sample, reply: str) -> Score:
+    """Share of gold words among the first three coded words of the reply.
+
+    RULER looks at the whole reply, where copying the start of the text scores nearly all: the frequent words come first
+    everywhere. Its score stands beside this one as `anywhere`.
+    """
+    said = dict.fromkeys(re.findall(rf"\b[a-z]{{{CODE_LETTERS}}}\b", reply.lower()))
+    coded = [word for word in said if word in sample.document]
+    first = set(coded[:FREQUENT]) & set(sample.answers)
+    found = words_scores(reply, sample.answers)
+    return Score(len(first) / FREQUENT, {"anywhere": found["recall"], "iou": found["iou"]})
 
 
 register(
@@ -118,7 +132,7 @@ register(
         groups=("synthetic", "ruler"),
         max_new_tokens=COMMON_TOKENS,
         build=build_common,
-        score=score,
+        score=score_common,
     )
 )
 register(
@@ -129,6 +143,6 @@ register(
         groups=("synthetic", "ruler", "quick"),
         max_new_tokens=FREQUENT_TOKENS,
         build=build_frequent,
-        score=score,
+        score=score_frequent,
     )
 )
