@@ -1,0 +1,91 @@
+"""The four patterns: one right answer, found by the rule, and the same bytes for a seed."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torch import Tensor
+
+from mgam.errors import SettingError
+from mgam.evaluation.patterns import PATTERNS, Batch, efficiency_length, first_leak, make_batch
+from mgam.evaluation.patterns.tasks import IGNORED, MASK
+
+
+def look_up(pairs: list[int]) -> dict[int, int]:
+    return {key: value for key, value in zip(pairs[::2], pairs[1::2], strict=True) if value != MASK}
+
+
+def solved(batch: Batch) -> Tensor:
+    """Answers by the rule, read from inputs alone."""
+    found = torch.full_like(batch.answer, IGNORED)
+    for row, target in enumerate(batch.target.tolist()):
+        if batch.source is not None:
+            table = look_up(batch.source[row].tolist())
+            found[row] = torch.tensor([table[token] for token in target])
+        elif batch.pattern == "noncausal-self":
+            table = look_up(target)
+            for place in range(1, len(target), 2):
+                if target[place] == MASK:
+                    found[row, place] = table[target[place - 1]]
+        else:
+            pairs = 2 * len(target) // 3
+            table = look_up(target[:pairs])
+            found[row, pairs:] = torch.tensor([table[token] for token in target[pairs:]])
+    return found
+
+
+@pytest.mark.parametrize("pattern", PATTERNS)
+@pytest.mark.parametrize("length", [8, 63, 300])
+def test_the_rule_finds_every_answer(pattern: str, length: int) -> None:
+    batch = make_batch(pattern, 3, length, seed=7)
+    assert torch.equal(solved(batch), batch.answer)
+    assert (batch.answer != IGNORED).any()
+    highest = max(
+        int(batch.target.max()), int(batch.answer.max()), 0 if batch.source is None else int(batch.source.max())
+    )
+    assert highest < batch.vocabulary
+    logits = torch.nn.functional.one_hot(batch.answer.clamp_min(0), batch.vocabulary).float()
+    assert batch.accuracy(logits) == 1.0
+    assert batch.accuracy(torch.zeros_like(logits)) < 0.5
+
+
+@pytest.mark.parametrize("pattern", PATTERNS)
+def test_a_seed_gives_the_same_batch(pattern: str) -> None:
+    first, again, other = (make_batch(pattern, 2, 64, seed=seed) for seed in (1, 1, 2))
+    assert torch.equal(first.target, again.target)
+    assert torch.equal(first.answer, again.answer)
+    assert not torch.equal(first.target, other.target) or pattern == "noncausal-self"
+
+
+def test_masked_values_stand_before_and_after_their_copies() -> None:
+    batch = make_batch("noncausal-self", 8, 256, seed=0)
+    masked = (batch.target[:, 1::2] == MASK).float()
+    half = masked.shape[1] // 2
+    assert 0.3 < masked[:, :half].mean() < 0.7
+
+
+def test_leaks_are_found() -> None:
+    values = torch.randn(2, 12, 4)
+    assert first_leak(lambda x: x.cumsum(1), values) is None
+    assert first_leak(lambda x: x - x.mean(1, keepdim=True), values) == 0
+    assert first_leak(lambda x: torch.cat((x[:, :6], x[:, 6:].flip(1)), 1), values) == 6
+
+
+def test_efficiency_length_is_the_crossing() -> None:
+    lengths = [256, 512, 1024, 2048, 4096, 8192]
+    dense = [2e-9 * n * n + 1e-6 * n + 1e-3 for n in lengths]
+    method = [6e-6 * n + 2e-3 for n in lengths]
+    root = efficiency_length(lengths, dense, method)
+    assert root is not None
+    assert 2e-9 * root**2 + 1e-6 * root + 1e-3 == pytest.approx(6e-6 * root + 2e-3)
+    assert root == pytest.approx(2686, abs=1)
+    assert efficiency_length(lengths, dense, [1e-4] * 6) is None
+    with pytest.raises(ValueError, match="three"):
+        efficiency_length([1, 2], [1, 2], [1, 2])
+
+
+def test_bad_settings_are_refused() -> None:
+    with pytest.raises(SettingError, match="causal-cross"):
+        make_batch("causal", 1, 64, 0)  # type: ignore[arg-type]
+    with pytest.raises(SettingError, match="length"):
+        make_batch("causal-self", 1, 2, 0)
