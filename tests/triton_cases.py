@@ -23,23 +23,6 @@ INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
 DEVICE = "cuda" if torch.cuda.is_available() and not INTERPRETED else "cpu"
 DTYPES = (torch.float16, torch.bfloat16) if DEVICE == "cuda" else (torch.float32,)
 
-
-def _mend_interpreter() -> None:
-    """NumPy 2.4 no longer turns an array of one element into an integer, which Triton 3.6's interpreter relies on."""
-    from triton.runtime import interpreter
-
-    patch = interpreter._patch_lang_tensor
-
-    def mended(tensor: object, scope: interpreter._LangPatchScope) -> None:
-        patch(tensor, scope)
-        scope.set_attr(tensor, "__index__", lambda self: int(self.handle.data.item()))
-
-    interpreter._patch_lang_tensor = mended
-
-
-if HAS_TRITON and INTERPRETED:
-    _mend_interpreter()
-
 needs_triton = pytest.mark.skipif(
     not HAS_TRITON or (DEVICE == "cpu" and not INTERPRETED),
     reason="needs triton and a CUDA device, or TRITON_INTERPRET=1 for Triton's interpreter",

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 from collections.abc import Sequence
 
 import torch
@@ -124,6 +125,9 @@ class Pyramid:
             if last <= first:
                 return
             ratio = self.levels.ratio(level)
+            if level == 1 and _on_device(keys):
+                self._build(rows, first, last)
+                continue
             for states in (self.keys, self.values):
                 states[level][rows, :, first:last] = _means(states[level - 1][rows, :, first * ratio : last * ratio], ratio)
             if level == 1:
@@ -131,6 +135,26 @@ class Pyramid:
                 chunk = self.levels.chunk
                 complete = self.keys[0][rows, :, first * chunk : last * chunk]
                 self.search[rows, :, :, first:last] = _search_keys(complete, self.levels)
+
+    def _build(self, rows: slice, first: int, last: int) -> None:
+        """Level 1 and search keys of chunks [first, last) in one pass on the device."""
+        from mgam.pyramid_triton import build
+
+        assert self.search is not None
+        tokens = slice(first * self.levels.chunk, last * self.levels.chunk)
+        build(
+            self.keys[0][rows, :, tokens],
+            self.values[0][rows, :, tokens],
+            self.keys[1][rows, :, first:last],
+            self.values[1][rows, :, first:last],
+            self.search[rows, :, :, first:last],
+            self.levels,
+        )
+
+
+def _on_device(states: Tensor) -> bool:
+    half = states.dtype in (torch.float16, torch.bfloat16)
+    return states.is_cuda and half and importlib.util.find_spec("triton") is not None
 
 
 def _means(states: Tensor, ratio: int) -> Tensor:

@@ -1,0 +1,50 @@
+"""The build kernel against the plain means."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from triton_cases import DEVICE, DTYPES, needs_triton, poisoned
+
+from mgam.levels import Levels
+from mgam.pyramid import Pyramid
+
+pytestmark = needs_triton
+
+
+@pytest.mark.parametrize(("sizes", "search", "dim"), [((1, 8, 32), 4, 64), ((1, 24), 3, 96), ((1, 64, 128), 4, 128)])
+def test_equals_means(sizes: tuple[int, ...], search: int, dim: int) -> None:
+    from mgam.pyramid_triton import build
+
+    levels = Levels(sizes, search)
+    chunks = 3
+    for dtype in DTYPES:
+        states = torch.randn(2, 2, 2, chunks * levels.chunk, dim, device=DEVICE).to(dtype)
+        keys, values = poisoned(states[0], 5), poisoned(states[1].transpose(1, 2).contiguous().transpose(1, 2), 2)
+        wide = Pyramid.of(keys.double(), values.double(), levels)
+        assert wide.search is not None
+        made = [torch.full_like(level, torch.nan, dtype=dtype) for level in (wide.keys[1], wide.values[1])]
+        found = torch.full_like(wide.search, torch.nan, dtype=dtype)
+        build(keys, values, *made, found, levels)
+        loose = 1e-5 if dtype == torch.float32 else 1e-2
+        for got, want in zip((*made, found), (wide.keys[1], wide.values[1], wide.search), strict=True):
+            assert torch.allclose(got.double(), want, atol=loose, rtol=loose)
+
+
+@pytest.mark.skipif(DEVICE == "cpu", reason="appending builds with the kernel on a CUDA device only")
+def test_append_in_any_cut() -> None:
+    levels = Levels((1, 8, 32), 4)
+    states = torch.randn(2, 2, 203, 64, device=DEVICE, dtype=torch.bfloat16)
+    whole, parts = Pyramid(levels), Pyramid(levels)
+    whole.append(states, states)
+    for cut in states.split([1, 50, 2, 150], 2):
+        parts.append(cut, cut)
+    assert whole.search is not None
+    assert parts.search is not None
+    for level, size in enumerate(levels.sizes):
+        count = 203 // size
+        assert torch.equal(whole.keys[level][:, :, :count], parts.keys[level][:, :, :count])
+        assert torch.equal(whole.values[level][:, :, :count], parts.values[level][:, :, :count])
+    assert torch.equal(whole.search[:, :, :, :25], parts.search[:, :, :, :25])
+    plain = Pyramid.of(states.double(), states.double(), levels)
+    assert torch.allclose(whole.keys[1][:, :, :25].double(), plain.keys[1][:, :, :25], atol=2e-2)
