@@ -18,10 +18,10 @@ def _seed(request: pytest.FixtureRequest) -> None:
 
 CASES = {
     "plain": Case(),
-    "levels": Case(sizes=(1, 8, 32), tokens=203, opened=3),
-    "four levels": Case(sizes=(1, 4, 8, 32), search=4, tokens=181, opened=4),
-    "ragged": Case(batch=3, lengths=(203, 64, 9), tokens=203, sizes=(1, 8, 32), opened=2),
-    "granular": Case(granular=True, sizes=(1, 8, 32), tokens=203, opened=3),
+    "levels": Case(sizes=(1, 8, 32), window=12, tokens=117, opened=2),
+    "four levels": Case(sizes=(1, 4, 8, 32), search=4, tokens=101, opened=3),
+    "ragged": Case(batch=3, lengths=(107, 64, 9), tokens=107, sizes=(1, 8, 32), opened=2),
+    "granular": Case(granular=True, sizes=(1, 8, 32), window=12, tokens=117, opened=2),
     "granular, partial rotation": Case(granular=True, pairs=16, sizes=(1, 8, 32), tokens=99, opened=2),
     "head 96": Case(dim=96, granular=True, tokens=70, opened=2),
     "softcap": Case(softcap=5.0, tokens=90),

@@ -8,7 +8,9 @@ import torch
 from torch import Tensor
 
 from mgam.attend.triton.forward import Turn, read
+from mgam.attend.triton.gradient import gradients
 from mgam.attend.triton.lists import Lists
+from mgam.merge import Part
 
 
 class Read(torch.autograd.Function):
@@ -26,4 +28,9 @@ class Read(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
-        raise NotImplementedError
+        queries, out, lse, *states = ctx.saved_tensors
+        half = len(states) // 2
+        dq, dks, dvs = gradients(
+            grads[0], Part(out, lse), queries, ctx.lists, states[:half], states[half:], ctx.scale, turn=ctx.turn, softcap=ctx.softcap
+        )
+        return dq, None, None, None, None, *dks, *dvs

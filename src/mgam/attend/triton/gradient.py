@@ -1,0 +1,152 @@
+"""Launches the backward kernels: inverts the lists, allocates gradients, and nothing else."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+import triton
+from torch import Tensor
+
+from mgam.attend.triton.backward import entry_grad_kernel, query_grad_kernel
+from mgam.attend.triton.forward import Turn, biases, block, precision, strides
+from mgam.attend.triton.lists import Lists
+from mgam.merge import Part
+
+TILE = 16
+"""Summaries whose gradients one program sums: about the children that one parent has."""
+
+
+@dataclass(frozen=True)
+class Inverse:
+    """Who reads what: for unit u of (row, head), `order[begin:end]` are the places in a list (N, H, width) that read it.
+
+    Shapes: begin, end (B*H*units,), order (N*H*width,), sorted by unit and then by place, so that sums have a fixed order.
+    """
+
+    begin: Tensor
+    end: Tensor
+    order: Tensor
+    units: int
+
+    @classmethod
+    def of(cls, unit: Tensor, row: Tensor, rows: int, units: int) -> Inverse:
+        """Inverts unit (N, H, W), -1 where a place reads nothing; row (N,)."""
+        heads = unit.shape[1]
+        pair = row[:, None] * heads + torch.arange(heads, device=unit.device)
+        bucket = torch.where(unit < 0, rows * heads * units, pair[..., None] * units + unit).flatten()
+        ordered, order = bucket.sort(stable=True)
+        every = torch.arange(rows * heads * units, device=unit.device)
+        return cls(torch.searchsorted(ordered, every), torch.searchsorted(ordered, every, right=True), order, units)
+
+
+def gradients(
+    grad: Tensor, part: Part, queries: Tensor, lists: Lists, keys: Sequence[Tensor], values: Sequence[Tensor], scale: float, *,
+    turn: Turn, softcap: float | None = None,
+) -> tuple[Tensor, list[Tensor], list[Tensor]]:
+    """Gradients of queries (N, H*G, Q, D), and of keys and values (B, H, n_l, D) per level."""
+    grad = grad.contiguous()
+    delta = (grad.float() * part.out.float()).sum(-1)
+    dq = _query_grads(grad, delta, part.lse, queries, lists, keys, values, scale, turn, softcap)
+    dks = [torch.zeros(level.shape, dtype=level.dtype, device=level.device) for level in keys]
+    dvs = [torch.zeros(level.shape, dtype=level.dtype, device=level.device) for level in values]
+    for level in range(len(keys)):
+        reads = _token_reads(lists, turn) if level == 0 else _summary_reads(lists, level)
+        if reads is not None:
+            _entry_grads(
+                level, reads, grad, delta, part.lse, queries, lists, keys[level], values[level], dks[level], dvs[level], scale, turn, softcap
+            )
+    return dq, dks, dvs
+
+
+@dataclass(frozen=True)
+class _Reads:
+    """Places (N, H, W) that read units of `size` entries, with the rank of each place's first entry."""
+
+    unit: Tensor
+    index: Tensor
+    ranks: Tensor
+    size: int
+
+
+def _token_reads(lists: Lists, turn: Turn) -> _Reads | None:
+    """Opened chunks, then the chunks of the window."""
+    chunk = lists.levels.chunk
+    _, start, length, window = lists.blocks
+    first, last = window // chunk, (start + length - 1) // chunk
+    reach = int((last - first).max()) + 1
+    if reach <= 0:
+        return None
+    near = first[:, None] + torch.arange(reach, device=first.device)
+    near = near.masked_fill((near > last[:, None]) | (length <= 0)[:, None], -1)[:, None]
+    near = near.expand(-1, lists.counts.shape[2], -1)
+    unit = torch.cat((lists.index[0], near), -1)
+    ranks = unit
+    if turn.pairs:
+        ranks = torch.cat((lists.ranks[0], near * chunk - window[:, None, None]), -1)
+    return _Reads(unit, unit, ranks.contiguous(), chunk)
+
+
+def _summary_reads(lists: Lists, level: int) -> _Reads | None:
+    """The first place of each tile of summaries that a block reads; its neighbours follow it in the list."""
+    index = lists.index[level]
+    if not index.shape[-1]:
+        return None
+    tile = torch.div(index, TILE, rounding_mode="floor")
+    again = torch.zeros_like(index, dtype=torch.bool)
+    again[..., 1:] = tile[..., 1:] == tile[..., :-1]
+    return _Reads(tile.masked_fill((index < 0) | again, -1), index, lists.ranks[level], TILE)
+
+
+def _query_grads(
+    grad: Tensor, delta: Tensor, lse: Tensor, queries: Tensor, lists: Lists, keys: Sequence[Tensor], values: Sequence[Tensor],
+    scale: float, turn: Turn, softcap: float | None,
+) -> Tensor:
+    count, query_heads, size, dim = queries.shape
+    heads = keys[0].shape[1]
+    group = query_heads // heads
+    dq = torch.empty(queries.shape, dtype=queries.dtype, device=queries.device)
+    tile = _row_tile(group * size, dim)
+    tiles = triton.cdiv(group * size, tile)
+    query_grad_kernel[(tiles * count * heads,)](
+        queries, grad, lse, delta, dq, lists.blocks, lists.counts, tuple(keys), tuple(values), strides(keys), strides(values),
+        lists.index, lists.ranks, tuple(part.shape[-1] for part in lists.index),
+        turn.cos, turn.sin, turn.cos.shape[0] - 1, turn.anchor, scale, softcap or 1.0, biases(lists),
+        count, heads, tiles, queries.stride(0), queries.stride(1), queries.stride(2),
+        G=group, Q=size, CHUNK=lists.levels.chunk, TOP=lists.levels.top, D=dim, R=turn.pairs,
+        BLOCK_M=tile, BLOCK_N=64 if dim <= 128 else 32, BLOCK_D=block(dim), BLOCK_R=block(turn.pairs),
+        BLOCK_P=block(dim - 2 * turn.pairs), CAP=softcap is not None, BARE=lists.bare, PRECISION=precision(queries.dtype),
+        num_warps=8 if tile == 128 else 4, num_stages=2,
+    )  # fmt: skip
+    return dq
+
+
+def _entry_grads(
+    level: int, reads: _Reads, grad: Tensor, delta: Tensor, lse: Tensor, queries: Tensor, lists: Lists, keys: Tensor,
+    values: Tensor, dk: Tensor, dv: Tensor, scale: float, turn: Turn, softcap: float | None,
+) -> None:
+    _, query_heads, size, dim = queries.shape
+    rows, heads, count, _ = keys.shape
+    group = query_heads // heads
+    units = triton.cdiv(count, reads.size)
+    if not units:
+        return
+    inverse = Inverse.of(reads.unit, lists.blocks[0], rows, units)
+    across = max(16, min(64 if dim <= 128 else 32, triton.next_power_of_2(reads.size)))
+    subs = triton.cdiv(reads.size, across)
+    entry_grad_kernel[(subs * rows * heads * units,)](
+        queries, grad, lse, delta, keys, values, dk, dv, lists.blocks, inverse.begin, inverse.end, inverse.order,
+        reads.index, reads.ranks, turn.cos, turn.sin, turn.cos.shape[0] - 1, turn.anchor, scale, softcap or 1.0, biases(lists)[level],
+        lists.blocks.shape[1], heads, units, count, reads.unit.shape[-1],
+        keys.stride(0), keys.stride(1), keys.stride(2), values.stride(0), values.stride(1), values.stride(2),
+        queries.stride(0), queries.stride(1), queries.stride(2),
+        G=group, Q=size, KIND=0 if level == 0 else 1, OPENED_WIDTH=lists.index[0].shape[-1], UNIT=reads.size, SUBS=subs,
+        D=dim, R=turn.pairs, BLOCK_M=_row_tile(group * size, dim, 64), BLOCK_N=across, BLOCK_D=block(dim), BLOCK_R=block(turn.pairs),
+        BLOCK_P=block(dim - 2 * turn.pairs), CAP=softcap is not None, BARE=lists.bare, PRECISION=precision(queries.dtype),
+        num_warps=4, num_stages=2,
+    )  # fmt: skip
+
+
+def _row_tile(rows: int, dim: int, most: int = 128) -> int:
+    return max(16, min(most if dim <= 128 else 64, triton.next_power_of_2(rows)))

@@ -1,0 +1,70 @@
+"""Gradients of the kernels against those of the oracle in float64, through tokens, summaries and window."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from test_triton_read import CASES as READ_CASES
+from triton_cases import DTYPES, Case, Made, in_float64, needs_triton
+
+from mgam.attend import reference
+from mgam.attend.triton import backend
+
+pytestmark = needs_triton
+
+CASES = {
+    name: READ_CASES[name]
+    for name in (
+        "plain", "levels", "four levels", "granular", "granular, partial rotation", "softcap", "drop", "one query, granular",
+        "single token", "no group", "dense, granular",
+    )
+} | {  # fmt: skip
+    "ragged": Case(batch=2, lengths=(83, 9), tokens=83, sizes=(1, 8, 32), opened=2),
+    "big chunk": Case(sizes=(1, 128, 256), search=4, tokens=420, opened=1, window=64, block=64, heads=1, few=2),
+}
+
+
+def leaves(made: Made) -> list[torch.Tensor]:
+    """Queries and all levels as leaves of a graph; the pyramid of `made` then holds them."""
+    found = [made.queries, *made.pyramid.keys, *made.pyramid.values]
+    found = [leaf.detach().clone().requires_grad_() for leaf in found]
+    made.queries = found[0]
+    half = len(made.pyramid.keys)
+    made.pyramid.keys, made.pyramid.values = list(found[1 : 1 + half]), list(found[1 + half :])
+    return found
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_gradients_equal_oracle(name: str) -> None:
+    for dtype in DTYPES:
+        made = CASES[name].make(dtype)
+        wide = in_float64(made)
+        wide_leaves, made_leaves = leaves(wide), leaves(made)
+        want = reference.attend(
+            wide.queries, wide.blocks, wide.cover, wide.pyramid, wide.positions, wide.scale, wide.softcap
+        ).out
+        pull = torch.randn_like(want)
+        want.backward(pull)
+        got = backend.attend(made.queries, made.blocks, made.cover, made.pyramid, made.positions, made.scale, made.softcap)
+        made.compare(got, want)
+        got.backward(pull.to(got))
+        scale = max(float(leaf.grad.nan_to_num().norm()) for leaf in wide_leaves if leaf.grad is not None)
+        for ours, theirs in zip(made_leaves, wide_leaves, strict=True):
+            expected = torch.zeros_like(theirs) if theirs.grad is None else theirs.grad.nan_to_num()
+            assert ours.grad is not None
+            assert torch.isfinite(ours.grad).all()
+            error = (ours.grad.cpu().double() - expected).norm()
+            assert error <= made.tolerance * max(float(expected.norm()), 1e-2 * scale), f"{error:.1e} of {expected.norm():.1e}"
+
+
+def test_same_bits_every_time() -> None:
+    found = []
+    torch.manual_seed(1)
+    made = CASES["granular"].make(DTYPES[-1])
+    states = leaves(made)
+    for _ in range(2):
+        for leaf in states:
+            leaf.grad = None
+        backend.attend(made.queries, made.blocks, made.cover, made.pyramid, made.positions, made.scale).square().sum().backward()
+        found.append([leaf.grad.clone() for leaf in states if leaf.grad is not None])
+    assert all(torch.equal(a, b) for a, b in zip(*found, strict=True))
