@@ -1,0 +1,132 @@
+"""The table of cases: one row per way of reading. Adding a method means adding a row here."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import Any
+
+from mgam import methods
+from mgam.levels import Levels
+from mgam.methods import Method
+from mgam.policies import Dyadic, Policy, Window
+from mgam.settings import Settings
+
+LEVELS = (1, 4, 16)
+SMALL: dict[str, Any] = {"levels": LEVELS, "search": 2, "window": 8, "block": 8, "question_block": 5, "dense_until": 0}
+"""Settings under which texts of some dozen tokens are already read coarsely."""
+ENOUGH = 4096
+"""More tokens than any text of the battery has."""
+
+Summaries = Callable[[Levels, int, set[int]], list[set[int]]]
+"""Levels, first token of the window, chunks opened -> per level 1 and up, the chunks read as summaries."""
+
+
+def coarsest(levels: Levels, start: int, opened: set[int]) -> list[set[int]]:
+    """The rest as coarse as it can be: a chunk is read whole unless it holds something opened, the sink, or window."""
+    return _tree(levels, start, opened, lambda level, end: True)
+
+
+def by_distance(reach: int) -> Summaries:
+    """A chunk of level l is read only when `reach` chunks of every finer level lie between it and the window."""
+
+    def summaries(levels: Levels, start: int, opened: set[int]) -> list[set[int]]:
+        def far(level: int, end: int) -> bool:
+            near = start
+            for finer in range(1, level):
+                near = max(0, near - reach * levels.sizes[finer])
+            return end <= near
+
+        return _tree(levels, start, opened, far)
+
+    return summaries
+
+
+def nothing(levels: Levels, start: int, opened: set[int]) -> list[set[int]]:
+    """No summaries."""
+    return [set() for _ in levels.sizes[1:]]
+
+
+def _tree(levels: Levels, start: int, opened: set[int], may: Callable[[int, int], bool]) -> list[set[int]]:
+    found: list[set[int]] = [set() for _ in levels.sizes[1:]]
+
+    def visit(level: int, index: int) -> None:
+        size = levels.sizes[level]
+        begin, end = index * size, (index + 1) * size
+        if begin >= start or (level == 1 and index in opened):
+            return
+        inside = any(begin <= chunk * levels.chunk < end for chunk in opened)
+        if end <= start and not inside and may(level, end):
+            found[level - 1].add(index)
+        elif level > 1:
+            for child in range(index * levels.ratio(level), (index + 1) * levels.ratio(level)):
+                visit(level - 1, child)
+
+    for index in range(start // levels.sizes[-1] + 1):
+        visit(levels.top, index)
+    return found
+
+
+def sink(available: int) -> int:
+    """Chunks opened when only the sink is."""
+    return min(available, 1)
+
+
+def within(budget: int) -> Callable[[int], int]:
+    """Chunks opened besides the sink by a policy with this budget, in chunks."""
+    return lambda available: min(available, 1 + budget)
+
+
+@dataclass(frozen=True)
+class Case:
+    """One way of reading, and the formula of what it reads."""
+
+    name: str
+    method: str
+    """Name in the registry; what the method declares there is what the battery tests."""
+    generous: dict[str, Any] = field(default_factory=lambda: {"window": ENOUGH})
+    """Settings under which it must equal dense attention."""
+    settings: dict[str, Any] = field(default_factory=dict)
+    """Settings besides the small ones."""
+    opens: Callable[[int], int] = sink
+    """Chunks before the window -> chunks opened."""
+    summaries: Summaries = coarsest
+    cover: str | None = None
+    """What the settings make of the declared cover."""
+    make: Callable[[Settings, float], Policy] | None = None
+    """A policy other than the method's, for what its settings do not reach."""
+
+    @property
+    def declared(self) -> Method:
+        return methods.get(self.method)
+
+    @property
+    def partitions(self) -> bool:
+        """Whether every visible token is in exactly one entry (else in at most one)."""
+        return (self.cover or self.declared.cover) == "partition"
+
+    def with_settings(self, **changes: Any) -> Settings:
+        return self.declared.settings(**{**SMALL, "budget": 8, **self.settings, **changes})
+
+    def policy(self, scale: float, **changes: Any) -> Policy:
+        return (self.make or self.declared.policy)(self.with_settings(**changes), scale)
+
+    @property
+    def weighs(self) -> bool:
+        """Whether summaries count with their mass."""
+        return self.with_settings().mass and self.declared.mass
+
+
+CASES = [
+    Case("dense", "dense", opens=lambda available: 0, summaries=nothing),
+    Case("streaming-llm", "streaming-llm", summaries=nothing),
+    Case("dyadic", "dyadic", summaries=by_distance(32)),
+    Case("dyadic-near", "dyadic", summaries=by_distance(2), make=lambda s, scale: Dyadic(s.window, reach=2)),
+    Case("window-coarse", "dyadic", make=lambda s, scale: Window(s.window, rest="summaries")),
+    Case("mgam", "mgam", {"budget": ENOUGH}, opens=within(2)),
+    Case("mgam-drop", "mgam", {"budget": ENOUGH}, {"rest": "drop"}, within(2), nothing, "drops"),
+    Case("mgam-every", "mgam", {"budget": ENOUGH}, {"every": 3}, within(2)),
+    Case("mgam-massless", "mgam", {"budget": ENOUGH}, {"mass": False}, within(2)),
+    Case("mgam-flat", "mgam", {"budget": ENOUGH}, {"levels": (1, 4), "budget": 12}, within(3)),
+    Case("mgam-tall", "mgam", {"budget": ENOUGH}, {"levels": (1, 2, 4, 12), "budget": 6}, within(3)),
+]
