@@ -12,8 +12,8 @@ from mgam.errors import MemoryBudgetError
 if TYPE_CHECKING:
     import torch
 
-# What a pyramid holds beside the keys and values of the tokens, in keys' sizes for each token: search keys of four tokens
-# each, and a key and a value for each chunk of 64, of 1024, ...
+# What a pyramid holds beside the keys and values of the tokens, in keys' sizes for each token: search keys of four
+# tokens each, and a key and a value for each chunk of 64, of 1024, ...
 SEARCH_KEYS_SHARE = 1 / 4
 SUMMARIES_SHARE = 2 / 64 + 2 / 1024
 GROWTH_SHARE = 0.10  # a layer that grows holds its old buffers and its new ones for a moment
