@@ -43,7 +43,7 @@ class Schedule:
         if not stops or stops[-1] is not None or None in stops[:-1]:
             raise SettingError("a schedule needs spans of which exactly the last has no end (stop=None)")
         finite = [stop for stop in stops if stop is not None]
-        if finite != sorted(finite) or any(span.block < 1 for span in self.spans):
+        if finite != sorted(finite) or min(finite, default=0) < 0 or any(span.block < 1 for span in self.spans):
             raise SettingError(f"spans {self.spans} must have growing ends and blocks of at least 1 query")
 
     @classmethod
