@@ -11,9 +11,10 @@ from typing import Any
 
 import pytest
 
-from mgam.errors import SettingError
+from mgam.errors import DocumentError, SettingError
 from mgam.evaluation.adapters import parse_method
 from mgam.evaluation.cache import SampleCache
+from mgam.evaluation.leaderboard import leaderboard
 from mgam.evaluation.reader import DoesNotFitError, Reading
 from mgam.evaluation.registry import all_tasks, find_tasks
 from mgam.evaluation.report import write_report
@@ -275,3 +276,22 @@ def test_methods_carry_settings() -> None:
 def test_plans_need_trials() -> None:
     with pytest.raises(SettingError, match="--trials"):
         Plan(PLAN.tasks, [1024], 0)
+
+
+def test_the_leaderboard_is_made_from_reports(bench: Bench, tmp_path: Path) -> None:
+    readers = [RuleReader("dense", window=4500), RuleReader("rule")]
+    for reader in readers:
+        run(PLAN, reader, bench)
+    table = rows(PLAN, [(one.method, one.model) for one in readers], bench.results)
+    conditions = {"model": "rules", "device": "a machine", "date": "2026-01-01", "commit": "abc"}
+    folder = tmp_path / "results"
+    write_report(folder / "rules.html", Outcome(table, [], conditions, "mgam eval --tasks passkey"))
+    text = leaderboard(folder)
+    assert "| dense | 100.0 ± 0.0 | 50.0 ± 0.0 | 1k |" in text
+    assert "| rule | 100.0 ± 0.0 | 100.0 ± 0.0 | 2k |" in text
+    assert "`mgam eval --tasks passkey`" in text
+    (folder / "broken.json").write_text("{}")
+    with pytest.raises(DocumentError, match=r"broken\.json"):
+        leaderboard(folder)
+    with pytest.raises(DocumentError, match="holds no reports"):
+        leaderboard(tmp_path / "nothing")

@@ -1,4 +1,4 @@
-"""`mgam eval` and `mgam data`: how far a model reads, and the texts that this is measured on."""
+"""`mgam eval`, `mgam leaderboard`, `mgam data`: how far a model reads, and the texts that this is measured on."""
 
 from __future__ import annotations
 
@@ -17,11 +17,12 @@ USUAL_LENGTHS = "2k,4k,8k"
 
 def register(app: typer.Typer) -> None:
     """Adds `eval` and `data` to the command line."""
-    app.command("eval", rich_help_panel="Measure")(evaluate)
+    app.command("eval")(evaluate)
+    app.command("leaderboard")(leaderboard)
     data = typer.Typer(help="Real texts for evaluation.", no_args_is_help=True)
     data.command("fetch")(fetch)
     data.command("list")(list_texts)
-    app.add_typer(data, name="data", rich_help_panel="Measure")
+    app.add_typer(data, name="data")
 
 
 def evaluate(
@@ -91,6 +92,15 @@ def evaluate(
         from mgam.evaluation.table import print_rows
 
         print_rows(Console(), outcome.rows)
+
+
+def leaderboard(
+    folder: Annotated[Path, typer.Argument(help="Folder of reports that mgam eval --report wrote.")] = Path("results"),
+) -> None:
+    """Print one table (Markdown) over all reports of a folder."""
+    from mgam.evaluation.leaderboard import leaderboard as table
+
+    sys.stdout.write(table(folder))
 
 
 def fetch(

@@ -59,7 +59,7 @@ class Outcome:
 
 def evaluate_session(session: Session, notes: Console) -> Outcome | None:
     """Runs what is missing and gathers the rows; None in processes other than the first of several."""
-    tasks, labels = find_tasks(session.tasks), _methods(session.methods)
+    tasks, labels = find_tasks(session.tasks), _methods(session.methods, session.budget)
     world, rank = int(os.environ.get("WORLD_SIZE", "1")), int(os.environ.get("RANK", "0"))
     plan = Plan(tasks, parse_lengths(session.lengths), session.trials, session.seed, session.keep_out, 1, rank, world)
     texts = TextLibrary(prose=session.prose)
@@ -109,17 +109,19 @@ def _run_all(plan: Plan, readers: Sequence[Any], bench: Bench, notes: Console | 
             progress.update(bar, description=reader.method)
 
 
-def _methods(given: Sequence[str]) -> list[str]:
-    """Labels with dense first; a name that is not known is refused with the near ones."""
+def _methods(given: Sequence[str], budget: int | None) -> list[str]:
+    """Labels with dense first; names and settings that cannot work are refused before anything is read."""
     from mgam import methods
     from mgam.evaluation.adapters import parse_method
 
     known = methods.names()
     labels = [DENSE]
     for label in given:
-        name, _ = parse_method(label)
+        name, changes = parse_method(label)
         if name not in known and name != DENSE:
             raise SettingError(unknown("method", name, [DENSE, *known]))
+        if name != DENSE:
+            methods.get(name).settings(**{**({} if budget is None else {"budget": budget}), **changes})
         if label not in labels:
             labels.append(label)
     return labels

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import difflib
 import hashlib
 import json
 import random
@@ -17,6 +18,10 @@ from mgam.errors import DocumentError
 from mgam.evaluation.paths import texts_folder
 from mgam.evaluation.splits import Split, split_of
 
+KNOWN = (
+    "shipped", "novels", "speeches", "factbook", "wikipedia", "essays", "hotpotqa", "narrativeqa", "cnn_dailymail",
+    "longbench",
+)  # fmt: skip
 PROSE_ORDER = ("novels", "essays", "speeches", "shipped")
 """Which source a prose haystack takes when none is named: the first that is there."""
 
@@ -67,6 +72,12 @@ class TextLibrary:
         return next(source for source in PROSE_ORDER if self.has(source))
 
     def _require(self, source: str) -> None:
+        if source not in KNOWN:
+            near = difflib.get_close_matches(source, KNOWN, n=3, cutoff=0.5)
+            raise DocumentError(
+                f"there is no text source {source!r}; {'did you mean' if near else 'known are'} "
+                f"{' or '.join(near) if near else ', '.join(KNOWN)}?"
+            )
         if not self.has(source):
             raise DocumentError(
                 f"the text source {source!r} is not on this machine (looked in {self.root / source}); run "

@@ -137,8 +137,7 @@ for _kind in KINDS:
             summary=f"{_kind.haystack} haystack, {_kind.hidden} keys, {_kind.asked * _kind.per_key} values asked "
             f"(RULER {_kind.ruler})",
             paper="arXiv 2404.06654",
-            groups=("synthetic", "ruler", "needles")
-            + (("quick",) if _kind.name in ("needle_prose", "needle_queries") else ()),
+            groups=("synthetic", "ruler", "needles") + (("quick",) if _kind.name == "needle_prose" else ()),
             max_new_tokens=NEW_TOKENS,
             build=partial(build, _kind),
             score=score,
