@@ -16,8 +16,8 @@ from mgam.schedule import Blocks
 class Cover:
     """What N query blocks read, per KV head; every query also reads the tokens from its block's window start to itself.
 
-    Index lists are sorted, hold no index twice, and end in -1 where a block reads fewer than others. All entries lie before
-    the window start, so every query of the block may read them.
+    Index lists are sorted, hold no index twice, and end in -1 where a block reads fewer than others. All entries lie
+    before the window start, so every query of the block may read them.
 
     Shapes (N blocks, H KV heads):
         window_start: (N,), first token of the window; 0 with no entries is dense attention
@@ -30,7 +30,7 @@ class Cover:
     opened: Tensor
     summaries: tuple[Tensor, ...]
     mass: float = 1.0
-    """How far a summary counts for its tokens: a bias `mass * log n` on its logit. 1: as many times as it has tokens."""
+    """How far a summary counts for its tokens: a bias `mass * log n` on its logit. 1: as often as it has tokens."""
 
     def __post_init__(self) -> None:
         if len(self.summaries) != self.levels.top:
@@ -100,7 +100,7 @@ class Cover:
 
 
 def window_start(decide: Tensor, window: int, levels: Levels) -> Tensor:
-    """First token of the window of blocks decided at `decide` (N,): at least the last `window` tokens, on a chunk border."""
+    """First token, on a chunk border, of the windows of blocks decided at `decide` (N,): at least `window` tokens."""
     return (decide - window + 1).clamp_min(0) // levels.chunk * levels.chunk
 
 
@@ -111,11 +111,13 @@ def dense_cover(blocks: Blocks, heads: int, levels: Levels, device: torch.device
     return Cover(levels, start, none, (none,) * levels.top)
 
 
-def refine(opened: Tensor, start: Tensor, levels: Levels, *, keep: Sequence[Tensor | None] | None = None) -> tuple[Tensor, ...]:
+def refine(
+    opened: Tensor, start: Tensor, levels: Levels, *, keep: Sequence[Tensor | None] | None = None
+) -> tuple[Tensor, ...]:
     """Summaries that complete a partition: everything before the window that is not opened, as coarse as it can be.
 
-    A chunk is split when something in it is opened, when it reaches into the window, when it is the first, or when `keep`
-    says so.
+    A chunk is split when something in it is opened, when it reaches into the window, when it is the first, or when
+    `keep` says so.
 
     Args:
         opened: (N, H, C) bool, chunks of level 1 that are read as tokens.
@@ -138,8 +140,9 @@ def refine(opened: Tensor, start: Tensor, levels: Levels, *, keep: Sequence[Tens
         parent = parent | ~whole
         if count:
             parent[..., 0] = True
-        if keep is not None and keep[level - 2] is not None:
-            parent = parent | keep[level - 2]
+        besides = keep[level - 2] if keep is not None else None
+        if besides is not None:
+            parent = parent | besides
         split.append(parent)
         complete.append(whole)
     read = []
@@ -184,9 +187,9 @@ def cover_of(
 ) -> Cover:
     """A cover that opens the chunks in `opened` (N, H, C) bool and reads the rest as summaries, or drops it.
 
-    The first chunk (the sink) is always opened; chunks that reach into the window are read there. A policy whose choice
-    depends on queries says how many chunks it opens at `most`, sink included: the shape of the cover, and with it the order
-    of sums, must not depend on what later blocks chose.
+    The first chunk (the sink) is always opened; chunks that reach into the window are read there. A policy whose
+    choice depends on queries says how many chunks it opens at `most`, sink included: the shape of the cover, and with
+    it the order of sums, must not depend on what later blocks chose.
     """
     if opened.shape[-1]:
         opened = opened & _complete(opened.shape[-1], levels.chunk, start[:, None, None])
@@ -204,7 +207,7 @@ def cover_of(
 def summaries_at_most(chunks: int, opened: int, levels: Levels) -> list[int]:
     """Bounds of what `refine` returns, per level 1 and up, when at most `opened` of `chunks` chunks are opened.
 
-    Every chunk that is split holds one that is opened, or the border of the window; all its children but one may be read.
+    A chunk that is split holds one that is opened, or the border of the window; all its children but one may be read.
     """
     limits = []
     for level in range(1, levels.top + 1):

@@ -14,7 +14,6 @@ from torch import Tensor
 
 from mgam.attend import attend, blockwise
 from mgam.cover import Cover, dense_cover
-from mgam.errors import SettingError
 from mgam.levels import Levels
 from mgam.policies.base import Policy, Voters
 from mgam.positions import Positions
@@ -31,8 +30,8 @@ class Reading:
     """How a layer reads: everything that decides its result besides states and schedule."""
 
     policy: Policy
-    levels: Levels = Levels()
-    positions: Positions = Positions()
+    levels: Levels = field(default_factory=Levels)
+    positions: Positions = field(default_factory=Positions)
     dense_until: int = 0
     backend: str | None = None
 
@@ -41,8 +40,8 @@ class Reading:
 class Plan:
     """What one call computes: groups of query blocks of like size, and where each row's new tokens stand.
 
-    Shared by all layers of a model. `first[b]`: position of column 0 of the call in row b (negative under left padding);
-    `before[b]`: tokens that row b held before the call.
+    Shared by all layers of a model. `first[b]`: position of column 0 of the call in row b (negative under left
+    padding); `before[b]`: tokens that row b held before the call.
     """
 
     groups: tuple[tuple[bool, Blocks], ...]
@@ -52,7 +51,12 @@ class Plan:
 
     @classmethod
     def of(
-        cls, schedules: Sequence[Schedule], before: Sequence[int], counts: Sequence[int], columns: int, dense_until: int,
+        cls,
+        schedules: Sequence[Schedule],
+        before: Sequence[int],
+        counts: Sequence[int],
+        columns: int,
+        dense_until: int,
         first: Sequence[int] | None = None,
     ) -> Plan:
         """Plans a call that adds `counts[b]` tokens to rows that hold `before[b]`, each row with its own schedule.
@@ -104,14 +108,22 @@ class Record:
 
 
 def read(
-    queries: Tensor, pyramid: Pyramid, plan: Plan, reading: Reading, scale: float, *, softcap: float | None = None,
-    recent: Tensor | None = None, record: Record | None = None, layer: int = 0,
+    queries: Tensor,
+    pyramid: Pyramid,
+    plan: Plan,
+    reading: Reading,
+    scale: float,
+    *,
+    softcap: float | None = None,
+    recent: Tensor | None = None,
+    record: Record | None = None,
+    layer: int = 0,
 ) -> Tensor:
     """Attention of a call's queries (B, Hq, L, D) over a pyramid that already holds the call's keys.
 
-    Columns that belong to no row (padding) give zeros. `recent` (B, Hq, R, D) are the last queries of each row before the
-    call, for votes of blocks that began there: at least `history(schedule)` of them, or all there were. A query that is not
-    there does not vote.
+    Columns that belong to no row (padding) give zeros. `recent` (B, Hq, R, D) are the last queries of each row before
+    the call, for votes of blocks that began there: at least `history(schedule)` of them, or all there were. A query
+    that is not there does not vote.
     """
     _, query_heads, _, dim = queries.shape
     heads = pyramid.keys[0].shape[1]
@@ -134,7 +146,14 @@ def history(schedule: Schedule) -> int:
 
 
 def _choose(
-    queries: Tensor, recent: Tensor | None, blocks: Blocks, plan: Plan, pyramid: Pyramid, reading: Reading, heads: int, dense: bool
+    queries: Tensor,
+    recent: Tensor | None,
+    blocks: Blocks,
+    plan: Plan,
+    pyramid: Pyramid,
+    reading: Reading,
+    heads: int,
+    dense: bool,
 ) -> Cover:
     with torch.no_grad():
         if dense:
@@ -157,7 +176,9 @@ def _voters(queries: Tensor, recent: Tensor | None, blocks: Blocks, plan: Plan) 
     return Voters(torch.where(here[:, None, :, None], past, taken), torch.where(here, kept, live))
 
 
-def _segments(dense: bool, blocks: Blocks, reading: Reading, pyramid: Pyramid, query_heads: int, dim: int) -> list[Blocks]:
+def _segments(
+    dense: bool, blocks: Blocks, reading: Reading, pyramid: Pyramid, query_heads: int, dim: int
+) -> list[Blocks]:
     """Cuts a group so that no working tensor grows with the call."""
     heads = pyramid.keys[0].shape[1]
     room = GPU_ELEMENTS if pyramid.keys[0].is_cuda else CPU_ELEMENTS
@@ -165,7 +186,12 @@ def _segments(dense: bool, blocks: Blocks, reading: Reading, pyramid: Pyramid, q
     if dense:
         per_block = blocks.size * tokens
     else:
-        window = blocks.size + int((blocks.start - blocks.decide).max()) + getattr(reading.policy, "window", tokens) + reading.levels.chunk
+        window = (
+            blocks.size
+            + int((blocks.start - blocks.decide).max())
+            + getattr(reading.policy, "window", tokens)
+            + reading.levels.chunk
+        )
         entries = reading.policy.read_at_most(tokens, reading.levels) + window
         voting = query_heads * blocks.votes * (tokens // reading.levels.chunk) // 4 if reading.policy.votes else 0
         choosing = 8 * heads * (tokens // reading.levels.chunk)
@@ -174,7 +200,9 @@ def _segments(dense: bool, blocks: Blocks, reading: Reading, pyramid: Pyramid, q
     return [blocks[first : first + step] for first in range(0, len(blocks), step)]
 
 
-def _take(states: Tensor, first: Tensor, row: Tensor, start: Tensor, length: Tensor, size: int) -> tuple[Tensor, Tensor]:
+def _take(
+    states: Tensor, first: Tensor, row: Tensor, start: Tensor, length: Tensor, size: int
+) -> tuple[Tensor, Tensor]:
     """Rows of queries (B, Hq, L, D) cut into pieces (N, Hq, size, D); `live` (N, size) marks real ones."""
     column = (start - first[row])[:, None] + torch.arange(size)
     live = (torch.arange(size) < length[:, None]) & (column >= 0)
@@ -184,7 +212,7 @@ def _take(states: Tensor, first: Tensor, row: Tensor, start: Tensor, length: Ten
 
 
 def _put(out: Tensor, got: Tensor, first: Tensor, blocks: Blocks, live: Tensor) -> None:
-    """Writes pieces (N, Hq, Q, D) back to their columns, in place: a copy for every segment would cost the call's square."""
+    """Writes pieces (N, Hq, Q, D) back in place: a copy of the call for every segment would cost its square."""
     column = (blocks.start - first[blocks.row])[:, None] + torch.arange(blocks.size)
     row = blocks.row[:, None].expand_as(column)
     place = live.cpu()
@@ -193,8 +221,15 @@ def _put(out: Tensor, got: Tensor, first: Tensor, blocks: Blocks, live: Tensor) 
 
 
 def _watch(
-    record: Record, taken: Tensor, blocks: Blocks, cover: Cover, pyramid: Pyramid, reading: Reading, scale: float,
-    softcap: float | None, layer: int,
+    record: Record,
+    taken: Tensor,
+    blocks: Blocks,
+    cover: Cover,
+    pyramid: Pyramid,
+    reading: Reading,
+    scale: float,
+    softcap: float | None,
+    layer: int,
 ) -> None:
     record.count(cover, blocks)
     from_here = record.evidence_from
@@ -204,9 +239,3 @@ def _watch(
         mass = blockwise.masses(taken, blocks, cover, pyramid, reading.positions, scale, softcap)
     answering = (blocks.start >= from_here).to(mass.device)
     record.attribute(layer, cover, mass * answering[:, None, None])
-
-
-def check_settings(budget: int, levels: Levels) -> None:
-    """Refuses a budget that cannot open a chunk."""
-    if not isinstance(budget, int) or isinstance(budget, bool) or budget < levels.chunk:
-        raise SettingError(f"budget={budget!r} must be a whole number of tokens, at least one chunk ({levels.chunk})")

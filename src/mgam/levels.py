@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from itertools import pairwise
 
 from mgam.errors import SettingError
 
@@ -27,7 +28,7 @@ class Levels:
             raise SettingError(
                 f"levels {sizes} must start with 1 (tokens) and name at least one chunk size, e.g. (1, 64, 1024)"
             )
-        for fine, coarse in zip(sizes, sizes[1:], strict=False):
+        for fine, coarse in pairwise(sizes):
             if coarse <= fine or coarse % fine:
                 raise SettingError(
                     f"levels {sizes}: {coarse} is not a larger multiple of {fine}; "

@@ -37,4 +37,6 @@ def merge(parts: Sequence[Part]) -> Part:
     for share, part in zip(shares, parts, strict=True):
         value = torch.where(share[..., None] > 0, part.out.to(dtype), torch.zeros((), dtype=dtype, device=out.device))
         out = out + share[..., None] * value
-    return Part(out.to(parts[0].out.dtype), torch.where(total > 0, safe + torch.log(total), total.new_tensor(-torch.inf)))
+    return Part(
+        out.to(parts[0].out.dtype), torch.where(total > 0, safe + torch.log(total), total.new_tensor(-torch.inf))
+    )

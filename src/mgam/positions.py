@@ -23,7 +23,7 @@ TABLE_STEP = 4096
 class Rotary:
     """Rotary tables of a model for positions 0 ... limit-1, filled on first use.
 
-    `tables(positions)` returns cos and sin, each (P, R) with R <= head dim (partial rotation), scaled as the model scales them.
+    `tables(positions)` returns cos and sin, each (P, R) with R <= head dim (partial rotation), scaled by the model.
     """
 
     tables: Callable[[Tensor], tuple[Tensor, Tensor]]
@@ -70,10 +70,10 @@ def rotate(states: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
 class Positions:
     """How entries and queries are placed.
 
-    `absolute`: the states in the pyramid are rotated already and nothing is done here. `granular`: they are not, and every
-    entry takes its rank in its cover. Only distances matter to a rotation, so ranks are counted backwards from `anchor`, the
-    position of the first token of the window: they do not depend on how many entries other covers hold. A block whose window
-    begins with the text has nothing before it and stands at its true positions.
+    `absolute`: the states in the pyramid are rotated already and nothing is done here. `granular`: they are not, and
+    every entry takes its rank in its cover. Only distances matter to a rotation, so ranks are counted backwards from
+    `anchor`, the position of the first token of the window: they do not depend on how many entries other covers hold.
+    A block whose window begins with the text has nothing before it and stands at its true positions.
     """
 
     kind: PositionKind = "absolute"
@@ -112,6 +112,7 @@ class Positions:
             )
         if entries > self.anchor:
             raise SettingError(
-                f"a cover of {entries} entries before its window does not fit the {self.anchor} positions that the model's "
-                "trained window leaves; lower the budget, add a coarser level (e.g. levels=(1, 64, 1024, 16384)) or drop the rest"
+                f"a cover of {entries} entries before its window does not fit the {self.anchor} positions that the "
+                "model's trained window leaves; lower the budget, add a coarser level "
+                "(e.g. levels=(1, 64, 1024, 16384)) or drop the rest"
             )

@@ -20,9 +20,9 @@ class Pyramid:
     """Tokens and summaries of one layer, for a batch of rows that each start at their first real token.
 
     Shapes (B rows, H KV heads, D head dim, C chunks of level 1, S search keys per chunk):
-        keys, values: (B, H, >=T, D); only the first `lengths[b]` of row b are set
-        summaries[l]: keys and values (B, H, >=T//size[l], D), means over complete chunks; index 0 is the tokens themselves
-        search: (B, H, S, >=C, D), means over `levels.search` keys of complete chunks, ordered by place in the chunk first
+        keys[l], values[l]: (B, H, >=T//size[l], D); level 0 is the tokens, of which the first `lengths[b]` of row b
+            are set; the others are means over complete chunks
+        search: (B, H, S, >=C, D), means over `levels.search` keys of complete chunks, by place in the chunk first
     """
 
     def __init__(self, levels: Levels) -> None:
@@ -39,7 +39,7 @@ class Pyramid:
     def of(cls, keys: Tensor, values: Tensor, levels: Levels, lengths: Sequence[int] | None = None) -> Pyramid:
         """A pyramid over whole sequences (B, H, T, D), differentiable with respect to both."""
         pyramid = cls(levels)
-        batch, heads, tokens, dim = keys.shape
+        batch, _, tokens, _ = keys.shape
         pyramid.lengths = [tokens] * batch if lengths is None else list(lengths)
         pyramid.keys, pyramid.values = [keys], [values]
         for level in range(1, levels.top + 1):
@@ -60,8 +60,8 @@ class Pyramid:
     def append(self, keys: Tensor, values: Tensor, counts: Sequence[int] | None = None) -> None:
         """Adds the last `counts[b]` of the new states (B, H, n, D) to each row b (all of them by default).
 
-        Summaries and search keys are made for chunks that become complete, always from the whole chunk: they are the same
-        however the text was cut into calls.
+        Summaries and search keys are made for chunks that become complete, always from the whole chunk: they are the
+        same however the text was cut into calls.
         """
         batch, _, new, _ = keys.shape
         counts = [new] * batch if counts is None else list(counts)
@@ -78,7 +78,7 @@ class Pyramid:
                     self._write(span, before[row], keys[span, :, new - count :], values[span, :, new - count :])
 
     def crop(self, remove: Sequence[int]) -> None:
-        """Forgets the last `remove[b]` tokens of each row; summaries of chunks cut open are made again when they refill."""
+        """Forgets the last `remove[b]` tokens of each row; chunks cut open are summarised again when they refill."""
         self.lengths = [max(0, length - count) for length, count in zip(self.lengths, remove, strict=True)]
         self.derived.clear()
 
@@ -129,7 +129,9 @@ class Pyramid:
                 self._build(rows, first, last)
                 continue
             for states in (self.keys, self.values):
-                states[level][rows, :, first:last] = _means(states[level - 1][rows, :, first * ratio : last * ratio], ratio)
+                states[level][rows, :, first:last] = _means(
+                    states[level - 1][rows, :, first * ratio : last * ratio], ratio
+                )
             if level == 1:
                 assert self.search is not None
                 chunk = self.levels.chunk

@@ -5,7 +5,7 @@ Borders are counted from a row's first real token and never from call boundaries
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from typing import Literal
 
@@ -70,8 +70,8 @@ class Schedule:
     def pieces(self, start: int, stop: int, dense_until: int = 0) -> Iterator[Piece]:
         """The parts of query blocks that a call over positions [start, stop) computes.
 
-        A block with `lookahead="block"` that does not lie whole inside the call falls back to blocks of one query, which may
-        always decide for themselves. Queries before `dense_until` never share a block with later ones.
+        A block with `lookahead="block"` that does not lie whole inside the call falls back to blocks of one query,
+        which may always decide for themselves. Queries before `dense_until` never share a block with later ones.
         """
         begin = 0
         for span in self.spans:
@@ -148,12 +148,19 @@ class Blocks:
         """The same blocks on another device."""
         return self._map(lambda tensor: tensor.to(device))
 
-    def __getitem__(self, part: slice) -> Blocks:
+    def __getitem__(self, part: slice | Tensor) -> Blocks:
         return self._map(lambda tensor: tensor[part])
 
-    def _map(self, change) -> Blocks:  # type: ignore[no-untyped-def]
-        names = ("row", "start", "length", "decide", "vote_from", "vote_to")
-        return replace(self, **{name: change(getattr(self, name)) for name in names})
+    def _map(self, change: Callable[[Tensor], Tensor]) -> Blocks:
+        return replace(
+            self,
+            row=change(self.row),
+            start=change(self.start),
+            length=change(self.length),
+            decide=change(self.decide),
+            vote_from=change(self.vote_from),
+            vote_to=change(self.vote_to),
+        )
 
     @classmethod
     def of(cls, pieces: Sequence[tuple[int, Piece]]) -> Blocks:

@@ -1,4 +1,7 @@
-"""The torch backend: any device, differentiable, vectorised over blocks and heads; memory grows with the cover, not the text."""
+"""The torch backend: any device, differentiable, vectorised over blocks and heads.
+
+Memory grows with the cover, not the text.
+"""
 
 from __future__ import annotations
 
@@ -19,7 +22,13 @@ from mgam.schedule import Blocks
 
 
 def attend(
-    queries: Tensor, blocks: Blocks, cover: Cover, pyramid: Pyramid, positions: Positions, scale: float, softcap: float | None = None
+    queries: Tensor,
+    blocks: Blocks,
+    cover: Cover,
+    pyramid: Pyramid,
+    positions: Positions,
+    scale: float,
+    softcap: float | None = None,
 ) -> Tensor:
     """One softmax over each block's cover. Shapes: queries (N, H*G, Q, D); returns the same shape."""
     if cover.is_dense:
@@ -76,7 +85,9 @@ def gather(
     bias_NHQE = torch.cat(
         (
             before[:, :, None].expand(count, heads, size, before.shape[-1]),
-            torch.zeros((), dtype=before.dtype, device=device).masked_fill(causal_NQW, -torch.inf)[:, None].expand(count, heads, -1, -1),
+            torch.zeros((), dtype=before.dtype, device=device)
+            .masked_fill(causal_NQW, -torch.inf)[:, None]
+            .expand(count, heads, -1, -1),
         ),
         -1,
     )
@@ -134,7 +145,9 @@ def _attend_prefix(
     return out.reshape(query_heads, count, size, dim).transpose(0, 1)
 
 
-def _softmax(q_NHGQD: Tensor, keys: Tensor, values: Tensor, bias: Tensor, scale: float, softcap: float | None) -> Tensor:
+def _softmax(
+    q_NHGQD: Tensor, keys: Tensor, values: Tensor, bias: Tensor, scale: float, softcap: float | None
+) -> Tensor:
     """Attention with an additive bias; queries that may read nothing get zeros."""
     count, heads, group, size, dim = q_NHGQD.shape
     entries = keys.shape[2]
@@ -154,8 +167,15 @@ def _softmax(q_NHGQD: Tensor, keys: Tensor, values: Tensor, bias: Tensor, scale:
     return torch.einsum("nhgqe,nhed->nhgqd", weights, values)
 
 
-def masses(queries: Tensor, blocks: Blocks, cover: Cover, pyramid: Pyramid, positions: Positions, scale: float,
-           softcap: float | None = None) -> Tensor:
+def masses(
+    queries: Tensor,
+    blocks: Blocks,
+    cover: Cover,
+    pyramid: Pyramid,
+    positions: Positions,
+    scale: float,
+    softcap: float | None = None,
+) -> Tensor:
     """Attention mass that each opened chunk gets (N, H, K), summed over the block's queries and the group's heads.
 
     For evidence and pictures: it writes out the weights, so call it for a few blocks only.

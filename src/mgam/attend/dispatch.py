@@ -75,7 +75,7 @@ def choose(queries: Tensor, backend: str | None = None) -> Choice:
         if reasons:
             raise SettingError(f"backend {backend!r} cannot serve {_say(queries)}: {'; '.join(reasons)}")
         return Choice(backend, "asked for", BACKENDS[backend].run)
-    passed_over = []
+    passed_over: list[str] = []
     for candidate in BACKENDS.values():
         reasons = candidate.refuse(queries)
         if candidate.automatic and not reasons:
@@ -87,8 +87,14 @@ def choose(queries: Tensor, backend: str | None = None) -> Choice:
 
 
 def attend(
-    queries: Tensor, blocks: Blocks, cover: Cover, pyramid: Pyramid, positions: Positions, scale: float,
-    softcap: float | None = None, backend: str | None = None,
+    queries: Tensor,
+    blocks: Blocks,
+    cover: Cover,
+    pyramid: Pyramid,
+    positions: Positions,
+    scale: float,
+    softcap: float | None = None,
+    backend: str | None = None,
 ) -> Tensor:
     """Attention of N query blocks over their covers. Shapes: queries and result (N, Hq, Q, D)."""
     return choose(queries, backend).run(queries, blocks, cover, pyramid, positions, scale, softcap)

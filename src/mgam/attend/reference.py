@@ -13,18 +13,27 @@ from mgam.schedule import Blocks
 
 
 def attend(
-    queries: Tensor, blocks: Blocks, cover: Cover, pyramid: Pyramid, positions: Positions, scale: float, softcap: float | None = None
+    queries: Tensor,
+    blocks: Blocks,
+    cover: Cover,
+    pyramid: Pyramid,
+    positions: Positions,
+    scale: float,
+    softcap: float | None = None,
 ) -> Part:
     """One softmax over each block's cover.
 
-    Shapes: queries (N, Hq, Q, D), rows beyond a block's length are ignored and give zeros; out (N, Hq, Q, D), lse (N, Hq, Q).
+    Shapes: queries (N, Hq, Q, D), rows beyond a block's length are ignored and give zeros; out (N, Hq, Q, D),
+    lse (N, Hq, Q).
     """
     count, query_heads, _, _ = queries.shape
     group = query_heads // cover.opened.shape[1]
     outs, sums = [], []
     for block in range(count):
         for head in range(query_heads):
-            out, lse = _one(queries[block, head], block, head // group, blocks, cover, pyramid, positions, scale, softcap)
+            out, lse = _one(
+                queries[block, head], block, head // group, blocks, cover, pyramid, positions, scale, softcap
+            )
             outs.append(out)
             sums.append(lse)
     return Part(torch.stack(outs).view_as(queries), torch.stack(sums).view(queries.shape[:3]))
@@ -43,7 +52,14 @@ def entry_list(cover: Cover, block: int, head: int) -> list[tuple[int, int, int]
 
 
 def _one(
-    queries: Tensor, block: int, head: int, blocks: Blocks, cover: Cover, pyramid: Pyramid, positions: Positions, scale: float,
+    queries: Tensor,
+    block: int,
+    head: int,
+    blocks: Blocks,
+    cover: Cover,
+    pyramid: Pyramid,
+    positions: Positions,
+    scale: float,
     softcap: float | None,
 ) -> tuple[Tensor, Tensor]:
     row, first, length = int(blocks.row[block]), int(blocks.start[block]), int(blocks.length[block])

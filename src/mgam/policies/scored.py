@@ -25,9 +25,9 @@ TILE = 128
 class Scored:
     """Opens the chunks with the most softmax mass.
 
-    For each voting query, a chunk's logit is that of its best search key; a softmax over all complete chunks of the past turns
-    logits into mass; masses add up over the voters and the query heads of the group. The `budget // chunk` best chunks
-    between sink and window are opened, once per KV head.
+    For each voting query, a chunk's logit is that of its best search key; a softmax over all complete chunks of the
+    past turns logits into mass; masses add up over the voters and the query heads of the group. The `budget // chunk`
+    best chunks between sink and window are opened, once per KV head.
     """
 
     budget: int = 1024
@@ -82,8 +82,8 @@ class Scored:
     def scores(self, voters: Voters, blocks: Blocks, pyramid: Pyramid, levels: Levels) -> Tensor:
         """Mass (N, H, chunks) that the voters give each complete chunk before the decision, in float32 or finer.
 
-        Chunks that the window holds take their share too: a voter that looks nearby has little to say about the far past,
-        and a block's scores do not depend on the blocks that are scored with it.
+        Chunks that the window holds take their share too: a voter that looks nearby has little to say about the far
+        past, and a block's scores do not depend on the blocks that are scored with it.
         """
         queries, live = _thin(voters, blocks, self.every)
         chunks = int(blocks.decide.max()) // levels.chunk
@@ -101,7 +101,14 @@ class Scored:
         return self._scores(queries, live, blocks, pyramid, levels, chunks, None)
 
     def _scores(
-        self, queries: Tensor, live: Tensor, blocks: Blocks, pyramid: Pyramid, levels: Levels, chunks: int, short: CompactKeys | None
+        self,
+        queries: Tensor,
+        live: Tensor,
+        blocks: Blocks,
+        pyramid: Pyramid,
+        levels: Levels,
+        chunks: int,
+        short: CompactKeys | None,
     ) -> Tensor:
         scale = self.scale if self.scale is not None else queries.shape[-1] ** -0.5
         if short is not None or on_device(queries):
@@ -145,7 +152,11 @@ def chunk_logits(queries: Tensor, blocks: Blocks, pyramid: Pyramid, chunks: int)
 
 def on_device(states: Tensor) -> bool:
     """Whether the search kernels serve these states."""
-    return states.is_cuda and states.dtype in (torch.float16, torch.bfloat16) and importlib.util.find_spec("triton") is not None
+    return (
+        states.is_cuda
+        and states.dtype in (torch.float16, torch.bfloat16)
+        and importlib.util.find_spec("triton") is not None
+    )
 
 
 def _device_scores(asked: Asked, chunks: int) -> Tensor:
