@@ -65,12 +65,13 @@ def tiles_for(rows: int, dim: int, turned: bool, entries: int, programs: int) ->
 
 def read(
     queries: Tensor, lists: Lists, keys: Sequence[Tensor], values: Sequence[Tensor], scale: float, *, turn: Turn,
-    softcap: float | None = None, tiles: Tiles | None = None,
+    softcap: float | None = None, tiles: Tiles | None = None, out: Tensor | None = None,
 ) -> Part:
     """One softmax over each block's cover, without any wait for the device.
 
     Shapes: queries (N, H*G, Q, D), rows beyond a block's length give zeros; keys[l], values[l] (B, H, n_l, D) with any strides
-    but the last; out like queries, lse (N, H*G, Q) float32, -inf where nothing may be read.
+    but the last; out like queries (written where `out` says, if given, by its strides), lse (N, H*G, Q) float32, -inf where
+    nothing may be read.
     """
     count, query_heads, size, dim = queries.shape
     heads = keys[0].shape[1]
@@ -79,11 +80,12 @@ def read(
     room = sum(part.shape[-1] * (lists.levels.chunk if level == 0 else 1) for level, part in enumerate(lists.index))
     if tiles is None:
         tiles = tiles_for(group * size, dim, turn.pairs > 0, room + 1024, count * heads)
-    out = torch.empty_like(queries, memory_format=torch.contiguous_format)
+    if out is None:
+        out = torch.empty(queries.shape, dtype=queries.dtype, device=queries.device)
     lse = torch.empty(count, query_heads, size, dtype=torch.float32, device=queries.device)
     if not out.numel():
         return Part(out, lse)
-    part_out, part_lse = out, lse
+    part_out, part_lse = out[None], lse
     if tiles.splits > 1:
         part_out = torch.empty(tiles.splits, *out.shape, dtype=torch.float32, device=out.device)
         part_lse = torch.empty(tiles.splits, *lse.shape, dtype=torch.float32, device=out.device)
@@ -98,18 +100,21 @@ def read(
         queries, part_out, part_lse, lists.blocks, lists.counts, key_desc, value_desc, tuple(keys), tuple(values), strides(keys), strides(values),
         lists.index, lists.ranks, tuple(part.shape[-1] for part in lists.index),
         turn.cos, turn.sin, turn.cos.shape[0] - 1, turn.anchor, scale, softcap or 1.0, biases(lists),
-        count, heads, row_tiles, queries.stride(0), queries.stride(1), queries.stride(2),
+        count, heads, row_tiles, queries.stride(0), queries.stride(1), queries.stride(2), *part_out.stride()[:4],
         G=group, Q=size, CHUNK=lists.levels.chunk, TOP=top, D=dim, R=turn.pairs,
         BLOCK_M=tiles.rows, BLOCK_N=tiles.entries, BLOCK_D=block(dim), BLOCK_R=block(turn.pairs), BLOCK_P=block(rest),
         CAP=softcap is not None, BARE=lists.bare, SPLITS=tiles.splits, PRECISION=precision(queries.dtype), COPY=copies,
         num_warps=tiles.warps, num_stages=tiles.stages, maxnreg=tiles.registers,
     )  # fmt: skip
     if tiles.splits > 1:
+        merged = out if out.is_contiguous() else torch.empty(out.shape, dtype=out.dtype, device=out.device)
         lines = count * query_heads * size
         merge_kernel[(lines,)](
-            part_out, part_lse, out, lse, lines, D=dim, BLOCK_D=block(dim), SPLITS=tiles.splits,
+            part_out, part_lse, merged, lse, lines, D=dim, BLOCK_D=block(dim), SPLITS=tiles.splits,
             BLOCK_S=triton.next_power_of_2(tiles.splits), num_warps=4 if tiles.splits > 8 else 1,
         )  # fmt: skip
+        if merged is not out:
+            out.copy_(merged)
     return Part(out, lse)
 
 

@@ -113,13 +113,14 @@ def _share(count, part, SPLITS: tl.constexpr, STEP: tl.constexpr):
 def read_kernel(
     q_ptr, out_ptr, lse_ptr, block_ptr, count_ptr, key_desc, value_desc, keys, values, key_strides, value_strides, lists, ranks, widths,
     cos_ptr, sin_ptr, limit, anchor, scale, cap, biases, blocks, heads, tiles, q_block, q_head, q_row,
+    out_part, out_block, out_head, out_row,
     G: tl.constexpr, Q: tl.constexpr, CHUNK: tl.constexpr, TOP: tl.constexpr, D: tl.constexpr, R: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_R: tl.constexpr, BLOCK_P: tl.constexpr,
     CAP: tl.constexpr, BARE: tl.constexpr, SPLITS: tl.constexpr, PRECISION: tl.constexpr, COPY: tl.constexpr,
 ):  # fmt: skip
     """One program: BLOCK_M rows (query heads of one group x queries of one block) over one part of the block's cover.
 
-    Shapes: queries (N, H*G, Q, D) by strides; out (SPLITS, N, H*G, Q, D) and lse (SPLITS, N, H*G, Q) contiguous; block_ptr
+    Shapes: queries (N, H*G, Q, D) and out (SPLITS, N, H*G, Q, D) by strides; lse (SPLITS, N, H*G, Q) contiguous; block_ptr
     (4, N): row, start, length, window start; count_ptr (1+TOP, N, H); lists[l], ranks[l] (N, H, widths[l]).
     """
     pid = tl.program_id(0)
@@ -181,8 +182,10 @@ def read_kernel(
     lse = tl.where(some, (peak + tl.log2(tl.where(total > 0, total, 1.0))) * LN2, -float("inf"))
     slot = ((part * blocks + block).to(tl.int64) * heads + head) * (G * Q) + m
     column = tl.arange(0, BLOCK_D)
+    place = part.to(tl.int64) * out_part + block.to(tl.int64) * out_block
+    place = place + (head * G + member).to(tl.int64) * out_head + query.to(tl.int64) * out_row
     tl.store(
-        out_ptr + slot[:, None] * D + column[None, :],
+        out_ptr + place[:, None] + column[None, :],
         out.to(out_ptr.dtype.element_ty),
         mask=there[:, None] & (column < D)[None, :],
     )

@@ -1,0 +1,96 @@
+"""Whole calls on the device against the engine with the reference backend."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import pytest
+import torch
+from triton_cases import DEVICE, DTYPES, needs_triton
+
+from mgam.engine import Plan, Reading, read
+from mgam.levels import Levels
+from mgam.policies import Scored
+from mgam.policies.compact import Compact
+from mgam.positions import Positions, Rotary
+from mgam.pyramid import Pyramid
+from mgam.schedule import Schedule
+
+pytestmark = needs_triton
+
+LEVELS = Levels((1, 8, 32), 4)
+
+
+def made(tokens: int, batch: int, dtype: torch.dtype) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    torch.manual_seed(tokens)
+    queries = torch.randn(batch, 4, tokens, 64, device=DEVICE).to(dtype)
+    keys, values = torch.randn(2, batch, 2, tokens, 64, device=DEVICE).to(dtype)
+    return queries, keys, values
+
+
+def pyramid_of(keys: torch.Tensor, values: torch.Tensor, lengths: list[int] | None = None) -> Pyramid:
+    pyramid = Pyramid.of(keys, values, LEVELS, lengths)
+    assert pyramid.search is not None
+    pyramid.search = pyramid.search.to(keys.dtype)
+    return pyramid
+
+
+@pytest.mark.parametrize("kind", ["absolute", "granular"])
+@pytest.mark.parametrize("dense_until", [0, 24])
+def test_prefill_equals_engine(kind: str, dense_until: int) -> None:
+    from mgam.device import prefill
+
+    policy = Scored(budget=24, window=16)
+    positions = Positions() if kind == "absolute" else Positions.granular(Rotary.plain(64, 512), 64)
+    queries, keys, values = made(157, 1, DTYPES[0])
+    got = prefill(queries, pyramid_of(keys, values), policy, positions, 0.125, block=16, dense_until=dense_until)
+    wide = pyramid_of(keys.cpu().double(), values.cpu().double())
+    plan = Plan.of([Schedule.uniform(16, "block")], [0], [157], 157, dense_until)
+    want = read(queries.cpu().double(), wide, plan, Reading(policy, LEVELS, positions, dense_until, "reference"), 0.125)
+    error = (got.cpu().double() - want).norm(dim=-1)[:, :, :144] / want.norm(dim=-1)[:, :, :144]
+    # A tie or a rounded score may flip a choice in half precision, never in single precision.
+    assert error.median() < 2e-2
+    if got.dtype == torch.float32:
+        assert error.max() < 1e-3
+
+
+@pytest.mark.parametrize("compact", [None, Compact(dims=64, bits=16, calibrate=40)])
+def test_decode_equals_engine(compact: Compact | None) -> None:
+    from mgam.device import decode
+
+    policy = replace(Scored(budget=24, window=16), compact=compact)
+    queries, keys, values = made(150, 3, DTYPES[0])
+    lengths = [150, 97, 41]
+    pyramid = pyramid_of(keys, values, lengths)
+    asked = torch.stack([queries[row, :, length - 1 : length] for row, length in enumerate(lengths)])
+    got = decode(asked, torch.tensor(lengths, device=DEVICE), pyramid, policy, Positions(), 0.125, chunks=18)
+    wide = pyramid_of(keys.cpu().double(), values.cpu().double(), lengths)
+    plan = Plan.of([Schedule.uniform(1)] * 3, [length - 1 for length in lengths], [1] * 3, 1, 0)
+    want = read(asked.cpu().double(), wide, plan, Reading(policy, LEVELS, Positions(), 0, "reference"), 0.125)
+    error = (got.cpu().double() - want).norm() / want.norm()
+    assert error < (1e-3 if got.dtype == torch.float32 else 2e-2)
+
+
+@pytest.mark.skipif(DEVICE == "cpu", reason="CUDA graphs need a CUDA device")
+def test_decode_in_a_graph() -> None:
+    from mgam.device import decode
+
+    policy = Scored(budget=24, window=16)
+    queries, keys, values = made(150, 3, torch.bfloat16)
+    pyramid = pyramid_of(keys, values)
+    lengths = torch.tensor([150, 97, 41], device=DEVICE)
+    asked = queries[:, :, :1].contiguous()
+
+    def call() -> torch.Tensor:
+        return decode(asked, lengths, pyramid, policy, Positions(), 0.125, chunks=18)
+
+    call()
+    torch.cuda.synchronize()
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        out = call()
+    lengths.copy_(torch.tensor([33, 150, 120]))
+    asked.copy_(queries[:, :, 5:6])
+    graph.replay()
+    torch.cuda.synchronize()
+    assert torch.equal(out, call())
