@@ -43,8 +43,9 @@ class Settings:
     rest: Rest = "summaries"
     """What happens to chunks that are not opened: read as summaries, or dropped."""
 
-    mass: float = 1.0
-    """How far a summary counts for its tokens, from 0 (as one entry) to 1 (as many times as it has tokens)."""
+    mass: float = 0.5
+    """How far a summary counts for its tokens, from 0 (as one entry) to 1 (as many times as it has tokens). With granular
+    positions far summaries stand close, so an unmodified model reads too much into them at 1 (docs/figures.md)."""
 
     positions: PositionKind = "granular"
     """`granular`: an entry stands at its rank in the cover, so that any length fits the trained window."""
