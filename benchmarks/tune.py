@@ -1,0 +1,93 @@
+"""Times tile shapes of the kernels on one GPU. `tune.py compile I` fills the cache with one shape, `tune.py time` times all.
+
+Run it as: seq 0 N | xargs -P 12 -I{} python benchmarks/tune.py compile {} ; python benchmarks/tune.py time
+"""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Callable
+from dataclasses import replace
+
+import torch
+
+from mgam.attend.triton.forward import Tiles, Turn, read
+from mgam.attend.triton.lists import Lists
+from mgam.benchmarks.attention import Setting, blocks_of, built, in_blocks, states
+from mgam.benchmarks.machine import here, timed
+from mgam.cover import window_start
+from mgam.device import _asked
+from mgam.policies.search_triton import SearchTiles, cover, scores
+
+TOKENS = 131072
+READ = [
+    Tiles(128, 64, 8, 3), Tiles(128, 64, 8, 3, copies=False), Tiles(128, 64, 8, 2, registers=128), Tiles(128, 128, 8, 2),
+    Tiles(64, 64, 4, 3), Tiles(64, 64, 4, 2), Tiles(128, 32, 8, 3, registers=128), Tiles(64, 128, 4, 2), Tiles(128, 64, 8, 2),
+]  # fmt: skip
+TURNED = [
+    Tiles(128, 64, 8, 3), Tiles(128, 64, 8, 2), Tiles(128, 64, 8, 2, copies=False), Tiles(64, 64, 4, 2), Tiles(128, 32, 8, 3),
+    Tiles(128, 32, 8, 2, registers=128), Tiles(128, 128, 8, 2),
+]  # fmt: skip
+SEARCH = [
+    SearchTiles(128, 128, 8, 4), SearchTiles(128, 64, 4, 4), SearchTiles(128, 64, 8, 4, registers=128), SearchTiles(64, 128, 4, 4),
+    SearchTiles(128, 128, 8, 4, registers=128), SearchTiles(64, 64, 4, 4), SearchTiles(128, 256, 8, 3), SearchTiles(128, 128, 4, 4),
+]  # fmt: skip
+
+
+def jobs() -> list[tuple[str, Callable[[], object], float]]:
+    """(name, call, operations) of every shape to try."""
+    setting = Setting()
+    queries, keys, values = states(setting, TOKENS)
+    pyramid = built(setting, keys, values)
+    blocks, cut = blocks_of(TOKENS, 128), in_blocks(queries, 128)
+    start = window_start(blocks.decide, 512, setting.levels).cuda()
+    chosen = cover(torch.rand(len(blocks), 8, TOKENS // 64, device="cuda"), start, setting.levels, 32)
+    entries = sum(chosen.entries_per_level(blocks))
+    flop = 4 * 128 * 32 * entries
+    out = torch.empty_like(cut)
+    found: list[tuple[str, Callable[[], object], float]] = []
+    for kind, shapes in (("absolute", READ), ("granular", TURNED)):
+        positions = replace(setting, positions=kind).placed
+        lists = Lists.of(chosen, blocks, cut.device, positions)
+        turn = Turn.of(positions, lists, TOKENS, cut.device)
+        for tiles in shapes:
+
+            def call(lists: Lists = lists, turn: Turn = turn, tiles: Tiles = tiles) -> object:
+                return read(cut, lists, pyramid.keys, pyramid.values, 128**-0.5, turn=turn, tiles=tiles, out=out)
+
+            found.append((f"read {kind} {tiles}", call, flop))
+    for name, each, widths in (("8 bits", setting, 64), ("bf16", replace(setting, dims=128, bits=16, every=1), 128)):
+        policy = each.policy
+        votes = cut[-128:][:, :, (127 % policy.every) :: policy.every]
+        live = torch.ones(votes.shape[0], votes.shape[2], dtype=torch.bool, device="cuda")
+        last = blocks[-128:]
+        asked = _asked(votes, live, last.row.cuda(), (last.decide // 64).cuda(), pyramid, policy, True)
+        flop = 4 * 128 * 32 * votes.shape[2] * float(last.decide.double().mean()) / 4 * widths
+        for shape in SEARCH if widths == 64 else [replace(SEARCH[0], stages=3), replace(SEARCH[1], stages=3)]:
+
+            def search(asked=asked, shape=shape):  # type: ignore[no-untyped-def]
+                return scores(asked, TOKENS // 64, shape)
+
+            found.append((f"search {name} {shape}, last 128 blocks, both passes", search, flop))
+    return found
+
+
+def main() -> None:
+    todo = jobs()
+    if sys.argv[1] == "compile":
+        if int(sys.argv[2]) < len(todo):
+            todo[int(sys.argv[2])][1]()
+            torch.cuda.synchronize()
+        return
+    machine = here("tuning")
+    print(machine, flush=True)
+    for name, call, flop in todo:
+        try:
+            time = timed(call, seconds=0.15, least=3)
+            print(f"{time.median:8.3f} ms {flop / time.median / 1e9:7.1f} TFLOP/s {flop / time.median / 1e9 / machine.matmul:6.1%}  {name}", flush=True)
+        except Exception as error:
+            print(f"failed: {name}: {str(error)[:200]}", flush=True)
+
+
+if __name__ == "__main__":
+    main()

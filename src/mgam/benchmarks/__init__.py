@@ -1,0 +1,1 @@
+"""Speed against peers, measured in one run, with the conditions beside every figure."""

@@ -1,0 +1,84 @@
+"""Runs the figures one after the other, and writes them as they come: a run that is cut off keeps what it has."""
+
+from __future__ import annotations
+
+import csv
+import json
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, field, fields, replace
+from pathlib import Path
+
+from mgam.benchmarks import attention as bench
+from mgam.benchmarks.attention import Row, Setting
+from mgam.benchmarks.machine import Machine, here
+
+PHASES = ("prefill", "decode", "training", "peers")
+
+
+@dataclass
+class Report:
+    """Rows of one run with their conditions."""
+
+    machine: Machine
+    setting: Setting
+    rows: list[Row] = field(default_factory=list)
+
+    def write(self, folder: Path) -> None:
+        """CSV and JSON of what there is so far."""
+        folder.mkdir(parents=True, exist_ok=True)
+        names = [one.name for one in fields(Row)]
+        with (folder / "attention.csv").open("w", newline="") as file:
+            writer = csv.DictWriter(file, names)
+            writer.writeheader()
+            writer.writerows(row.as_dict() for row in self.rows)
+        setting = {one.name: str(getattr(self.setting, one.name)) for one in fields(Setting)}
+        whole = {"machine": self.machine.as_dict(), "setting": setting, "rows": [row.as_dict() for row in self.rows]}
+        (folder / "attention.json").write_text(json.dumps(whole, indent=1))
+
+
+def run(
+    setting: Setting, lengths: Sequence[int], phases: Sequence[str], folder: Path | None = None, commit: str | None = None,
+    say: Callable[[str], None] = print,
+) -> Report:
+    """Measures the phases at each length."""
+    report = Report(here(commit), setting)
+    say(str(report.machine))
+    for row in _rows(setting, report.machine, lengths, phases):
+        report.rows.append(row)
+        say(line(row))
+        if folder is not None:
+            report.write(folder)
+    return report
+
+
+def line(row: Row) -> str:
+    """One figure in one line."""
+    rate = f" {row.tflops:6.0f} TFLOP/s ({row.matmul_share:.0%} of a product)" if row.tflops else ""
+    moved = f" {row.gbs:6.0f} GB/s ({row.copy_share:.0%} of a copy)" if row.gbs else ""
+    spread = f"[{row.fastest:.3f} {row.slowest:.3f}] x{row.repeats}"
+    return f"{row.phase:19} {row.tokens:>8} b{row.batch:<3} {row.ms:9.3f} ms {spread:26} {row.part}, {row.kernel}{rate}{moved} {row.note}"
+
+
+def _rows(setting: Setting, machine: Machine, lengths: Sequence[int], phases: Sequence[str]) -> Iterator[Row]:
+    for tokens in lengths:
+        if "prefill" in phases:
+            yield from bench.guarded("prefill", lambda tokens=tokens: bench.prefill_rows(setting, machine, tokens))
+            yield from bench.guarded("prefill", lambda tokens=tokens: bench.dense_rows(setting, machine, tokens))
+        if "peers" in phases:
+            for make in (bench.window_row, bench.same_blocks_row, bench.flex_row):
+                yield from bench.guarded("prefill", lambda make=make, tokens=tokens: iter([make(setting, machine, tokens)]))
+        if "training" in phases and tokens <= bench.DENSE_AT_MOST:
+            plain = replace(setting, positions="absolute")
+            yield from bench.guarded("training", lambda tokens=tokens: bench.training_rows(setting, machine, tokens))
+            yield from bench.guarded("training", lambda tokens=tokens: bench.training_rows(plain, machine, tokens))
+            yield from bench.guarded("training", lambda tokens=tokens: bench.dense_rows(setting, machine, tokens, True))
+        if "decode" in phases:
+            for batch in (1, 16):
+                if tokens * batch <= 1 << 22:
+                    yield from bench.guarded(
+                        "decode", lambda tokens=tokens, batch=batch: bench.decode_rows(setting, machine, tokens, batch)
+                    )
+                    if "peers" in phases:
+                        yield from bench.guarded(
+                            "decode", lambda tokens=tokens, batch=batch: iter([bench.quest_row(setting, machine, tokens, batch)])
+                        )

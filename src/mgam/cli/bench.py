@@ -1,0 +1,62 @@
+"""`mgam bench`: speed of attention on this GPU, beside its peers, in one run."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+LENGTHS = "8192,32768,131072"
+
+
+def bench(
+    lengths: Annotated[str, typer.Option(help="Tokens, separated by commas.")] = LENGTHS,
+    phases: Annotated[str, typer.Option(help="Any of prefill, decode, training, peers.")] = "prefill,decode,training",
+    out: Annotated[Path | None, typer.Option(help="Folder for CSV, JSON and pictures.")] = None,
+    positions: Annotated[str, typer.Option(help="granular or absolute.")] = "granular",
+    budget: Annotated[int, typer.Option(help="Tokens opened besides window and sink.")] = 2048,
+    window: Annotated[int, typer.Option(help="Tokens of the window.")] = 512,
+    heads: Annotated[str, typer.Option(help="Query heads and KV heads.")] = "32,8",
+    dim: Annotated[int, typer.Option(help="Dimensions of a head.")] = 128,
+    every: Annotated[int, typer.Option(help="Every n-th query searches.")] = 2,
+    dims: Annotated[int, typer.Option(help="Dimensions of search keys.")] = 64,
+    bits: Annotated[int, typer.Option(help="Bits of search keys: 8 or 16.")] = 8,
+    commit: Annotated[str | None, typer.Option(help="Name of the code, where git cannot say.")] = None,
+) -> None:
+    """Time building, searching and reading, and dense attention in the same run, on a CUDA device."""
+    import torch
+
+    from mgam.errors import SettingError
+
+    if not torch.cuda.is_available():
+        raise SettingError("mgam bench measures GPU kernels and needs a CUDA device; none is visible here")
+    from mgam.benchmarks.attention import Setting
+    from mgam.benchmarks.plots import plot
+    from mgam.benchmarks.suite import PHASES, run
+
+    wanted = phases.split(",")
+    if unknown := sorted(set(wanted) - set(PHASES)):
+        raise SettingError(f"phases {', '.join(unknown)} are unknown; choose from {', '.join(PHASES)}")
+    query_heads, kv_heads = _numbers(heads, "heads")
+    setting = Setting(
+        query_heads, kv_heads, dim, budget=budget, window=window, every=every, dims=dims, bits=bits, positions=positions
+    )
+    report = run(setting, _numbers(lengths, "lengths"), wanted, out, commit, say=typer.echo)
+    if out is not None:
+        for path in plot(report, out):
+            typer.echo(f"wrote {path}")
+
+
+def _numbers(text: str, name: str) -> list[int]:
+    from mgam.errors import SettingError
+
+    try:
+        return [int(number) for number in text.split(",")]
+    except ValueError:
+        raise SettingError(f"--{name} {text!r}: whole numbers separated by commas are wanted") from None
+
+
+def register(app: typer.Typer) -> None:
+    """Adds the command."""
+    app.command("bench")(bench)
