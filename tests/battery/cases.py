@@ -9,7 +9,8 @@ from typing import Any
 from mgam import methods
 from mgam.levels import Levels
 from mgam.methods import Method
-from mgam.policies import Dyadic, Policy, Window
+from mgam.policies import Dyadic, Policy, Scored, Window
+from mgam.policies.compact import Compact
 from mgam.settings import Settings
 
 LEVELS = (1, 4, 16)
@@ -117,6 +118,11 @@ class Case:
         return self.with_settings().mass and self.declared.mass
 
 
+def compact(s: Settings, scale: float) -> Policy:
+    """The search over shortened keys, from a position on that texts of the battery pass."""
+    return Scored(s.budget, s.window, s.rest, s.mass, scale, s.every, Compact(dims=16, bits=8, calibrate=20))
+
+
 CASES = [
     Case("dense", "dense", opens=lambda available: 0, summaries=nothing),
     Case("streaming-llm", "streaming-llm", summaries=nothing),
@@ -127,6 +133,7 @@ CASES = [
     Case("mgam-drop", "mgam", {"budget": ENOUGH}, {"rest": "drop"}, within(2), nothing, "drops"),
     Case("mgam-every", "mgam", {"budget": ENOUGH}, {"every": 3}, within(2)),
     Case("mgam-massless", "mgam", {"budget": ENOUGH}, {"mass": False}, within(2)),
+    Case("mgam-compact", "mgam", {"budget": ENOUGH}, {}, within(2), make=compact),
     Case("mgam-flat", "mgam", {"budget": ENOUGH}, {"levels": (1, 4), "budget": 12}, within(3)),
     Case("mgam-tall", "mgam", {"budget": ENOUGH}, {"levels": (1, 2, 4, 12), "budget": 6}, within(3)),
 ]

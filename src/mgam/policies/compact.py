@@ -1,8 +1,8 @@
 """Compact search keys: fewer dimensions and eight bits, at the resolution of single queries and four keys.
 
-A softmax does not change when the same number is added to all of a query's logits, so the mean key is taken off first: what is
-left is small where keys share a large offset, and rounds well. The basis is that of the principal components of a row's first
-search keys, per KV head; it is a function of the prefix alone.
+A softmax does not change when the same number is added to all of a query's logits, so the mean key is taken off first:
+what is left is small where keys share a large offset, and rounds well. The basis is that of the principal components of
+a row's first search keys, per KV head; it is a function of the prefix alone.
 """
 
 from __future__ import annotations
@@ -46,44 +46,67 @@ class Compact:
 class CompactKeys:
     """Compact search keys of a pyramid.
 
-    Shapes: search (B, H, S, C, d) ordered by place first; basis (B, H, D, d); mean (B, H, D); step (B, H): a kept number
-    times the step is a coordinate.
+    Shapes: search (B, H, S, C, d) ordered by place first; basis (B, H, D, d); mean (B, H, D); step (B, H): a kept
+    number times the step is a coordinate.
     """
 
     search: Tensor
     basis: Tensor
     mean: Tensor
     step: Tensor
-    chunks: int
+    chunks: list[int]
+    """Chunks of each row that were shortened; 0 before the row holds the tokens that give its basis."""
 
     @classmethod
     def of(cls, pyramid: Pyramid, levels: Levels, compact: Compact) -> CompactKeys:
         """The compact keys of all complete chunks; kept with the pyramid and extended as it grows."""
         kept = pyramid.derived.get(compact)
         if not isinstance(kept, CompactKeys):
-            kept = _calibrated(pyramid, levels, compact)
+            kept = _empty(pyramid, compact)
             pyramid.derived[compact] = kept
-        kept._extend(pyramid, max(pyramid.lengths) // levels.chunk)
+        targets = [length // levels.chunk if length >= compact.calibrate else 0 for length in pyramid.lengths]
+        for row, target in enumerate(targets):
+            if target and not kept.chunks[row]:
+                kept._calibrate(pyramid, row, compact.calibrate // levels.chunk)
+        kept._extend(pyramid, targets)
         return kept
 
-    def _extend(self, pyramid: Pyramid, chunks: int) -> None:
+    def _calibrate(self, pyramid: Pyramid, row: int, first: int) -> None:
+        """Sets a row's basis from its first chunks: the same however far the row has grown since."""
         assert pyramid.search is not None
-        if chunks <= self.chunks:
-            return
-        new = self._shorten(pyramid.search[:, :, :, self.chunks : chunks])
-        if self.search.shape[3] < chunks:
-            room = max(pyramid.search.shape[3], chunks)
-            wider = self.search.new_empty(*self.search.shape[:3], room, self.search.shape[4])
-            wider[:, :, :, : self.chunks] = self.search[:, :, :, : self.chunks]
-            self.search = wider
-        self.search[:, :, :, self.chunks : chunks] = new
-        self.chunks = chunks
+        seen = pyramid.search[row, :, :, :first].to(self.basis.dtype).flatten(1, 2)
+        if not seen.shape[1]:
+            seen = seen.new_zeros(seen.shape[0], 1, seen.shape[2])
+        mean = seen.mean(1)
+        centred = seen - mean[:, None]
+        size = centred.abs().amax((1, 2), keepdim=True).clamp_min(1e-20)
+        _, vectors = torch.linalg.eigh((centred / size).transpose(1, 2) @ (centred / size))
+        self.basis[row] = vectors[..., -self.basis.shape[-1] :].flip(-1)
+        self.mean[row] = mean
+        if self.search.dtype == torch.float8_e4m3fn:
+            peak = (centred @ self.basis[row]).abs().flatten(1).amax(1)
+            self.step[row] = peak.clamp_min(1e-20) / PEAK
 
-    def _shorten(self, keys: Tensor) -> Tensor:
+    def _extend(self, pyramid: Pyramid, targets: list[int]) -> None:
+        assert pyramid.search is not None
+        if max(targets) > self.search.shape[3]:
+            room = max(pyramid.search.shape[3], max(targets))
+            wider = self.search.new_empty(*self.search.shape[:3], room, self.search.shape[4])
+            wider[:, :, :, : self.search.shape[3]] = self.search
+            self.search = wider
+        together = len({*zip(self.chunks, targets, strict=True)}) == 1
+        for row in range(1 if together else len(targets)):
+            rows = slice(None) if together else slice(row, row + 1)
+            new = slice(self.chunks[row], targets[row])
+            if new.start < new.stop:
+                self.search[rows, :, :, new] = self._shorten(pyramid.search[rows, :, :, new], rows)
+        self.chunks = [max(pair) for pair in zip(self.chunks, targets, strict=True)]
+
+    def _shorten(self, keys: Tensor, rows: slice) -> Tensor:
         """(B, H, S, n, D) -> (B, H, S, n, d), rounded."""
-        wide = self.basis.dtype
-        turned = torch.matmul(keys.to(wide) - self.mean[:, :, None, None].to(wide), self.basis[:, :, None])
-        return rounded(turned / self.step[:, :, None, None, None].to(wide), self.search.dtype)
+        centred = keys.to(self.basis.dtype) - self.mean[rows, :, None, None]
+        turned = torch.matmul(centred, self.basis[rows, :, None])
+        return rounded(turned / self.step[rows, :, None, None, None], self.search.dtype)
 
     def asked(self, queries: Tensor, live: Tensor, row: Tensor, visible: Tensor, scale: float) -> Asked:
         """The search over these keys. `queries` (N, H*G, V, D) as voters come."""
@@ -113,22 +136,16 @@ def rounded(states: Tensor, dtype: torch.dtype) -> Tensor:
     return states.to(dtype)
 
 
-def _calibrated(pyramid: Pyramid, levels: Levels, compact: Compact) -> CompactKeys:
+def _empty(pyramid: Pyramid, compact: Compact) -> CompactKeys:
     assert pyramid.search is not None
     batch, heads, places, _, dim = pyramid.search.shape
-    first = compact.calibrate // levels.chunk
-    bases, means, steps = [], [], []
-    wide = torch.promote_types(pyramid.search.dtype, torch.float32)
-    for row in range(batch):
-        seen = pyramid.search[row, :, :, : min(first, pyramid.lengths[row] // levels.chunk)].to(wide).flatten(1, 2)
-        mean = seen.mean(1) if seen.shape[1] else seen.new_zeros(heads, dim)
-        centred = seen - mean[:, None]
-        _, vectors = torch.linalg.eigh(centred.transpose(1, 2) @ centred)
-        basis = vectors[..., -min(compact.dims, dim) :].flip(-1)
-        peak = (centred @ basis).abs().flatten(1).amax(1) if seen.shape[1] else seen.new_ones(heads)
-        bases.append(basis)
-        means.append(mean)
-        steps.append(peak.clamp_min(1e-20) / PEAK if compact.bits == 8 else torch.ones_like(peak))
+    wide = pyramid.search.new_empty(0, dtype=torch.promote_types(pyramid.search.dtype, torch.float32))
     kept = torch.float8_e4m3fn if compact.bits == 8 else pyramid.search.dtype
-    search = torch.empty(batch, heads, places, 0, bases[0].shape[-1], dtype=kept, device=pyramid.search.device)
-    return CompactKeys(search, torch.stack(bases), torch.stack(means), torch.stack(steps), 0)
+    width = min(compact.dims, dim)
+    return CompactKeys(
+        search=pyramid.search.new_empty(batch, heads, places, 0, width, dtype=kept),
+        basis=wide.new_zeros(batch, heads, dim, width),
+        mean=wide.new_zeros(batch, heads, dim),
+        step=wide.new_ones(batch, heads),
+        chunks=[0] * batch,
+    )
