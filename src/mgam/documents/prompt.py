@@ -10,8 +10,8 @@ from typing import Any
 from mgam.documents.sources import Source
 from mgam.errors import DocumentError
 
-BEFORE = "Here is a text.\n\n"
-AFTER = "\n\nAnswer this question from the text above, in a few words: "
+BEFORE = "Here is a text. The answer to the question after it stands in the text.\n\n"
+AFTER = "\n\n"
 
 
 @dataclass(frozen=True)
