@@ -139,10 +139,12 @@ def _require_texts(tasks: Sequence[Task], texts: TextLibrary) -> None:
 
 
 def _load(session: Session, notes: Console) -> tuple[tuple[Any, Any], str]:
+    import torch
+
     from mgam.integrations.loading import DEFAULT_MODEL, load
 
     device = session.device
-    if device == "auto" and "LOCAL_RANK" in os.environ and int(os.environ.get("WORLD_SIZE", "1")) > 1:
+    if device == "auto" and "LOCAL_RANK" in os.environ and torch.cuda.is_available():
         device = f"cuda:{os.environ['LOCAL_RANK']}"
     loaded = load(session.model, device=device, dtype=session.dtype, download=session.download, on_status=notes.print)
     name = Path(session.model).name if session.model and Path(session.model).exists() else session.model

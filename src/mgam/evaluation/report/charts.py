@@ -10,6 +10,8 @@ from itertools import pairwise
 
 INK, FAINT, GRID = "#1f2933", "#7b8794", "#e4e7eb"
 DENSE_COLOUR = "#7b8794"
+TOP = 24  # room above the line of 100 percent
+APART = 20  # nearer labels of one line would cover each other
 WHITE_FROM = 72  # percent: below this the squares are too light for white figures
 COLOURS = ("#0b6e99", "#c2410c", "#4d7c0f", "#7e22ce", "#be185d", "#0f766e", "#a16207")
 
@@ -82,7 +84,7 @@ def line_chart(
     if mark is not None:
         high = max(high, min(mark[0], 4 * high))
     x = _Axis(low / 1.08, high * 1.08, 46, width - 12, log=True)
-    y = _Axis(0, 100, height - 40, 14, log=False)
+    y = _Axis(0, 100, height - 40, TOP, log=False)
     parts = [_svg(width, height)]
     parts += [_percent_line(value, x, y) for value in (0, 25, 50, 75, 100)]
     for tick in ticks or _ticks(low, high):
@@ -91,10 +93,10 @@ def line_chart(
     if mark is not None and x.low <= mark[0] <= x.high:
         place = x.at(mark[0])
         parts.append(
-            f'<line x1="{place:.1f}" x2="{place:.1f}" y1="14" y2="{height - 40}" stroke="{FAINT}" class="dash"/>'
+            f'<line x1="{place:.1f}" x2="{place:.1f}" y1="{TOP}" y2="{height - 40}" stroke="{FAINT}" class="dash"/>'
         )
-        side, anchor = (-4, "end") if place > width * 0.6 else (4, "start")
-        parts.append(_text(place + side, 24, mark[1], anchor, FAINT))
+        anchor = "end" if place > width * 0.8 else "middle"
+        parts.append(_text(place, 14, mark[1], anchor, FAINT))
     parts += [_series(one, x, y) for one in series]
     return "".join([*parts, "</svg>"])
 
@@ -119,6 +121,7 @@ def _series(one: Series, x: _Axis, y: _Axis) -> str:
     dots = sorted(one.dots, key=lambda dot: dot.x)
     path = " ".join(f"{x.at(dot.x):.1f},{y.at(dot.y):.1f}" for dot in one.dots)
     parts = [f'<polyline points="{path}" fill="none" stroke="{one.colour}" stroke-width="2.5" opacity="0.85"/>']
+    written: list[tuple[float, float]] = []
     for dot in dots:
         across, down = x.at(dot.x), y.at(dot.y)
         if dot.error:
@@ -131,7 +134,8 @@ def _series(one: Series, x: _Axis, y: _Axis) -> str:
             f'<circle cx="{across:.1f}" cy="{down:.1f}" r="4.5" fill="{one.colour}"><title>{escape(dot.label)}</title>'
             "</circle>"
         )
-        if dot.text:
+        if dot.text and all(abs(across - left) > APART or abs(down - above) > APART for left, above in written):
+            written.append((across, down))
             parts.append(_text(across, down - 9 if down > 30 else down + 18, dot.text, "middle", one.colour))
     return "".join(parts)
 

@@ -24,10 +24,10 @@ def legend(methods: Sequence[str]) -> str:
     return f"<p>{' &nbsp; '.join(key(method, methods) for method in methods)}</p>"
 
 
-def table(head: Sequence[str], body: Sequence[str], left: int = 1) -> str:
-    """A table whose first `left` columns are words."""
+def table(head: Sequence[str], body: Sequence[str], words: Sequence[int] = (0, 1)) -> str:
+    """A table; the columns in `words` hold words, which stand on the left."""
     cells = "".join(
-        f'<th class="left">{escape(name)}</th>' if number < left else f"<th>{escape(name)}</th>"
+        f'<th class="left">{escape(name)}</th>' if number in words else f"<th>{escape(name)}</th>"
         for number, name in enumerate(head)
     )
     return f'<div class="scroll"><table><tr>{cells}</tr>{"".join(body)}</table></div>'

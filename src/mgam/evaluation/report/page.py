@@ -107,10 +107,10 @@ def _reach_words(length: int | None) -> str:
 
 
 def _own_limit(method: str, length: int | None, rows: Sequence[Row]) -> str:
-    missing = [row.length for row in rows if row.method == method and row.status != "ok"]
+    missing = [row.length for row in rows if row.method == method and row.status == "does not fit"]
     if missing:
         return f"does not fit from {short_number(min(missing))} on"
-    longest = max(row.length for row in rows if row.method == method)
+    longest = max(row.length for row in rows if row.method == method and row.unit == "percent")
     return "as far as was measured" if length == longest else f"measured to {short_number(longest)}"
 
 

@@ -35,7 +35,7 @@ def every_task(rows: Sequence[Row]) -> str:
         "Every task",
         "Percent ± standard error. Rest the pointer on a figure for its 95 % interval (Wilson's where a task is right "
         "or wrong), on a task for what it asks.",
-        table(["task", "method", *map(short_number, lengths), "effective"], body, left=2),
+        table(["task", "method", *map(short_number, lengths), "effective"], body),
     )
 
 
@@ -104,7 +104,7 @@ def losses(rows: Sequence[Row]) -> str:
     return section(
         "Loss by position",
         "Nats per token, lower is better. No query looks ahead.",
-        table(["task", "method", "length", "mean", "by position in the text"], body, left=2),
+        table(["task", "method", "length", "mean", "by position in the text"], body, words=(0, 1, 4)),
     )
 
 
@@ -118,7 +118,7 @@ def quadrants(rows: Sequence[Row]) -> str:
     return section(
         "By how hard the evidence is to find, and how much of it there is",
         "Diffusion and scope after arXiv 2407.00402, on our own scale; mean score over the lengths that could be read.",
-        table(["diffusion / scope", "method", "score", "tasks"], body, left=2),
+        table(["diffusion / scope", "method", "score", "tasks"], body),
     )
 
 
