@@ -16,7 +16,7 @@ from functools import partial
 from mgam.evaluation.haystack import Needle, build_haystack
 from mgam.evaluation.metrics import Score, any_found, best, exact_match, token_f1
 from mgam.evaluation.registry import Task, register
-from mgam.evaluation.sample import Draft, Request, Sample
+from mgam.evaluation.sample import Draft, Request, Sample, Span
 
 NEW_TOKENS = 32
 
@@ -121,7 +121,16 @@ def build(hops: int, request: Request) -> Draft:
     room = request.room(question, NEW_TOKENS)
     stack = build_haystack(world.others(), needles, room, request.counter, keep_out=request.keep_out)
     details = {"ruler": f"qa_{hops}"}
-    return Draft(stack.text, question, (answer,), stack.spans, hops=hops, details=details)
+    said = [born_in] if hops == 1 else [firm, seat]  # what each entry must tell
+    spans = tuple(_sentence(stack.text, span, words) for span, words in zip(stack.spans, said, strict=True))
+    return Draft(stack.text, question, (answer,), spans, hops=hops, details=details)
+
+
+def _sentence(document: str, span: Span, words: str) -> Span:
+    """The sentence of an entry that holds some words; the rest of the entry is no evidence."""
+    place = document.index(words, *span)
+    start = document.rfind(". ", span[0], place) + 2
+    return max(span[0], start), document.index(".", place) + 1
 
 
 def score(sample: Sample, reply: str) -> Score:
