@@ -14,7 +14,15 @@ from mgam.policies.compact import Compact
 from mgam.settings import Settings
 
 LEVELS = (1, 4, 16)
-SMALL: dict[str, Any] = {"levels": LEVELS, "search": 2, "window": 8, "block": 8, "question_block": 5, "dense_until": 0}
+SMALL: dict[str, Any] = {
+    "levels": LEVELS,
+    "search": 2,
+    "window": 8,
+    "block": 8,
+    "question_block": 5,
+    "dense_until": 0,
+    "mass": 1.0,
+}
 """Settings under which texts of some dozen tokens are already read coarsely."""
 ENOUGH = 4096
 """More tokens than any text of the battery has."""
@@ -113,9 +121,9 @@ class Case:
         return (self.make or self.declared.policy)(self.with_settings(**changes), scale)
 
     @property
-    def weighs(self) -> bool:
-        """Whether summaries count with their mass."""
-        return self.with_settings().mass and self.declared.mass
+    def mass(self) -> float:
+        """How far summaries count for their tokens."""
+        return self.with_settings().mass
 
 
 def compact(s: Settings, scale: float) -> Policy:
@@ -132,7 +140,7 @@ CASES = [
     Case("mgam", "mgam", {"budget": ENOUGH}, opens=within(2)),
     Case("mgam-drop", "mgam", {"budget": ENOUGH}, {"rest": "drop"}, within(2), nothing, "drops"),
     Case("mgam-every", "mgam", {"budget": ENOUGH}, {"every": 3}, within(2)),
-    Case("mgam-massless", "mgam", {"budget": ENOUGH}, {"mass": False}, within(2)),
+    Case("mgam-half-mass", "mgam", {"budget": ENOUGH}, {"mass": 0.5}, within(2)),
     Case("mgam-compact", "mgam", {"budget": ENOUGH}, {}, within(2), make=compact),
     Case("mgam-flat", "mgam", {"budget": ENOUGH}, {"levels": (1, 4), "budget": 12}, within(3)),
     Case("mgam-tall", "mgam", {"budget": ENOUGH}, {"levels": (1, 2, 4, 12), "budget": 6}, within(3)),

@@ -54,7 +54,7 @@ def reads(cover: Cover, block: int, head: int, query: int) -> Reads:
 
 
 def by_hand(
-    query: Tensor, keys: Tensor, values: Tensor, entries: Reads, scale: float, mass: bool, rotated: int
+    query: Tensor, keys: Tensor, values: Tensor, entries: Reads, scale: float, mass: float, rotated: int
 ) -> Tensor:
     """One query (D,) over its entries of one head's keys and values (T, D). Ranks are counted from the first entry."""
     query, keys, values = (states.cpu().to(torch.float64) for states in (query, keys, values))
@@ -64,9 +64,8 @@ def by_hand(
         ranks = torch.arange(len(entries))
         key, query = turned(key, ranks, rotated), turned(query[None], ranks[-1:], rotated)[0]
     logits = scale * key @ query
-    if mass:
-        logits = logits + torch.tensor([math.log(size) for _, size in entries], dtype=torch.float64)
-    return torch.softmax(logits, 0) @ value
+    bias = torch.tensor([mass * math.log(size) for _, size in entries], dtype=torch.float64)
+    return torch.softmax(logits + bias, 0) @ value
 
 
 def covered(entries: Iterable[tuple[int, int]], tokens: int) -> Tensor:

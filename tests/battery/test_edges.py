@@ -35,7 +35,7 @@ def test_odd_lengths(trial: Trial, tokens: int) -> None:
             for head in range(HEADS * GROUP):
                 entries = reads(cover, number, head // GROUP, tokens - 1)
                 one = queries[0, head, -1], keys[0, head // GROUP], values[0, head // GROUP]
-                expected = by_hand(*one, entries, SCALE, trial.case.weighs, trial.rotated)
+                expected = by_hand(*one, entries, SCALE, trial.case.mass, trial.rotated)
                 torch.testing.assert_close(out[0, head, -1].double().cpu(), expected, **trial.tolerance)
                 checked += 1
     assert checked == HEADS * GROUP

@@ -66,7 +66,7 @@ def test_equals_the_textbook(trial: Trial) -> None:
                     values[row, head // GROUP],
                     entries,
                     SCALE,
-                    trial.case.weighs,
+                    trial.case.mass,
                     trial.rotated,
                 )
                 torch.testing.assert_close(out[row, head, query].double().cpu(), expected, **trial.tolerance)
@@ -87,8 +87,8 @@ def test_equal_keys_inside_chunks_are_dense(trial: Trial) -> None:
 
     Ranks turn the keys of a chunk apart, so for granular positions the keys lie in the dimensions that are not rotated.
     """
-    if not (trial.case.partitions and trial.case.weighs):
-        pytest.skip("declared: drops, or without mass")
+    if not (trial.case.partitions and trial.case.mass == 1):
+        pytest.skip("declared: drops, or without full mass")
     queries, keys, values = trial.states(TOKENS)
     chunk = torch.arange(TOKENS, device=keys.device) // trial.levels.sizes[-1] * trial.levels.sizes[-1]
     keys = keys[:, :, chunk].clone()
@@ -99,8 +99,8 @@ def test_equal_keys_inside_chunks_are_dense(trial: Trial) -> None:
 
 
 def test_mass_matters() -> None:
-    """The control of P6: without mass, equal keys are not dense, so P6 can fail."""
-    trial = Trial(next(case for case in CASES if case.name == "mgam-massless"))
+    """The control of P6: without full mass, equal keys are not dense, so P6 can fail."""
+    trial = Trial(next(case for case in CASES if case.name == "mgam-half-mass"))
     queries, keys, values = trial.states(TOKENS)
     states = queries, torch.zeros_like(keys), values
     assert not torch.allclose(trial.run(states).double().cpu(), dense(*states, SCALE), atol=1e-3)

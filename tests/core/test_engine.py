@@ -1,0 +1,63 @@
+"""The engine's records: what is counted, and which chunks answering queries rest on."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from battery.cases import CASES
+from battery.oracle import blocks_of, reads
+from battery.trial import GROUP, HEADS, SCALE, Trial
+from mgam.engine import Record
+from mgam.schedule import Schedule
+
+TOKENS = 70
+
+
+@pytest.fixture(params=["mgam", "mgam-drop", "window-coarse"])
+def trial(request: pytest.FixtureRequest) -> Trial:
+    return Trial(next(case for case in CASES if case.name == request.param))
+
+
+def weights(trial: Trial, evidence_from: int) -> torch.Tensor:
+    """Attention to each chunk of level 1 that a block opened, (H, C), summed over queries and heads, by hand."""
+    states = queries, keys, _ = trial.states(TOKENS)
+    found = torch.zeros(HEADS, TOKENS // trial.levels.chunk, dtype=torch.float64)
+    for _, start, stop, _, cover, number in blocks_of(trial.covers(states)[1]):
+        for head in range(HEADS * GROUP) if start >= evidence_from else ():
+            opened = cover.opened[number, head // GROUP].tolist()
+            for query in range(start, stop):
+                entries = reads(cover, number, head // GROUP, query)
+                read = torch.stack([keys[0, head // GROUP, first : first + size].mean(0) for first, size in entries])
+                mass = torch.tensor([float(size) for _, size in entries], dtype=torch.float64)
+                share = torch.softmax(SCALE * read @ queries[0, head, query] + trial.case.mass * mass.log(), 0)
+                for (first, size), part in zip(entries, share, strict=True):
+                    chunk = first // trial.levels.chunk
+                    if size == 1 and chunk in opened:
+                        found[head // GROUP, chunk] += part
+    return found
+
+
+@pytest.mark.parametrize("evidence_from", [0, 61, 66])
+def test_evidence_is_attention_to_opened_chunks(trial: Trial, evidence_from: int) -> None:
+    record = Record(evidence_from=evidence_from)
+    trial.run(trial.states(TOKENS), record=record)
+    expected = weights(trial, evidence_from)
+    (layer,) = record.mass
+    got = record.mass[layer]
+    torch.testing.assert_close(got, expected[:, : got.shape[1]].float())
+    assert not expected[:, got.shape[1] :].any()
+
+
+def test_evidence_after_the_text_is_none(trial: Trial) -> None:
+    record = Record(evidence_from=TOKENS)
+    trial.run(trial.states(TOKENS), record=record)
+    assert record.mass == {}
+    assert record.queries == TOKENS
+
+
+def test_a_short_text_opens_nothing(trial: Trial) -> None:
+    record = Record(evidence_from=0)
+    trial.run(trial.states(5), Schedule.uniform(2), record=record)
+    assert record.mass == {}
+    assert record.entries == [15.0, 0.0, 0.0]
