@@ -122,7 +122,7 @@ def decode(
 
     `chunks` bounds the chunks of any row. All shapes are static and nothing waits for the device, so that the call can be
     captured in a CUDA graph and replayed while `lengths` and the pyramid's buffers change. The compact keys, where the policy
-    has them, must have been made before.
+    has them, must have been made before; they are searched when every row holds the tokens that give its basis.
     """
     levels: Levels = pyramid.levels
     rows = torch.arange(queries.shape[0], device=queries.device)
@@ -130,7 +130,8 @@ def decode(
     start = window_start(decide, policy.window, levels)
     visible = decide // levels.chunk
     live = torch.ones(queries.shape[0], 1, dtype=torch.bool, device=queries.device)
-    asked = _asked(queries, live, rows, visible, pyramid, policy, short=True)
+    short = policy.compact is not None and min(pyramid.lengths) > policy.compact.calibrate
+    asked = _asked(queries, live, rows, visible, pyramid, policy, short)
     chosen = cover(scores(asked, chunks), start, levels, policy.budget // levels.chunk, rest=policy.rest, mass=policy.mass)
     index = (chosen.opened, *chosen.summaries)
     ranks = index
