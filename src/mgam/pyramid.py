@@ -25,6 +25,10 @@ class Pyramid:
         search: (B, H, S, >=C, D), means over `levels.search` keys of complete chunks, by place in the chunk first
     """
 
+    in_memory = True
+    """Whether keys[0] and values[0] hold every token. A subclass that keeps them elsewhere overrides how they are read
+    (`chunks`, `window`, `prefix`) and written (`_store`, `_complete`, `_widen_tokens`)."""
+
     def __init__(self, levels: Levels) -> None:
         self.levels = levels
         self.lengths: list[int] = []
@@ -52,6 +56,32 @@ class Pyramid:
     def tokens(self) -> int:
         """Tokens of the longest row."""
         return max(self.lengths, default=0)
+
+    @property
+    def room(self) -> int:
+        """Tokens per row that fit without growing."""
+        return self.keys[0].shape[2]
+
+    def chunks(self, row: Tensor, index: Tensor, spare: Tensor) -> tuple[Tensor, Tensor]:
+        """Keys and values (N, H, K*chunk, D) of the chunks `index` (N, H, K) in rows `row` (N,).
+
+        Where an index is -1 they mean nothing but are numbers: those of token `spare` (N,).
+        """
+        chunk = self.levels.chunk
+        token = (index[..., None] * chunk + torch.arange(chunk, device=index.device)).flatten(2)
+        there = (index >= 0)[..., None].expand(*index.shape, chunk).flatten(2)
+        token = torch.where(there, token, spare[:, None, None])
+        return take(self.keys[0], row, token), take(self.values[0], row, token)
+
+    def window(self, row: Tensor, start: Tensor, reach: int, last: Tensor) -> tuple[Tensor, Tensor]:
+        """Keys and values (N, H, reach, D) of the tokens from `start` (N,) on; beyond `last` (N,) they mean nothing."""
+        token = torch.minimum(start[:, None] + torch.arange(reach, device=start.device), last[:, None])
+        token = token[:, None].expand(-1, self.keys[0].shape[1], -1)
+        return take(self.keys[0], row, token), take(self.values[0], row, token)
+
+    def prefix(self, row: int, stop: int) -> tuple[Tensor, Tensor]:
+        """Keys and values (1, H, stop, D) of a row's first tokens."""
+        return self.keys[0][row : row + 1, :, :stop], self.values[0][row : row + 1, :, :stop]
 
     def reserve(self, tokens: int) -> None:
         """Makes later appends up to `tokens` in all free of copying."""
@@ -101,57 +131,72 @@ class Pyramid:
 
     def _grow(self, tokens: int) -> None:
         """Makes room for `tokens` per row: in one step when reserved, else by a quarter at a time."""
-        have = self.keys[0].shape[2]
+        have = self.room
         if tokens <= have:
             return
         room = self._reserved if tokens <= self._reserved else max(tokens, have + have // 4, 256)
         chunk = self.levels.chunk
         room = -(-room // chunk) * chunk
+        self._widen_tokens(room)
         used = [self.tokens // size for size in self.levels.sizes]
-        for level, size in enumerate(self.levels.sizes):
+        for level, size in enumerate(self.levels.sizes[1:], start=1):
             self.keys[level] = _widen(self.keys[level], room // size, used[level], 2)
             self.values[level] = _widen(self.values[level], room // size, used[level], 2)
         assert self.search is not None
         self.search = _widen(self.search, room // chunk, used[1], 3)
 
-    def _write(self, rows: slice, before: int, keys: Tensor, values: Tensor) -> None:
+    def _widen_tokens(self, room: int) -> None:
+        for states in (self.keys, self.values):
+            states[0] = _widen(states[0], room, self.tokens, 2)
+
+    def _store(self, rows: slice, before: int, keys: Tensor, values: Tensor) -> None:
         after = before + keys.shape[2]
         self.keys[0][rows, :, before:after] = keys
         self.values[0][rows, :, before:after] = values
+
+    def _complete(self, rows: slice, first: int, last: int) -> tuple[Tensor, Tensor]:
+        """Keys and values of the tokens of chunks [first, last)."""
+        span = slice(first * self.levels.chunk, last * self.levels.chunk)
+        return self.keys[0][rows, :, span], self.values[0][rows, :, span]
+
+    def _write(self, rows: slice, before: int, keys: Tensor, values: Tensor) -> None:
+        after = before + keys.shape[2]
+        self._store(rows, before, keys, values)
         for row in range(*rows.indices(len(self.lengths))):
             self.lengths[row] = after
         for level in range(1, self.levels.top + 1):
             first, last = before // self.levels.sizes[level], after // self.levels.sizes[level]
             if last <= first:
                 return
-            ratio = self.levels.ratio(level)
-            if level == 1 and _on_device(keys):
+            if level == 1:
                 self._build(rows, first, last)
                 continue
+            ratio = self.levels.ratio(level)
             for states in (self.keys, self.values):
                 states[level][rows, :, first:last] = _means(
                     states[level - 1][rows, :, first * ratio : last * ratio], ratio
                 )
-            if level == 1:
-                assert self.search is not None
-                chunk = self.levels.chunk
-                complete = self.keys[0][rows, :, first * chunk : last * chunk]
-                self.search[rows, :, :, first:last] = _search_keys(complete, self.levels)
 
     def _build(self, rows: slice, first: int, last: int) -> None:
-        """Level 1 and search keys of chunks [first, last) in one pass on the device."""
-        from mgam.pyramid_triton import build
-
+        """Level 1 and search keys of chunks [first, last)."""
         assert self.search is not None
-        tokens = slice(first * self.levels.chunk, last * self.levels.chunk)
-        build(
-            self.keys[0][rows, :, tokens],
-            self.values[0][rows, :, tokens],
-            self.keys[1][rows, :, first:last],
-            self.values[1][rows, :, first:last],
-            self.search[rows, :, :, first:last],
-            self.levels,
-        )
+        keys, values = self._complete(rows, first, last)
+        made = self.keys[1][rows, :, first:last], self.values[1][rows, :, first:last]
+        search = self.search[rows, :, :, first:last]
+        if _on_device(keys):
+            from mgam.pyramid_triton import build
+
+            build(keys, values, *made, search, self.levels)
+            return
+        made[0].copy_(_means(keys, self.levels.chunk))
+        made[1].copy_(_means(values, self.levels.chunk))
+        search.copy_(_search_keys(keys, self.levels))
+
+
+def take(states: Tensor, row: Tensor, index: Tensor) -> Tensor:
+    """states (B, H, n, D), row (N,), index (N, H, M) -> (N, H, M, D)."""
+    heads = torch.arange(states.shape[1], device=states.device)
+    return states[row[:, None, None], heads[None, :, None], index]
 
 
 def _on_device(states: Tensor) -> bool:

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from mgam.cover import Cover
 from mgam.positions import Positions, rotate
-from mgam.pyramid import Pyramid
+from mgam.pyramid import Pyramid, take
 from mgam.schedule import Blocks
 
 # Shape letters: N blocks, H KV heads, G query heads per KV head, Q queries per block, E entries before the window,
@@ -54,21 +54,18 @@ def gather(
     heads = cover.opened.shape[1]
     device = queries.device
     row = blocks.row.to(device)
-    keys, values, bias = [], [], []
     chunk = cover.levels.chunk
     wide = torch.promote_types(queries.dtype, torch.float32)
     last = (blocks.stop - 1).clamp_min(0).to(device)
-    # Padding points at a token that is there (or is zeroed): its weight is 0, and 0 * NaN would be NaN.
-    token_NHE = (cover.opened[..., None] * chunk + torch.arange(chunk, device=device)).flatten(2)
     ok_NHE = (cover.opened >= 0)[..., None].expand(*cover.opened.shape, chunk).flatten(2)
-    token_NHE = torch.where(ok_NHE, token_NHE, last[:, None, None])
-    keys.append(_take(pyramid.keys[0], row, token_NHE))
-    values.append(_take(pyramid.values[0], row, token_NHE))
-    bias.append(torch.zeros((), dtype=wide, device=device).masked_fill(~ok_NHE, -torch.inf))
+    # Padding is read from a token that is there (or is zeroed): its weight is 0, and 0 * NaN would be NaN.
+    opened = pyramid.chunks(row, cover.opened, last)
+    keys, values = [opened[0]], [opened[1]]
+    bias = [torch.zeros((), dtype=wide, device=device).masked_fill(~ok_NHE, -torch.inf)]
     for level, index in enumerate(cover.summaries, start=1):
         ok = index >= 0
         for kept, states in ((keys, pyramid.keys), (values, pyramid.values)):
-            kept.append(_take(states[level], row, index.clamp_min(0)).masked_fill(~ok[..., None], 0))
+            kept.append(take(states[level], row, index.clamp_min(0)).masked_fill(~ok[..., None], 0))
         weight = cover.mass * math.log(cover.levels.sizes[level])
         bias.append(torch.full((), weight, dtype=wide, device=device).masked_fill(~ok, -torch.inf))
     start = cover.window_start.to(device)
@@ -77,9 +74,9 @@ def gather(
     spans = blocks.stop - begin
     reach = int(spans.max())
     window_NW = start[:, None] + torch.arange(reach, device=device)
-    inside = torch.minimum(window_NW, last[:, None])[:, None].expand(count, heads, reach)
-    keys.append(_take(pyramid.keys[0], row, inside))
-    values.append(_take(pyramid.values[0], row, inside))
+    window = pyramid.window(row, start, reach, last)
+    keys.append(window[0])
+    values.append(window[1])
     causal_NQW = window_NW[:, None] > torch.minimum(own, last[:, None])[:, :, None]
     before = torch.cat(bias, -1)
     bias_NHQE = torch.cat(
@@ -127,8 +124,7 @@ def _attend_prefix(
     count, query_heads, size, dim = queries.shape
     heads = pyramid.keys[0].shape[1]
     device = queries.device
-    keys = pyramid.keys[0][row : row + 1, :, :stop]
-    values = pyramid.values[0][row : row + 1, :, :stop]
+    keys, values = pyramid.prefix(row, stop)
     own = (blocks.start.to(device)[:, None] + torch.arange(size, device=device)).flatten()
     flat = queries.transpose(0, 1).reshape(1, query_heads, count * size, dim)
     if positions.kind == "granular":
@@ -189,9 +185,3 @@ def masses(
     per_entry = (weights * live[:, None, None, :, None]).sum((2, 3))
     opened = cover.opened.shape[-1] * cover.levels.chunk
     return per_entry[..., :opened].unflatten(-1, (-1, cover.levels.chunk)).sum(-1)
-
-
-def _take(states: Tensor, row: Tensor, index: Tensor) -> Tensor:
-    """states (B,H,n,D), row (N,), index (N,H,M) -> (N,H,M,D)."""
-    heads = torch.arange(states.shape[1], device=states.device)
-    return states[row[:, None, None], heads[None, :, None], index]

@@ -97,6 +97,10 @@ def attend(
     backend: str | None = None,
 ) -> Tensor:
     """Attention of N query blocks over their covers. Shapes: queries and result (N, Hq, Q, D)."""
+    if not pyramid.in_memory:
+        if backend not in (None, "torch"):
+            raise SettingError(f"backend {backend!r} cannot read a digest; choose 'torch', or leave it out")
+        return blockwise.attend(queries, blocks, cover, pyramid, positions, scale, softcap)
     return choose(queries, backend).run(queries, blocks, cover, pyramid, positions, scale, softcap)
 
 
