@@ -129,7 +129,7 @@ def read(
     heads = pyramid.keys[0].shape[1]
     out = torch.zeros_like(queries)
     for dense, blocks in plan.groups:
-        for part in _segments(dense, blocks, reading, pyramid, query_heads, dim):
+        for part in _segments(dense, blocks, reading, pyramid, query_heads, dim, softcap is not None):
             taken, live = _take(queries, plan.first, part.row, part.start, part.length, part.size)
             cover = _choose(queries, recent, part, plan, pyramid, reading, heads, dense)
             got = attend(taken, part, cover, pyramid, reading.positions, scale, softcap, reading.backend)
@@ -177,14 +177,14 @@ def _voters(queries: Tensor, recent: Tensor | None, blocks: Blocks, plan: Plan) 
 
 
 def _segments(
-    dense: bool, blocks: Blocks, reading: Reading, pyramid: Pyramid, query_heads: int, dim: int
+    dense: bool, blocks: Blocks, reading: Reading, pyramid: Pyramid, query_heads: int, dim: int, written: bool = False
 ) -> list[Blocks]:
-    """Cuts a group so that no working tensor grows with the call."""
+    """Cuts a group so that no working tensor grows with the call. `written`: logits are written out, head by head."""
     heads = pyramid.keys[0].shape[1]
     room = GPU_ELEMENTS if pyramid.keys[0].is_cuda else CPU_ELEMENTS
     tokens = int(blocks.stop.max()) if len(blocks) else 0
     if dense:
-        per_block = blocks.size * tokens
+        per_block = blocks.size * tokens * (query_heads if written else 1)
     else:
         window = (
             blocks.size
@@ -195,7 +195,8 @@ def _segments(
         entries = reading.policy.read_at_most(tokens, reading.levels) + window
         voting = query_heads * blocks.votes * (tokens // reading.levels.chunk) // 4 if reading.policy.votes else 0
         choosing = 8 * heads * (tokens // reading.levels.chunk)
-        per_block = max(min(entries, tokens) * heads * max(dim, blocks.size), voting, choosing)
+        size = blocks.size * (query_heads // heads if written else 1)
+        per_block = max(min(entries, tokens) * heads * max(dim, size), voting, choosing)
     step = max(1, room // max(per_block, 1))
     return [blocks[first : first + step] for first in range(0, len(blocks), step)]
 

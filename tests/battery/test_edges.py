@@ -111,6 +111,24 @@ def test_padded_rows_equal_single_rows(trial: Trial, calls: list[int]) -> None:
         }
 
 
+def test_rows_padded_on_either_side_without_a_cache(trial: Trial) -> None:
+    """P10: a batch over `Pyramid.of`, as in training: keys shifted to the first token, garbage after the last."""
+    lengths, offsets, width = [40, 23, 9], [0, 11, 0], 40
+    schedules = [trial.schedule(length, 0) for length in lengths]
+    singles = [trial.states(length, seed=row) for row, length in enumerate(lengths)]
+    queries, keys, values = (torch.full_like(part, torch.nan) for part in trial.states(width, rows=3))
+    for row, (length, offset) in enumerate(zip(lengths, offsets, strict=True)):
+        queries[row, :, offset : offset + length] = singles[row][0][0]
+        keys[row, :, :length], values[row, :, :length] = singles[row][1][0], singles[row][2][0]
+    plan = Plan.of(schedules, [0] * 3, lengths, width, 3, first=[-offset for offset in offsets])
+    out = read(queries, Pyramid.of(keys, values, trial.levels, lengths), plan, trial.reading(), SCALE)
+    for row, (length, offset) in enumerate(zip(lengths, offsets, strict=True)):
+        alone = trial.run(singles[row], schedules[row], dense_until=3)
+        torch.testing.assert_close(out[row : row + 1, :, offset : offset + length], alone, **trial.tolerance)
+        assert not out[row, :, :offset].any()
+        assert not out[row, :, offset + length :].any()
+
+
 def test_rows_do_not_see_each_other(trial: Trial) -> None:
     """P10: packed texts are rows; changing one leaves the others bit-equal."""
     states = trial.states(40, rows=3)

@@ -10,7 +10,7 @@ import torch
 from mgam import methods
 from mgam.attend import attend
 from mgam.pyramid import Pyramid
-from mgam.schedule import Lookahead
+from mgam.schedule import Lookahead, Schedule, Span
 
 from .cases import CASES
 from .oracle import blocks_of, by_hand, dense, reads
@@ -50,11 +50,24 @@ def test_queries_before_dense_until_are_dense(trial: Trial, dense_until: int) ->
     assert min(blocks, default=TOKENS) == min(dense_until, TOKENS)
 
 
-def test_equals_the_textbook(trial: Trial) -> None:
+UNEQUAL = Schedule((Span(7, 7, "block"), Span(12, 5), Span(30, 4, "block"), Span(36, 6), Span(None, 5, "block")))
+"""Blocks of unequal sizes that are computed together."""
+
+
+def test_unequal_blocks_before_dense_until(trial: Trial) -> None:
+    """P1: pieces of unequal size that stand apart in the text, read as one group."""
+    states = trial.states(TOKENS, rows=2)
+    out = trial.run(states, UNEQUAL, dense_until=33)
+    expected = dense(*states, SCALE, trial.rotated)
+    torch.testing.assert_close(out.double().cpu()[:, :, :33], expected[:, :, :33], **trial.tolerance)
+
+
+@pytest.mark.parametrize("schedule", [None, UNEQUAL], ids=["reading", "unequal"])
+def test_equals_the_textbook(trial: Trial, schedule: Schedule | None) -> None:
     """Every query's output is one softmax, written by hand, over the entries of its cover."""
     states = trial.states(TOKENS)
     queries, keys, values = states
-    out, chosen = trial.covers(states)
+    out, chosen = trial.covers(states, schedule)
     seen = 0
     for row, start, stop, _, cover, number in blocks_of(chosen):
         for query in {start, stop - 1}:

@@ -66,10 +66,7 @@ class Scored:
             opened |= allowed[:, None]
         elif most:
             scores = self.scores(voters, blocks, pyramid, levels)[..., :chunks]
-            scores = scores.masked_fill(~allowed[:, None], -1.0)
-            best = scores.topk(most, -1).indices
-            opened.scatter_(-1, best, True)
-            opened &= allowed[:, None]
+            opened = highest(scores.masked_fill(~allowed[:, None], -1.0), most) & allowed[:, None]
         return cover_of(opened, start, levels, rest=self.rest, mass=self.mass, most=1 + most)
 
     def read_at_most(self, tokens: int, levels: Levels) -> int:
@@ -126,6 +123,13 @@ class Scored:
         masked = (logits.to(wide) * scale).masked_fill(~visible[:, None, None], -torch.inf)
         mass = torch.softmax(masked, -1).nan_to_num(0.0)
         return (mass * live[:, None, :, None].repeat(1, 1, mass.shape[2] // live.shape[1], 1)).sum(2)
+
+
+def highest(scores: Tensor, most: int) -> Tensor:
+    """Mask of the `most` highest scores along the last axis; of equal ones the first, so that ties never flip."""
+    edge = scores.topk(most, -1).values[..., -1:]
+    above, level = scores > edge, scores == edge
+    return above | (level & (level.cumsum(-1) <= most - above.sum(-1, keepdim=True)))
 
 
 def chunk_logits(queries: Tensor, blocks: Blocks, pyramid: Pyramid, chunks: int) -> Tensor:
