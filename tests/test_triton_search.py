@@ -75,7 +75,8 @@ def test_compact_scores(bits: int) -> None:
     if bits == 16:
         full = replace(Scored(), compact=replace(compact, dims=64)).scores(voters, blocks, pyramid, levels)
         exact = Scored().scores(voters, blocks, pyramid, levels)
-        assert torch.allclose(full, exact.to(full.dtype), atol=2e-3, rtol=2e-3)
+        loose = 2e-3 if KEPT == torch.float32 else 5e-2
+        assert torch.allclose(full, exact.to(full.dtype), atol=loose, rtol=loose)
 
 
 @pytest.mark.parametrize("sizes", [(1, 8), (1, 8, 32), (1, 4, 8, 32)])

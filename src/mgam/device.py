@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from mgam.attend.triton.forward import Turn, read
-from mgam.attend.triton.lists import Lists, counts_of
+from mgam.attend.triton.lists import Lists, places
 from mgam.cover import Cover, dense_cover, window_start
 from mgam.levels import Levels
 from mgam.policies.asked import Asked, flat
@@ -134,11 +134,8 @@ def decode(
     asked = _asked(queries, live, rows, visible, pyramid, policy, short)
     chosen = cover(scores(asked, chunks), start, levels, policy.budget // levels.chunk, rest=policy.rest, mass=policy.mass)
     index = (chosen.opened, *chosen.summaries)
-    ranks = index
-    if positions.kind == "granular":
-        first, others = chosen.ranks()
-        ranks = (first, *others)
+    counts, ranks = places(index, levels, positions.kind == "granular")
     table = torch.stack((rows, decide, torch.ones_like(decide), start))
-    lists = Lists(levels, table, 1, index, counts_of(index), ranks, chosen.mass)
+    lists = Lists(levels, table, 1, index, counts, ranks, chosen.mass)
     turn = Turn.of(positions, lists, chunks * levels.chunk, queries.device)
     return read(queries, lists, pyramid.keys, pyramid.values, scale, turn=turn, softcap=softcap).out

@@ -389,7 +389,7 @@ def quest_row(setting: Setting, machine: Machine, tokens: int, batch: int, page:
         start = ends // page * page
         none = best[..., :0]
         table = torch.stack((torch.arange(batch, device="cuda"), ends, torch.ones_like(ends), start))
-        counts = torch.stack((torch.full_like(best[..., 0], most, dtype=torch.int32), torch.zeros_like(best[..., 0], dtype=torch.int32)))
+        counts = torch.stack((torch.full_like(best[..., 0], most), torch.zeros_like(best[..., 0])), -1).int()
         lists = Lists(levels, table, 1, (best, none), counts, (best, none), False)
         turn = Turn.of(Positions(), lists, tokens, queries.device)
         return read(queries, lists, pyramid.keys, pyramid.values, setting.dim**-0.5, turn=turn).out

@@ -141,14 +141,94 @@ def logits_kernel(
 
 
 @triton.jit
+def project_kernel(
+    state_ptr, basis_ptr, offset_ptr, step_ptr, short_ptr, factor_ptr, row_ptr, heads, tiles, scale,
+    state_block, state_head, state_row, short_block, short_head, short_row,
+    M: tl.constexpr, V: tl.constexpr, GROUPED: tl.constexpr, D: tl.constexpr, SHORT: tl.constexpr,
+    BLOCK_M: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_S: tl.constexpr, BY_ROW: tl.constexpr, MOST: tl.constexpr,
+):  # fmt: skip
+    """Rows in fewer dimensions and bits: (state - mean) @ basis, over a step.
+
+    Rows m of block n and KV head h: query head h * (M // V) + m // V and voter m % V where GROUPED, else row m of (n, h).
+    basis (B, H, D, SHORT); offset (B, H, SHORT): the mean in the basis; BY_ROW: each row has its own step, found here, and
+    factor (N, H, M) gets step * scale * step_ptr[row, h]; else step_ptr (B, H) is the step. MOST: largest number kept.
+    """
+    pid = tl.program_id(0)
+    pair = (pid // tiles).to(tl.int64)
+    block = pair // heads
+    head = pair % heads
+    row = tl.load(row_ptr + block)
+    m = pid % tiles * BLOCK_M + tl.arange(0, BLOCK_M)
+    column = tl.arange(0, BLOCK_D)
+    short = tl.arange(0, BLOCK_S)
+    live = m < M
+    if GROUPED:
+        place = block * state_block + (head * (M // V) + m // V) * state_head + (m % V) * state_row
+    else:
+        place = block * state_block + head * state_head + m.to(tl.int64) * state_row
+    state = tl.load(
+        state_ptr + place[:, None] + column[None, :], mask=live[:, None] & (column < D)[None, :], other=0.0
+    )
+    basis = tl.load(
+        basis_ptr + ((row * heads + head) * D + column)[:, None] * SHORT + short[None, :],
+        mask=(column < D)[:, None] & (short < SHORT)[None, :], other=0.0,
+    )  # fmt: skip
+    found = tl.dot(state, basis.to(state.dtype), input_precision="ieee")
+    offset = tl.load(offset_ptr + (row * heads + head) * SHORT + short, mask=short < SHORT, other=0.0)
+    step = tl.load(step_ptr + row * heads + head)
+    if BY_ROW:
+        own = tl.maximum(tl.max(tl.abs(found), 1), 1e-20) / MOST
+        tl.store(factor_ptr + pair * M + m, own * scale * step, mask=live)
+        found = found / own[:, None]
+    else:
+        found = tl.minimum(tl.maximum((found - offset[None, :]) / step, -2.0 * MOST), 2.0 * MOST)
+    target = block * short_block + head * short_head + m.to(tl.int64) * short_row
+    tl.store(
+        short_ptr + target[:, None] + short[None, :], found.to(short_ptr.dtype.element_ty), mask=live[:, None] & (short < SHORT)[None, :]
+    )
+
+
+@triton.jit
+def select_kernel(
+    score_ptr, window_ptr, opened_ptr, heads, chunks, width,
+    K: tl.constexpr, CHUNK: tl.constexpr, BLOCK: tl.constexpr, BLOCK_K: tl.constexpr,
+):  # fmt: skip
+    """The sink and the K best chunks between sink and window, sorted by place: one program per block and head.
+
+    score_ptr (N, H, chunks), none negative; opened_ptr (N, H, 1+K), -1 at the end. The K-th best score is found bit by bit; among
+    equals the earliest win.
+    """
+    pair = tl.program_id(0).to(tl.int64)
+    window = tl.load(window_ptr + pair // heads)
+    index = tl.arange(0, BLOCK)
+    score = tl.load(score_ptr + pair * width + index, mask=index < chunks, other=0.0)
+    allowed = (index > 0) & (index < chunks) & ((index + 1).to(tl.int64) * CHUNK <= window)
+    bits = tl.where(allowed, score.to(tl.int32, bitcast=True), -1)
+    bar = 0
+    for place in tl.static_range(31):
+        higher = bar | (1 << (30 - place))
+        bar = tl.where(tl.sum((bits >= higher).to(tl.int32), 0) >= K, higher, bar)
+    above = bits > bar
+    equal = bits == bar
+    left = K - tl.sum(above.to(tl.int32), 0)
+    chosen = above | (equal & (tl.cumsum(equal.to(tl.int32), 0) <= left)) | ((index == 0) & (window > 0))
+    number = chosen.to(tl.int32)
+    place_of = tl.cumsum(number, 0) - 1
+    tl.store(opened_ptr + pair * (K + 1) + place_of, index.to(tl.int64), mask=chosen)
+    slot = tl.arange(0, BLOCK_K)
+    none = tl.full((BLOCK_K,), -1, tl.int64)
+    tl.store(opened_ptr + pair * (K + 1) + slot, none, mask=(slot >= tl.sum(number, 0)) & (slot < K + 1))
+
+
+@triton.jit
 def split_kernel(
-    opened_ptr, window_ptr, list_ptr, count_ptr, heads, width, room,
+    opened_ptr, window_ptr, list_ptr, heads, room,
     K: tl.constexpr, CHUNK: tl.constexpr, SIZE: tl.constexpr, ABOVE: tl.constexpr, LEVEL: tl.constexpr,
     BLOCK_K: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
     """Summaries of one level that complete a partition, sorted: one program per block and head.
 
-    opened_ptr (N, H, K) sorted chunks, -1 at the end; window_ptr (N,); list_ptr (N, H, room), filled with -1 before;
+    opened_ptr (N, H, K) sorted chunks, -1 at the end; window_ptr (N,); list_ptr (N, H, room), -1 at the end;
     SIZE: tokens per chunk here; ABOVE: tokens per chunk one level up, 0 at the top.
     """
     pair = tl.program_id(0).to(tl.int64)
@@ -159,7 +239,7 @@ def split_kernel(
     opened = token // SIZE
     if ABOVE > 0:
         parent = token // ABOVE
-    count = 0
+    count = tl.sum(slot * 0, 0)
     complete = (window // SIZE).to(tl.int32)
     for first in tl.range(0, complete, BLOCK):
         index = first + tl.arange(0, BLOCK)
@@ -177,4 +257,6 @@ def split_kernel(
         place = count + tl.cumsum(number, 0) - 1
         tl.store(list_ptr + pair * room + place, index.to(tl.int64), mask=read & (place < room))
         count += tl.sum(number, 0)
-    tl.store(count_ptr + pair, count)
+    for first in tl.range(count // BLOCK * BLOCK, room, BLOCK):
+        place = first + tl.arange(0, BLOCK)
+        tl.store(list_ptr + pair * room + place, tl.full((BLOCK,), -1, tl.int64), mask=(place >= count) & (place < room))

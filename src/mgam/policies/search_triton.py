@@ -16,7 +16,11 @@ from triton.tools.tensor_descriptor import TensorDescriptor
 from mgam.cover import Cover, summaries_at_most
 from mgam.levels import Levels
 from mgam.policies.asked import Asked
-from mgam.policies.search_kernels import logits_kernel, mass_kernel, normaliser_kernel, split_kernel
+from mgam.policies.search_kernels import logits_kernel, mass_kernel, normaliser_kernel, select_kernel, split_kernel
+
+
+SELECT_AT_MOST = 1 << 15
+"""Chunks that one program can rank."""
 
 
 @dataclass(frozen=True)
@@ -76,7 +80,7 @@ def tiles_for(voters: int, bytes_each: int) -> SearchTiles:
     """Tiles found on an H100."""
     if voters <= 64:
         return SearchTiles(64, 64, 4, 4)
-    return SearchTiles(128, 128, 8, 4 if bytes_each == 1 else 3)
+    return SearchTiles(128, 64, 4, 4 if bytes_each == 1 else 3)
 
 
 def cover(found: Tensor, start: Tensor, levels: Levels, most: int, *, rest: str = "summaries", mass: float = 1.0) -> Cover:
@@ -86,9 +90,18 @@ def cover(found: Tensor, start: Tensor, levels: Levels, most: int, *, rest: str 
     """
     count, heads, chunks = found.shape
     device = found.device
+    most = min(most, max(chunks - 1, 0))
+    if chunks and most and chunks <= SELECT_AT_MOST and found.stride(2) == 1 and found.stride(0) == heads * found.stride(1):
+        opened = torch.empty(count, heads, 1 + most, dtype=torch.int64, device=device)
+        size = max(64, triton.next_power_of_2(chunks))
+        select_kernel[(count * heads,)](
+            found, start.contiguous(), opened, heads, chunks, found.stride(1), K=most, CHUNK=levels.chunk, BLOCK=size,
+            BLOCK_K=triton.next_power_of_2(most + 1), num_warps=max(1, min(8, size // 512)),
+        )  # fmt: skip
+        return Cover(levels, start, opened, summaries(opened, start, levels, chunks, rest), mass)
     number = torch.arange(chunks, device=device)
     allowed = (number > 0) & ((number + 1) * levels.chunk <= start[:, None])
-    value, best = found.masked_fill(~allowed[:, None], -1.0).topk(min(most, max(chunks - 1, 0)), -1)
+    value, best = found.masked_fill(~allowed[:, None], -1.0).topk(most, -1)
     far = torch.iinfo(torch.int64).max
     sink = torch.where(start > 0, 0, far)[:, None, None].expand(count, heads, 1)
     chosen = torch.cat((sink, best.masked_fill(value < 0, far)), -1).sort(-1).values
@@ -103,11 +116,10 @@ def summaries(opened: Tensor, start: Tensor, levels: Levels, chunks: int, rest: 
         return (torch.empty(count, heads, 0, dtype=torch.int64, device=opened.device),) * levels.top
     found = []
     for level, room in enumerate(summaries_at_most(chunks, width, levels), start=1):
-        index = torch.full((count, heads, room), -1, dtype=torch.int64, device=opened.device)
+        index = torch.empty(count, heads, room, dtype=torch.int64, device=opened.device)
         if index.numel():
-            total = torch.empty(count, heads, dtype=torch.int32, device=opened.device)
             split_kernel[(count * heads,)](
-                opened, start, index, total, heads, width, room, K=width, CHUNK=levels.chunk, SIZE=levels.sizes[level],
+                opened, start.contiguous(), index, heads, room, K=width, CHUNK=levels.chunk, SIZE=levels.sizes[level],
                 ABOVE=levels.sizes[level + 1] if level < levels.top else 0, LEVEL=level,
                 BLOCK_K=max(2, triton.next_power_of_2(width)), BLOCK=128, num_warps=4,
             )  # fmt: skip

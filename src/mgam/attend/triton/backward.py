@@ -102,7 +102,7 @@ def query_grad_kernel(
     d2 = tl.zeros((BLOCK_M, BLOCK_P), tl.float32)
     for level in tl.static_range(TOP + 1):
         if widths[level] > 0:
-            count = tl.load(count_ptr + level * blocks.to(tl.int64) * heads + pair)
+            count = tl.load(count_ptr + pair * (TOP + 1) + level)
             if level == 0:
                 count = count * CHUNK
             for j in tl.range(0, count, BLOCK_N):

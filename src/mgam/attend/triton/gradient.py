@@ -80,7 +80,7 @@ def _token_reads(lists: Lists, turn: Turn) -> _Reads | None:
         return None
     near = first[:, None] + torch.arange(reach, device=first.device)
     near = near.masked_fill((near > last[:, None]) | (length <= 0)[:, None], -1)[:, None]
-    near = near.expand(-1, lists.counts.shape[2], -1)
+    near = near.expand(-1, lists.counts.shape[1], -1)
     unit = torch.cat((lists.index[0], near), -1)
     ranks = unit
     if turn.pairs:
@@ -144,7 +144,7 @@ def _entry_grads(
         G=group, Q=size, KIND=0 if level == 0 else 1, OPENED_WIDTH=lists.index[0].shape[-1], UNIT=reads.size, SUBS=subs,
         D=dim, R=turn.pairs, BLOCK_M=_row_tile(group * size, dim, 64), BLOCK_N=across, BLOCK_D=block(dim), BLOCK_R=block(turn.pairs),
         BLOCK_P=block(dim - 2 * turn.pairs), CAP=softcap is not None, BARE=lists.bare, PRECISION=precision(queries.dtype),
-        num_warps=4, num_stages=2,
+        num_warps=8 if across == 64 else 4, num_stages=2,
     )  # fmt: skip
 
 

@@ -6,6 +6,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
+import triton
+import triton.language as tl
 from torch import Tensor
 
 from mgam.cover import Cover
@@ -19,7 +21,7 @@ from mgam.schedule import Blocks
 class Lists:
     """What N blocks read, per KV head. Level 0 stands for the opened chunks, level l for summaries.
 
-    Shapes: blocks (4, N) int64: row, start, length, window start; index[l] and ranks[l] (N, H, M_l) int64; counts (1+L, N, H).
+    Shapes: blocks (4, N) int64: row, start, length, window start; index[l] and ranks[l] (N, H, M_l) int64; counts (N, H, 1+L).
     """
 
     levels: Levels
@@ -36,13 +38,11 @@ class Lists:
     def of(cls, cover: Cover, blocks: Blocks, device: torch.device, positions: Positions | None = None) -> Lists:
         """The lists of a cover; ranks are worked out only for granular positions."""
         table = torch.stack((blocks.row, blocks.start, blocks.length)).to(device)
+        granular = positions is not None and positions.kind == "granular"
         window = cover.window_start.to(device, torch.int64)[None]
         index = tuple(part.to(device).contiguous() for part in (cover.opened, *cover.summaries))
-        ranks = index
-        if positions is not None and positions.kind == "granular":
-            first, others = cover.ranks()
-            ranks = tuple(part.to(device).contiguous() for part in (first, *others))
-        return cls(cover.levels, torch.cat((table, window)), blocks.size, index, counts_of(index), ranks, cover.mass)
+        counts, ranks = places(index, cover.levels, granular)
+        return cls(cover.levels, torch.cat((table, window)), blocks.size, index, counts, ranks, cover.mass)
 
     @property
     def bare(self) -> bool:
@@ -54,9 +54,61 @@ class Lists:
         return [self.levels.chunk, *self.levels.sizes[1:]]
 
 
-def counts_of(index: Sequence[Tensor]) -> Tensor:
-    """Entries that are not padding (levels, N, H), int32."""
-    return torch.stack([(part >= 0).sum(-1, dtype=torch.int32) for part in index])
+def places(index: Sequence[Tensor], levels: Levels, granular: bool) -> tuple[Tensor, tuple[Tensor, ...]]:
+    """Counts (N, H, 1+L) of entries that are not padding, and ranks of the lists' shapes (the lists where not granular)."""
+    count, heads = index[0].shape[:2]
+    device = index[0].device
+    counts = torch.zeros(count, heads, len(index), dtype=torch.int32, device=device)
+    widths = tuple(part.shape[-1] for part in index)
+    ranks = tuple(torch.empty_like(part) for part in index) if granular else tuple(index)
+    if not sum(widths) or not count:
+        return counts, ranks
+    steps = (levels.chunk, *levels.sizes[1:])
+    for level, width in enumerate(widths):
+        if width:
+            place_kernel[(count * heads,)](
+                tuple(index), ranks[level], counts, widths, steps, LEVEL=level, LEVELS=len(index), CHUNK=levels.chunk,
+                RANKS=granular, BLOCK=64, BLOCK_OTHER=64, num_warps=4 if granular else 1,
+            )  # fmt: skip
+    return counts, ranks
+
+
+@triton.jit
+def place_kernel(
+    lists, rank_ptr, count_ptr, widths, steps,
+    LEVEL: tl.constexpr, LEVELS: tl.constexpr, CHUNK: tl.constexpr, RANKS: tl.constexpr, BLOCK: tl.constexpr, BLOCK_OTHER: tl.constexpr,
+):  # fmt: skip
+    """Counts one list of one block and head, and ranks its entries among all lists (`Cover.ranks`)."""
+    pair = tl.program_id(0).to(tl.int64)
+    width = widths[LEVEL]
+    total = 0
+    mine = 0
+    for level in tl.static_range(LEVELS):
+        if widths[level] > 0:
+            found = tl.zeros((BLOCK_OTHER,), tl.int32)
+            if RANKS or level == LEVEL:
+                for first in tl.range(0, widths[level], BLOCK_OTHER):
+                    slot = first + tl.arange(0, BLOCK_OTHER)
+                    index = tl.load(lists[level] + pair * widths[level] + slot, mask=slot < widths[level], other=-1)
+                    found += (index >= 0).to(tl.int32)
+            held = tl.sum(found, 0)
+            if level == LEVEL:
+                mine = held
+            total += held * (CHUNK if level == 0 else 1)
+    tl.store(count_ptr + pair * LEVELS + LEVEL, mine)
+    if RANKS:
+        for first in tl.range(0, mine, BLOCK):
+            slot = first + tl.arange(0, BLOCK)
+            start = tl.load(lists[LEVEL] + pair * width + slot, mask=slot < mine, other=0) * steps[LEVEL]
+            before = slot * (CHUNK if LEVEL == 0 else 1) - total
+            for level in tl.static_range(LEVELS):
+                if level != LEVEL and widths[level] > 0:
+                    for other in tl.range(0, widths[level], BLOCK_OTHER):
+                        near = other + tl.arange(0, BLOCK_OTHER)
+                        index = tl.load(lists[level] + pair * widths[level] + near, mask=near < widths[level], other=-1)
+                        earlier = (index >= 0)[None, :] & ((index * steps[level])[None, :] < start[:, None])
+                        before += tl.sum(earlier.to(tl.int32), 1) * (CHUNK if level == 0 else 1)
+            tl.store(rank_ptr + pair * width + slot, before.to(tl.int64), mask=slot < mine)
 
 
 def check(lists: Lists, rows: int, tokens: int) -> None:

@@ -121,7 +121,7 @@ def read_kernel(
     """One program: BLOCK_M rows (query heads of one group x queries of one block) over one part of the block's cover.
 
     Shapes: queries (N, H*G, Q, D) and out (SPLITS, N, H*G, Q, D) by strides; lse (SPLITS, N, H*G, Q) contiguous; block_ptr
-    (4, N): row, start, length, window start; count_ptr (1+TOP, N, H); lists[l], ranks[l] (N, H, widths[l]).
+    (4, N): row, start, length, window start; count_ptr (N, H, 1+TOP); lists[l], ranks[l] (N, H, widths[l]).
     """
     pid = tl.program_id(0)
     part = tl.program_id(1)
@@ -153,7 +153,7 @@ def read_kernel(
         pair = block.to(tl.int64) * heads + head
         for level in tl.static_range(TOP + 1):
             if widths[level] > 0:
-                count = tl.load(count_ptr + level * blocks.to(tl.int64) * heads + pair)
+                count = tl.load(count_ptr + pair * (TOP + 1) + level)
                 if level == 0:
                     count = count * CHUNK
                 begin, end = _share(count, part, SPLITS, BLOCK_N)
