@@ -171,6 +171,23 @@ def test_several_processes_share_the_trials(bench: Bench, tmp_path: Path) -> Non
     assert len(ResultsFile(tmp_path / "all.jsonl").trials) == 16
 
 
+class BatchRuleReader(RuleReader):
+    """The same, several documents at a time."""
+
+    def read_batch(self, documents: list[str], questions: list[str], max_new_tokens: int) -> list[Reading]:
+        self.sizes = [*getattr(self, "sizes", []), len(documents)]
+        return [self.read(document, question, 0) for document, question in zip(documents, questions, strict=True)]
+
+
+def test_batches_give_the_same_trials(bench: Bench) -> None:
+    reader = BatchRuleReader("rule")
+    plan = Plan(PLAN.tasks, PLAN.lengths, PLAN.trials, batch_size=3)
+    run(plan, reader, bench)
+    assert reader.sizes == [3, 3, 3, 3]  # and the fourth of each alone
+    assert len(bench.results.trials) == 16
+    assert all(one.score == 1.0 and one.settings["batch_size"] == 3 for one in bench.results.trials.values())
+
+
 def trial(score: float, index: int, hits: bool = True, **more: Any) -> Trial:
     return Trial("t", "m", "x", 1024, 0, index, score=score, hits=hits, depths=[index / 10], **more)
 
@@ -265,9 +282,10 @@ def test_a_page_of_nothing_is_still_a_page(tmp_path: Path) -> None:
 
 def test_methods_carry_settings() -> None:
     assert parse_method("mgam") == ("mgam", {})
-    label = "mgam:budget=512:levels=1/64/1024:mass=false:dense_until=none:positions=absolute"
+    label = "mgam:budget=512:levels=1/64/1024:mass=false:dense_until=none:positions=absolute:lookahead=none"
     assert parse_method(label)[1] == {
         "budget": 512, "levels": (1, 64, 1024), "mass": False, "dense_until": None, "positions": "absolute",
+        "lookahead": "none",
     }  # fmt: skip
     with pytest.raises(SettingError, match="budget"):
         parse_method("mgam:budget")

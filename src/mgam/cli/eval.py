@@ -37,6 +37,7 @@ def evaluate(
     trials: Annotated[int, typer.Option(min=1, help="Samples of each task and length.")] = 10,
     seed: Annotated[int, typer.Option(help="Which samples: the same seed gives the same bytes.")] = 0,
     budget: Annotated[int | None, typer.Option(help="Budget of methods that name none of their own.")] = None,
+    batch_size: Annotated[int, typer.Option(min=1, help="Samples read at once; evidence is not recorded then.")] = 1,
     device: Annotated[str, typer.Option(help="auto, cpu, cuda, ...")] = "auto",
     dtype: Annotated[str | None, typer.Option(help="float32, bfloat16 or float16.")] = None,
     download: Annotated[
@@ -76,6 +77,7 @@ def evaluate(
         results=results,
         keep_out=_pair(keep_out),
         prose=prose,
+        batch_size=batch_size,
     )
     outcome = evaluate_session(session, notes)
     if outcome is None:  # a helper process: the first one reports

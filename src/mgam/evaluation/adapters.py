@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import gc
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -18,6 +18,8 @@ from mgam.integrations.memory import peak_memory_bytes, refuse_if_too_large
 from mgam.integrations.transformers.apply import apply, remove
 
 DENSE = "dense"
+NULLABLE = ("dense_until", "backend")
+"""Settings whose `none` means that mgam chooses."""
 LOSS_CALL = 512
 """Tokens per call when losses are wanted: the logits of a call are vocabulary times this."""
 
@@ -96,6 +98,20 @@ class ModelReader:
             peak_memory_bytes=measured["peak"],
             entries_per_query=entries,
         )
+
+    def read_batch(self, documents: Sequence[str], questions: Sequence[str], max_new_tokens: int) -> list[Reading]:
+        """Answers several questions at once, without evidence; seconds are shared out, the peak is the batch's."""
+        from mgam.evaluation.batches import read_batch
+
+        _ = self.settings
+        lengths = [len(self._tokenizer(document)["input_ids"]) + max_new_tokens for document in documents]
+        with self._measured(max(lengths) * len(lengths)) as measured:
+            batch = read_batch(self._model, self._tokenizer, documents, questions, max_new_tokens)
+        seconds = measured["seconds"] / len(documents)
+        return [
+            Reading(answer, (), seconds, measured["peak"], batch.entries or _dense_entries(len(prompt.ids), 1))
+            for answer, prompt in zip(batch.answers, batch.prompts, strict=True)
+        ]
 
     def losses(self, document: str) -> Reading:
         """Nats of each token after the first, read in calls with a cache; covers look at nothing ahead."""
@@ -179,15 +195,13 @@ def parse_method(label: str) -> tuple[str, dict[str, Any]]:
             raise SettingError(
                 f"{part!r} in method {label!r} is no setting; write name:setting=value, as mgam:budget=512"
             )
-        changes[setting] = _value(value)
+        changes[setting] = None if setting in NULLABLE and value.lower() == "none" else _value(value)
     return name, changes
 
 
 def _value(text: str) -> Any:
     if text.lower() in ("true", "false"):
         return text.lower() == "true"
-    if text.lower() == "none":
-        return None
     if "/" in text and all(piece.isdigit() for piece in text.split("/")):
         return tuple(int(piece) for piece in text.split("/"))  # levels=1/64/1024
     for kind in (int, float):

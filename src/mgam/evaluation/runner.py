@@ -96,7 +96,9 @@ def _waiting(plan: Plan, task: Task, length: int, reader: Reader, bench: Bench) 
 
 
 def _settings(plan: Plan, reader: Reader) -> dict[str, Any]:
-    kept = {} if plan.keep_out == (0, 0) else {"keep_out": list(plan.keep_out)}
+    kept: dict[str, Any] = {} if plan.keep_out == (0, 0) else {"keep_out": list(plan.keep_out)}
+    if plan.batch_size > 1:
+        kept["batch_size"] = plan.batch_size  # seconds and memory are those of a batch
     return {**reader.settings, **kept}
 
 
@@ -123,7 +125,8 @@ def _readings(task: Task, samples: Sequence[Sample], reader: Reader) -> list[Rea
         if not isinstance(reader, LossReader):
             raise DoesNotFitError(f"{reader.method} cannot tell the loss of a text, which task {task.name} measures")
         return [reader.losses(sample.document) for sample in samples]
-    if len(samples) > 1 and isinstance(reader, BatchReader):
+    # a batch shows no evidence, so tasks that score it are read one by one
+    if len(samples) > 1 and task.score_evidence is None and isinstance(reader, BatchReader):
         documents, questions = [one.document for one in samples], [one.question for one in samples]
         return reader.read_batch(documents, questions, task.max_new_tokens)
     return [reader.read(sample.document, sample.question, task.max_new_tokens) for sample in samples]

@@ -44,6 +44,7 @@ class Session:
     results: Path | None = None
     keep_out: tuple[int, int] = (0, 0)
     prose: str | None = None
+    batch_size: int = 1
 
 
 @dataclass(frozen=True)
@@ -61,7 +62,16 @@ def evaluate_session(session: Session, notes: Console) -> Outcome | None:
     """Runs what is missing and gathers the rows; None in processes other than the first of several."""
     tasks, labels = find_tasks(session.tasks), _methods(session.methods, session.budget)
     world, rank = int(os.environ.get("WORLD_SIZE", "1")), int(os.environ.get("RANK", "0"))
-    plan = Plan(tasks, parse_lengths(session.lengths), session.trials, session.seed, session.keep_out, 1, rank, world)
+    plan = Plan(
+        tasks,
+        parse_lengths(session.lengths),
+        session.trials,
+        session.seed,
+        session.keep_out,
+        session.batch_size,
+        rank,
+        world,
+    )
     texts = TextLibrary(prose=session.prose)
     _require_texts(tasks, texts)
 
@@ -203,6 +213,7 @@ def _command(session: Session) -> str:
     words += [f"--methods {','.join(session.methods)}", f"--trials {session.trials}", f"--seed {session.seed}"]
     words += [f"--model {Path(session.model).name}"] if session.model else []
     words += [f"--budget {session.budget}"] if session.budget is not None else []
+    words += [f"--batch-size {session.batch_size}"] if session.batch_size > 1 else []
     words += [f"--dtype {session.dtype}"] if session.dtype else []
     words += [f"--keep-out {session.keep_out[0]},{session.keep_out[1]}"] if session.keep_out != (0, 0) else []
     return " ".join(words)

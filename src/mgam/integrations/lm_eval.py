@@ -67,7 +67,7 @@ class MgamLM(HFLM):
         max_batch_size: int | None = 64,
         **others: Any,
     ) -> None:
-        settings = {name: _setting(value) for name, value in others.items() if name in _known_settings()}
+        settings = {name: _setting(name, value) for name, value in others.items() if name in _known_settings()}
         passed = {name: value for name, value in others.items() if name in HARNESS_ARGUMENTS}
         unknown = sorted(set(others) - set(settings) - set(passed))
         if unknown:
@@ -131,11 +131,11 @@ def _known_settings() -> set[str]:
     return {one.name for one in fields(Settings)} - {"method", "budget"}
 
 
-def _setting(value: Any) -> Any:
+def _setting(name: str, value: Any) -> Any:
     """Values as the harness hands them on from a command line."""
     if isinstance(value, str) and "/" in value and all(part.isdigit() for part in value.split("/")):
         return tuple(int(part) for part in value.split("/"))
-    return None if value in ("none", "None") else value
+    return None if name in ("dense_until", "backend") and value in ("none", "None") else value
 
 
 if __name__ == "__main__":
