@@ -1,0 +1,96 @@
+"""Readers over a tiny random model: what they report, and that batches change no answer."""
+
+from __future__ import annotations
+
+import random
+from typing import Any
+
+import pytest
+import torch
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers
+from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
+
+from mgam.evaluation.adapters import ModelReader
+from mgam.evaluation.reader import BatchReader, LossReader
+from mgam.evaluation.texts import words
+
+_RNG = random.Random(5)
+DOCUMENTS = [" ".join(_RNG.choices(words(), k=180 + 40 * number)) for number in range(3)]
+QUESTIONS = ["Which day was quiet?", "Was it quiet?", "What was quiet on that day?"]
+
+
+@pytest.fixture(scope="module")
+def tiny() -> tuple[Any, Any]:
+    alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
+    vocabulary = {sign: number for number, sign in enumerate(["<s>", "</s>", *alphabet])}
+    tokenizer = Tokenizer(models.BPE(vocabulary, []))
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    torch.manual_seed(1)
+    config = LlamaConfig(
+        vocab_size=len(vocabulary), hidden_size=32, intermediate_size=64, num_hidden_layers=2, num_attention_heads=4,
+        num_key_value_heads=2, max_position_embeddings=4096, bos_token_id=0, eos_token_id=1, initializer_range=0.3,
+    )  # fmt: skip
+    return LlamaForCausalLM(config).eval(), PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer, bos_token="<s>", eos_token="</s>"
+    )
+
+
+SPARSE = "mgam:dense_until=256:budget=256:window=128"
+CAUSAL = f"{SPARSE}:lookahead=none"  # with lookahead, a block that the end of a call cuts is decided without it
+
+
+@pytest.mark.parametrize("label", ["dense", CAUSAL])
+def test_a_batch_answers_as_single_readings_do(tiny: tuple[Any, Any], label: str) -> None:
+    reader = ModelReader(*tiny, label, name="tiny")
+    assert isinstance(reader, BatchReader)
+    batch = reader.read_batch(DOCUMENTS, QUESTIONS, 6)
+    single = [reader.read(document, question, 6) for document, question in zip(DOCUMENTS, QUESTIONS, strict=True)]
+    reader.close()
+    assert [one.answer for one in batch] == [one.answer for one in single]
+    assert all(one.seconds > 0 and one.peak_memory_bytes > 0 for one in [*batch, *single])
+
+
+def test_fewer_entries_are_read_and_evidence_is_shown(tiny: tuple[Any, Any]) -> None:
+    dense, sparse = (ModelReader(*tiny, label, name="tiny") for label in ("dense", SPARSE))
+    whole = dense.read(DOCUMENTS[2], QUESTIONS[2], 4)
+    few = sparse.read(DOCUMENTS[2], QUESTIONS[2], 4)
+    assert not whole.evidence
+    assert few.evidence
+    assert all(0 <= one.start < one.end <= len(DOCUMENTS[2]) for one in few.evidence)
+    assert few.entries_per_query < 0.8 * whole.entries_per_query
+    assert sparse.settings["budget"] == 256
+    assert dense.settings["trained_window"] == 4096
+    sparse.close()
+
+
+def test_losses_are_those_of_one_pass_and_of_a_budget_that_covers_all(tiny: tuple[Any, Any]) -> None:
+    model, tokenizer = tiny
+    text = DOCUMENTS[0]
+    dense, full = (ModelReader(model, tokenizer, label, name="tiny") for label in ("dense", "mgam:budget=8192"))
+    assert isinstance(dense, LossReader)
+    found = dense.losses(text)
+    ids = torch.tensor([tokenizer(text)["input_ids"]])
+    with torch.no_grad():
+        expected = torch.nn.functional.cross_entropy(model(ids).logits[0, :-1], ids[0, 1:], reduction="none")
+    assert found.losses == pytest.approx(expected.tolist(), abs=2e-4)
+    assert full.losses(text).losses == pytest.approx(expected.tolist(), abs=2e-4)
+    full.close()
+
+
+def test_memory_that_is_not_there_is_said(tiny: tuple[Any, Any], monkeypatch: pytest.MonkeyPatch) -> None:
+    from mgam.evaluation.reader import DoesNotFitError
+    from mgam.integrations import memory
+
+    monkeypatch.setattr(memory, "available_bytes", lambda device: 1)
+    with pytest.raises(DoesNotFitError, match="takes about"):
+        ModelReader(*tiny, "dense", name="tiny").read(DOCUMENTS[0], QUESTIONS[0], 4)
+    monkeypatch.undo()
+    reader = ModelReader(*tiny, "dense", name="tiny")
+
+    def out_of_memory(*words: Any, **more: Any) -> None:
+        raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 80 GiB")
+
+    monkeypatch.setattr(tiny[0], "generate", out_of_memory)
+    with pytest.raises(DoesNotFitError, match="80 GiB"):
+        reader.read(DOCUMENTS[0], QUESTIONS[0], 4)
