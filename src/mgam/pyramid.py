@@ -27,7 +27,7 @@ class Pyramid:
 
     in_memory = True
     """Whether keys[0] and values[0] hold every token. A subclass that keeps them elsewhere overrides how they are read
-    (`chunks`, `window`, `prefix`) and written (`_store`, `_complete`, `_widen_tokens`)."""
+    (`chunks`, `window`, `prefix`) and written (`_store`, `complete`, `_widen_tokens`)."""
 
     def __init__(self, levels: Levels) -> None:
         self.levels = levels
@@ -154,7 +154,7 @@ class Pyramid:
         self.keys[0][rows, :, before:after] = keys
         self.values[0][rows, :, before:after] = values
 
-    def _complete(self, rows: slice, first: int, last: int) -> tuple[Tensor, Tensor]:
+    def complete(self, rows: slice, first: int, last: int) -> tuple[Tensor, Tensor]:
         """Keys and values of the tokens of chunks [first, last)."""
         span = slice(first * self.levels.chunk, last * self.levels.chunk)
         return self.keys[0][rows, :, span], self.values[0][rows, :, span]
@@ -180,7 +180,7 @@ class Pyramid:
     def _build(self, rows: slice, first: int, last: int) -> None:
         """Level 1 and search keys of chunks [first, last)."""
         assert self.search is not None
-        keys, values = self._complete(rows, first, last)
+        keys, values = self.complete(rows, first, last)
         made = self.keys[1][rows, :, first:last], self.values[1][rows, :, first:last]
         search = self.search[rows, :, :, first:last]
         if _on_device(keys):
@@ -194,8 +194,8 @@ class Pyramid:
 
 
 def take(states: Tensor, row: Tensor, index: Tensor) -> Tensor:
-    """states (B, H, n, D), row (N,), index (N, H, M) -> (N, H, M, D)."""
-    heads = torch.arange(states.shape[1], device=states.device)
+    """states (B, H, n, D), row (N,), index (N, H, M) -> (N, H, M, D); or index and result per query head (N, H*G, ...)."""
+    heads = torch.arange(index.shape[1], device=states.device) // (index.shape[1] // states.shape[1])
     return states[row[:, None, None], heads[None, :, None], index]
 
 

@@ -70,7 +70,7 @@ def ask(
     begin = time.perf_counter()
     _read_document(model, ids, cache, prompt.document, on_progress)
     read = time.perf_counter()
-    streamer = _Streamer(tokenizer, on_text) if on_text is not None else None
+    streamer = Streamer(tokenizer, on_text) if on_text is not None else None
     produced = model.generate(
         ids,
         attention_mask=torch.ones_like(ids),
@@ -87,11 +87,11 @@ def ask(
     return Answer(
         answer=text,
         evidence=find_evidence(record, prompt, applied.settings.pyramid_levels, evidence_count) if applied and record else [],
-        entries_per_level=_per_level(record, applied),
+        entries_per_level=per_level(record, applied),
         tokens={"document": prompt.document, "question": prompt.question, "answer": int(answer_ids.shape[0])},
         seconds={"reading": round(read - begin, 3), "answering": round(done - read, 3)},
         peak_memory_bytes=peak_memory_bytes(),
-        settings=_settings(model, applied),
+        settings=settings_of(model, applied),
     )
 
 
@@ -121,20 +121,22 @@ def _read_document(
             on_progress(last, document)
 
 
-def _per_level(record: Record | None, applied: Applied | None) -> dict[str, float]:
+def per_level(record: Record | None, applied: Applied | None) -> dict[str, float]:
+    """Entries that a query read on average, keyed by tokens per entry."""
     if record is None or applied is None or not record.queries:
         return {}
     sizes = applied.settings.pyramid_levels.sizes
     return {str(size): round(count / record.queries, 1) for size, count in zip(sizes, record.entries, strict=True)}
 
 
-def _settings(model: Any, applied: Applied | None) -> dict[str, Any]:
+def settings_of(model: Any, applied: Applied | None) -> dict[str, Any]:
+    """What an answer depends on, as plain values."""
     values = {"method": "dense"} if applied is None else {**applied.settings.as_dict(), "dense_until": applied.reading.dense_until}
     return {**values, "model": getattr(model, "name_or_path", ""), "dtype": str(model.dtype).removeprefix("torch."),
             "device": str(model.device)}
 
 
-class _Streamer(TextStreamer):
+class Streamer(TextStreamer):
     """Hands pieces of text on as they are generated."""
 
     def __init__(self, tokenizer: Any, on_text: Callable[[str], None]) -> None:
