@@ -49,7 +49,7 @@ def test_equals_oracle(name: str) -> None:
         made = case.make(dtype)
         want = oracle(made)
         lists = Lists.of(made.cover, made.blocks, made.queries.device, made.positions)
-        turn = Turn.of(made.positions, lists, made.pyramid.tokens, made.queries.device)
+        turn = Turn.of(made.positions, lists, made.pyramid.tokens, made.queries.device, made.queries.dtype)
         got = read(
             made.queries, lists, made.pyramid.keys, made.pyramid.values, made.scale, turn=turn, softcap=case.softcap
         )
@@ -68,7 +68,7 @@ def test_split_equals_oracle(name: str, splits: int) -> None:
     made = CASES[name].make(DTYPES[-1])
     want = oracle(made)
     lists = Lists.of(made.cover, made.blocks, made.queries.device, made.positions)
-    turn = Turn.of(made.positions, lists, made.pyramid.tokens, made.queries.device)
+    turn = Turn.of(made.positions, lists, made.pyramid.tokens, made.queries.device, made.queries.dtype)
     got = read(
         made.queries, lists, made.pyramid.keys, made.pyramid.values, made.scale, turn=turn, tiles=Tiles(16, 16, 4, 2, splits)
     )

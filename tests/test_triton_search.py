@@ -79,6 +79,31 @@ def test_compact_scores(bits: int) -> None:
         assert torch.allclose(full, exact.to(full.dtype), atol=loose, rtol=loose)
 
 
+def test_projection_equals_plain() -> None:
+    """Queries and keys that a kernel shortens are those that the plain way shortens, up to rounding."""
+    from mgam.policies.search_triton import shorten_keys, shorten_queries
+
+    levels, pyramid, blocks, voters = made(256, 20, 64, "block")
+    assert pyramid.search is not None
+    pyramid.search = pyramid.search.to(KEPT) + 1
+    plain = CompactKeys.of(pyramid, levels, Compact(dims=32, bits=8, calibrate=64))
+    full = slice(0, 256 // 8)
+    keys = shorten_keys(
+        pyramid.search[:, :, :, full].to(DEVICE), plain.basis.to(DEVICE), plain.mean.to(DEVICE), plain.step.to(DEVICE)
+    )
+    # Eight bits round to nearest on the device; the interpreter cuts them off.
+    loose = 8e-2 if DEVICE == "cpu" else 4e-2
+    error = (keys.cpu().float() - plain.search[:, :, :, full].float()).norm() / plain.search[:, :, :, full].float().norm()
+    assert error < loose
+    queries = voters.queries.to(KEPT)
+    want, factor = plain.ask(queries.reshape(len(blocks), 2, -1, 64), blocks.row)
+    basis, step = plain.basis.to(DEVICE), plain.step.to(DEVICE)
+    got, scaled = shorten_queries(queries.to(DEVICE), blocks.row.to(DEVICE), basis, step, 2.0)
+    exact = want.float() * factor[..., None]
+    error = (got.cpu().float() * scaled.cpu()[..., None] / 2 - exact).norm() / exact.norm()
+    assert error < loose
+
+
 @pytest.mark.parametrize("sizes", [(1, 8), (1, 8, 32), (1, 4, 8, 32)])
 @pytest.mark.parametrize("tokens", [7, 60, 330])
 def test_covers_equal(sizes: tuple[int, ...], tokens: int) -> None:

@@ -137,5 +137,5 @@ def decode(
     counts, ranks = places(index, levels, positions.kind == "granular")
     table = torch.stack((rows, decide, torch.ones_like(decide), start))
     lists = Lists(levels, table, 1, index, counts, ranks, chosen.mass)
-    turn = Turn.of(positions, lists, chunks * levels.chunk, queries.device)
+    turn = Turn.of(positions, lists, chunks * levels.chunk, queries.device, queries.dtype)
     return read(queries, lists, pyramid.keys, pyramid.values, scale, turn=turn, softcap=softcap).out

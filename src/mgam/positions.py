@@ -55,6 +55,15 @@ class Rotary:
         cos, sin = self._kept[key]
         return cos[:limit], sin[:limit]
 
+    def half_table(self, device: torch.device, limit: int) -> tuple[Tensor, Tensor]:
+        """The same, worked out in float32 and kept in float16, for kernels that rotate half-precision states."""
+        key = (device, torch.float16)
+        if key not in self._kept or self._kept[key][0].shape[0] < limit:
+            cos, sin = self.table(device, torch.float32, limit)
+            self._kept[key] = (cos.half(), sin.half())
+        cos, sin = self._kept[key]
+        return cos[:limit], sin[:limit]
+
 
 def rotate(states: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     """Rotates the first 2*R dimensions of states (..., D) by half-tables (..., R); the rest passes unchanged."""

@@ -293,7 +293,7 @@ def decode_rows(setting: Setting, machine: Machine, tokens: int, batch: int) -> 
     for part, cover in covers.items():
         place = positions if part == "read" else Positions()
         lists = Lists.of(cover, blocks, queries.device, place)
-        turn = Turn.of(place, lists, tokens, queries.device)
+        turn = Turn.of(place, lists, tokens, queries.device, queries.dtype)
         time = timed(
             graphed(lambda lists=lists, turn=turn: read(queries, lists, pyramid.keys, pyramid.values, scale, turn=turn)), most=200
         )
@@ -391,7 +391,7 @@ def quest_row(setting: Setting, machine: Machine, tokens: int, batch: int, page:
         table = torch.stack((torch.arange(batch, device="cuda"), ends, torch.ones_like(ends), start))
         counts = torch.stack((torch.full_like(best[..., 0], most), torch.zeros_like(best[..., 0])), -1).int()
         lists = Lists(levels, table, 1, (best, none), counts, (best, none), False)
-        turn = Turn.of(Positions(), lists, tokens, queries.device)
+        turn = Turn.of(Positions(), lists, tokens, queries.device, queries.dtype)
         return read(queries, lists, pyramid.keys, pyramid.values, setting.dim**-0.5, turn=turn).out
 
     time = timed(graphed(call), most=100)

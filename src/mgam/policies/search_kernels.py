@@ -144,7 +144,7 @@ def logits_kernel(
 def project_kernel(
     state_ptr, basis_ptr, offset_ptr, step_ptr, short_ptr, factor_ptr, row_ptr, heads, tiles, scale,
     state_block, state_head, state_row, short_block, short_head, short_row,
-    M: tl.constexpr, V: tl.constexpr, GROUPED: tl.constexpr, D: tl.constexpr, SHORT: tl.constexpr,
+    M, V: tl.constexpr, GROUPED: tl.constexpr, D: tl.constexpr, SHORT: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_S: tl.constexpr, BY_ROW: tl.constexpr, MOST: tl.constexpr,
 ):  # fmt: skip
     """Rows in fewer dimensions and bits: (state - mean) @ basis, over a step.
@@ -174,13 +174,13 @@ def project_kernel(
         mask=(column < D)[:, None] & (short < SHORT)[None, :], other=0.0,
     )  # fmt: skip
     found = tl.dot(state, basis.to(state.dtype), input_precision="ieee")
-    offset = tl.load(offset_ptr + (row * heads + head) * SHORT + short, mask=short < SHORT, other=0.0)
     step = tl.load(step_ptr + row * heads + head)
     if BY_ROW:
         own = tl.maximum(tl.max(tl.abs(found), 1), 1e-20) / MOST
         tl.store(factor_ptr + pair * M + m, own * scale * step, mask=live)
         found = found / own[:, None]
     else:
+        offset = tl.load(offset_ptr + (row * heads + head) * SHORT + short, mask=short < SHORT, other=0.0)
         found = tl.minimum(tl.maximum((found - offset[None, :]) / step, -2.0 * MOST), 2.0 * MOST)
     target = block * short_block + head * short_head + m.to(tl.int64) * short_row
     tl.store(

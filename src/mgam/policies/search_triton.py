@@ -16,7 +16,7 @@ from triton.tools.tensor_descriptor import TensorDescriptor
 from mgam.cover import Cover, summaries_at_most
 from mgam.levels import Levels
 from mgam.policies.asked import Asked
-from mgam.policies.search_kernels import logits_kernel, mass_kernel, normaliser_kernel, select_kernel, split_kernel
+from mgam.policies.search_kernels import logits_kernel, mass_kernel, normaliser_kernel, project_kernel, select_kernel, split_kernel
 
 
 SELECT_AT_MOST = 1 << 15
@@ -74,6 +74,47 @@ def scores(asked: Asked, chunks: int, tiles: SearchTiles | None = None) -> Tenso
         BLOCK_D=width, COPY=copies, num_warps=tiles.warps, num_stages=tiles.stages, maxnreg=tiles.registers,
     )  # fmt: skip
     return found
+
+
+def shorten_queries(queries: Tensor, row: Tensor, basis: Tensor, step: Tensor, scale: float) -> tuple[Tensor, Tensor]:
+    """Voters (N, H*G, V, D) in the basis (B, H, D, d), eight bits a number; and factors (N, H, G*V) that hold `scale`."""
+    count, query_heads, votes, dim = queries.shape
+    heads, width = basis.shape[1], basis.shape[3]
+    voters = query_heads // heads * votes
+    short = torch.empty(count, heads, voters, width, dtype=torch.float8_e4m3fn, device=queries.device)
+    factor = torch.empty(count, heads, voters, dtype=torch.float32, device=queries.device)
+    offset = torch.empty(1, dtype=torch.float32, device=queries.device).expand(basis.shape[0], heads, width)
+    _project(queries, row, basis, offset, step, short, factor, scale, voters, votes)
+    return short, factor
+
+
+def shorten_keys(keys: Tensor, basis: Tensor, mean: Tensor, step: Tensor) -> Tensor:
+    """Search keys (B, H, S, n, D), less their mean (B, H, D), in the basis (B, H, D, d), in steps (B, H), eight bits a number."""
+    batch, _, places, count, _ = keys.shape
+    short = torch.empty(*keys.shape[:4], basis.shape[3], dtype=torch.float8_e4m3fn, device=keys.device)
+    offset = (mean[..., None, :] @ basis)[..., 0, :].contiguous()
+    for one in range(batch):
+        row = torch.full((places,), one, device=keys.device)
+        _project(keys[one].transpose(0, 1), row, basis, offset, step, short[one].transpose(0, 1), None, 1.0, count, 1)
+    return short
+
+
+def _project(
+    states: Tensor, row: Tensor, basis: Tensor, offset: Tensor, step: Tensor, short: Tensor, factor: Tensor | None, scale: float,
+    rows: int, votes: int,
+) -> None:
+    """States (N, heads, m, D) by strides into short (N, H, rows, d) by strides."""
+    count, dim, width = states.shape[0], states.shape[3], basis.shape[3]
+    heads = basis.shape[1]
+    tiles = triton.cdiv(rows, 128)
+    if not count or not rows:
+        return
+    project_kernel[(tiles * count * heads,)](
+        states, basis.contiguous(), offset, step.contiguous(), short, short if factor is None else factor, row.contiguous(), heads, tiles,
+        scale, *states.stride()[:3], *short.stride()[:3], M=rows, V=votes, GROUPED=factor is not None, D=dim, SHORT=width,
+        BLOCK_M=128, BLOCK_D=max(16, triton.next_power_of_2(dim)), BLOCK_S=max(16, triton.next_power_of_2(width)),
+        BY_ROW=factor is not None, MOST=224.0, num_warps=8,
+    )  # fmt: skip
 
 
 def tiles_for(voters: int, bytes_each: int) -> SearchTiles:

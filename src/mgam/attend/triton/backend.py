@@ -60,7 +60,7 @@ def attend(
         check(lists, pyramid.keys[0].shape[0], pyramid.tokens)
         if positions.kind == "granular" and not lists.bare:
             positions.check(int(cover.entries().max()))
-    turn = Turn.of(positions, lists, pyramid.tokens, queries.device)
+    turn = Turn.of(positions, lists, pyramid.tokens, queries.device, queries.dtype)
     return Read.apply(queries, lists, turn, scale, softcap, *pyramid.keys, *pyramid.values)  # type: ignore[no-untyped-call]
 
 

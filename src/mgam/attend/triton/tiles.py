@@ -39,9 +39,12 @@ def half_tables(cos_ptr, sin_ptr, rank, R: tl.constexpr, BLOCK_R: tl.constexpr):
     place = rank[:, None] * R + column[None, :]
     if R < BLOCK_R:
         mask = (column < R)[None, :]
-        return tl.load(cos_ptr + place, mask=mask, other=0.0), tl.load(sin_ptr + place, mask=mask, other=0.0)
+        cos = tl.load(cos_ptr + place, mask=mask, other=0.0)
+        sin = tl.load(sin_ptr + place, mask=mask, other=0.0)
     else:
-        return tl.load(cos_ptr + place), tl.load(sin_ptr + place)
+        cos = tl.load(cos_ptr + place)
+        sin = tl.load(sin_ptr + place)
+    return cos.to(tl.float32), sin.to(tl.float32)
 
 
 @triton.jit
