@@ -80,7 +80,7 @@ def evaluate(
         batch_size=batch_size,
     )
     outcome = evaluate_session(session, notes)
-    if outcome is None:  # a helper process: the first one reports
+    if outcome is None:  # one of several processes; the first one reports
         return
     if report is not None:
         from mgam.evaluation.report import write_report
