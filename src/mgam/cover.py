@@ -19,7 +19,7 @@ class Cover:
     Index lists are sorted, hold no index twice, and end in -1 where a block reads fewer than others. All entries lie
     before the window start, so every query of the block may read them.
 
-    Shapes (N blocks, H KV heads):
+    Shapes (N blocks; H: the KV heads, or the query heads where each of them chooses for itself):
         window_start: (N,), first token of the window; 0 with no entries is dense attention
         opened: (N, H, K), chunks of level 1 read token by token
         summaries[l-1]: (N, H, M_l), chunks of level l read as one entry each
@@ -184,16 +184,18 @@ def cover_of(
     mass: float = 1.0,
     keep: Sequence[Tensor | None] | None = None,
     most: int | None = None,
+    sink: bool = True,
 ) -> Cover:
     """A cover that opens the chunks in `opened` (N, H, C) bool and reads the rest as summaries, or drops it.
 
-    The first chunk (the sink) is always opened; chunks that reach into the window are read there. A policy whose
-    choice depends on queries says how many chunks it opens at `most`, sink included: the shape of the cover, and with
-    it the order of sums, must not depend on what later blocks chose.
+    The first chunk (the sink) is always opened unless `sink` is off; chunks that reach into the window are read there.
+    A policy whose choice depends on queries says how many chunks it opens at `most`, sink included: the shape of the
+    cover, and with it the order of sums, must not depend on what later blocks chose.
     """
     if opened.shape[-1]:
         opened = opened & _complete(opened.shape[-1], levels.chunk, start[:, None, None])
-        opened[..., 0] = start[:, None] > 0
+        if sink:
+            opened[..., 0] = start[:, None] > 0
     chosen = indices(opened, None if most is None else min(most, opened.shape[-1]))
     if rest == "drop":
         none = torch.empty(*opened.shape[:2], 0, dtype=torch.int64, device=opened.device)

@@ -34,6 +34,8 @@ class Reading:
     positions: Positions = field(default_factory=Positions)
     dense_until: int = 0
     backend: str | None = None
+    dense_prompt: bool = False
+    """Whether the policy serves generation only: the spans before the last one of a schedule are read densely."""
 
 
 @dataclass(frozen=True)
@@ -58,14 +60,17 @@ class Plan:
         columns: int,
         dense_until: int,
         first: Sequence[int] | None = None,
+        dense_prompt: bool = False,
     ) -> Plan:
         """Plans a call that adds `counts[b]` tokens to rows that hold `before[b]`, each row with its own schedule.
 
-        Rows stand at the right of the call's columns unless `first` says otherwise.
+        Rows stand at the right of the call's columns unless `first` says otherwise. With `dense_prompt`, what comes
+        before a schedule's last span is read densely.
         """
         sorted_pieces: dict[tuple[bool, int], list[tuple[int, Piece]]] = defaultdict(list)
         for row, (schedule, old, new) in enumerate(zip(schedules, before, counts, strict=True)):
-            for piece in schedule.pieces(old, old + new, dense_until):
+            dense = max(dense_until, schedule.prompt if dense_prompt else 0)
+            for piece in schedule.pieces(old, old + new, dense):
                 size = piece.stop - piece.start
                 votes = piece.vote_to - piece.vote_from
                 sorted_pieces[piece.dense, max(size, votes).bit_length()].append((row, piece))

@@ -194,7 +194,7 @@ class Pyramid:
 
 
 def take(states: Tensor, row: Tensor, index: Tensor) -> Tensor:
-    """states (B, H, n, D), row (N,), index (N, H, M) -> (N, H, M, D); or index and result per query head (N, H*G, ...)."""
+    """states (B, H, n, D), row (N,), index (N, H, M) -> (N, H, M, D); index and result may be per query head, H*G."""
     heads = torch.arange(index.shape[1], device=states.device) // (index.shape[1] // states.shape[1])
     return states[row[:, None, None], heads[None, :, None], index]
 

@@ -67,6 +67,11 @@ class Schedule:
             spans.append(Span(document + question, question_block, lookahead))
         return cls((*spans, Span(None, 1, "none")))
 
+    @property
+    def prompt(self) -> int:
+        """Where the last span begins: the length of what is given before generation, 0 for a uniform schedule."""
+        return max((span.stop or 0 for span in self.spans[:-1]), default=0)
+
     def pieces(self, start: int, stop: int, dense_until: int = 0) -> Iterator[Piece]:
         """The parts of query blocks that a call over positions [start, stop) computes.
 

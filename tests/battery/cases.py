@@ -81,6 +81,11 @@ def sink(available: int) -> int:
     return min(available, 1)
 
 
+def alone(budget: int) -> Callable[[int], int]:
+    """Chunks opened by a policy without sink."""
+    return lambda available: min(available, budget)
+
+
 def within(budget: int) -> Callable[[int], int]:
     """Chunks opened besides the sink by a policy with this budget, in chunks."""
     return lambda available: min(available, 1 + budget)
@@ -143,5 +148,7 @@ CASES = [
     Case("mgam-half-mass", "mgam", {"budget": ENOUGH}, {"mass": 0.5}, within(2)),
     Case("mgam-compact", "mgam", {"budget": ENOUGH}, {}, within(2), make=compact),
     Case("mgam-flat", "mgam", {"budget": ENOUGH}, {"levels": (1, 4), "budget": 12}, within(3)),
+    Case("quest", "quest", {"budget": ENOUGH}, {}, alone(2), nothing),
+    Case("moba", "moba", {"budget": ENOUGH}, {}, alone(2), nothing),
     Case("mgam-tall", "mgam", {"budget": ENOUGH}, {"levels": (1, 2, 4, 12), "budget": 6}, within(3)),
 ]

@@ -33,7 +33,7 @@ def test_odd_lengths(trial: Trial, tokens: int) -> None:
     for _, _, stop, _, cover, number in blocks_of(chosen):
         if stop == tokens:
             for head in range(HEADS * GROUP):
-                entries = reads(cover, number, head // GROUP, tokens - 1)
+                entries = reads(cover, number, head * cover.opened.shape[1] // (HEADS * GROUP), tokens - 1)
                 one = queries[0, head, -1], keys[0, head // GROUP], values[0, head // GROUP]
                 expected = by_hand(*one, entries, SCALE, trial.case.mass, trial.rotated)
                 torch.testing.assert_close(out[0, head, -1].double().cpu(), expected, **trial.tolerance)

@@ -72,7 +72,8 @@ def test_equals_the_textbook(trial: Trial, schedule: Schedule | None) -> None:
     for row, start, stop, _, cover, number in blocks_of(chosen):
         for query in {start, stop - 1}:
             for head in range(HEADS * GROUP):
-                entries = reads(cover, number, head // GROUP, query)
+                chooser = head * cover.opened.shape[1] // (HEADS * GROUP)
+                entries = reads(cover, number, chooser, query)
                 expected = by_hand(
                     queries[row, head, query],
                     keys[row, head // GROUP],
@@ -128,10 +129,11 @@ def test_grouped_queries_equal_expanded_heads(trial: Trial) -> None:
     for blocks, cover in trial.covers(states)[1]:
         own = torch.arange(blocks.size) + blocks.start[:, None]
         taken = queries[0][:, own.clamp_max(TOKENS - 1).to(queries.device)].transpose(0, 1).contiguous()
+        copies = HEADS * GROUP // cover.opened.shape[1]
         wide = replace(
             cover,
-            opened=cover.opened.repeat_interleave(GROUP, 1),
-            summaries=tuple(index.repeat_interleave(GROUP, 1) for index in cover.summaries),
+            opened=cover.opened.repeat_interleave(copies, 1),
+            summaries=tuple(index.repeat_interleave(copies, 1) for index in cover.summaries),
         )
         live = torch.arange(blocks.size) < blocks.length[:, None]
         results = [

@@ -74,9 +74,8 @@ def gather(
     spans = blocks.stop - begin
     reach = int(spans.max())
     window_NW = start[:, None] + torch.arange(reach, device=device)
-    window = pyramid.window(row, start, reach, last)
-    keys.append(window[0])
-    values.append(window[1])
+    for kept, states in zip((keys, values), pyramid.window(row, start, reach, last), strict=True):
+        kept.append(states if states.shape[1] == heads else states.repeat_interleave(heads // states.shape[1], 1))
     causal_NQW = window_NW[:, None] > torch.minimum(own, last[:, None])[:, :, None]
     before = torch.cat(bias, -1)
     bias_NHQE = torch.cat(

@@ -101,6 +101,13 @@ def attend(
         if backend not in (None, "torch"):
             raise SettingError(f"backend {backend!r} cannot read a digest; choose 'torch', or leave it out")
         return blockwise.attend(queries, blocks, cover, pyramid, positions, scale, softcap)
+    if cover.opened.shape[1] != pyramid.keys[0].shape[1]:
+        if backend == "triton":
+            raise SettingError(
+                "backend 'triton' cannot serve a cover per query head: it loads each KV head once for its whole group; "
+                "choose 'torch', or leave it out"
+            )
+        backend = backend or "torch"
     return choose(queries, backend).run(queries, blocks, cover, pyramid, positions, scale, softcap)
 
 

@@ -63,13 +63,14 @@ def _one(
     softcap: float | None,
 ) -> tuple[Tensor, Tensor]:
     row, first, length = int(blocks.row[block]), int(blocks.start[block]), int(blocks.length[block])
+    own_head = head // (cover.opened.shape[1] // pyramid.keys[0].shape[1])
     window = int(cover.window_start[block])
     entries = entry_list(cover, block, head)
     entries += [(token, 0, token) for token in range(window, first + length)]
     if not length:
         return torch.zeros_like(queries), queries.new_full(queries.shape[:1], -torch.inf)
-    keys = torch.stack([pyramid.keys[level][row, head, index] for _, level, index in entries])
-    values = torch.stack([pyramid.values[level][row, head, index] for _, level, index in entries])
+    keys = torch.stack([pyramid.keys[level][row, own_head, index] for _, level, index in entries])
+    values = torch.stack([pyramid.values[level][row, own_head, index] for _, level, index in entries])
     mass = torch.tensor([float(cover.levels.sizes[level]) for _, level, _ in entries])
     last = torch.tensor([start + cover.levels.sizes[level] - 1 for start, level, _ in entries], device=queries.device)
     own = torch.arange(first, first + length, device=queries.device)

@@ -1,0 +1,148 @@
+"""Policies that open the best chunks by some judgement: what a published method adds is how it judges."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from mgam.cover import Cover, cover_of, window_start
+from mgam.levels import Levels
+from mgam.policies.base import Rest, Voters
+from mgam.policies.scored import highest
+from mgam.pyramid import Pyramid, take
+from mgam.schedule import Blocks
+
+
+@dataclass(frozen=True)
+class Ranked(ABC):
+    """Opens the `budget // chunk` chunks that are judged best between sink and window."""
+
+    budget: int = 1024
+    window: int = 512
+    rest: Rest = "drop"
+    mass: float = 1.0
+    sink: bool = True
+    """Whether the first chunk is opened besides."""
+    per_head: bool = False
+    """Whether each query head chooses for itself; else the heads of a group choose together."""
+
+    votes = True
+
+    @abstractmethod
+    def judge(self, voters: Voters, blocks: Blocks, pyramid: Pyramid, levels: Levels, chunks: int) -> Tensor:
+        """How good each of the first `chunks` chunks is for each query: (N, H, G, V, chunks), any scale."""
+
+    def choose(self, voters: Voters | None, blocks: Blocks, pyramid: Pyramid, levels: Levels) -> Cover:
+        """Covers for N blocks within the budget."""
+        assert voters is not None
+        device = pyramid.keys[0].device
+        start = window_start(blocks.decide, self.window, levels).to(device)
+        chunks = int(start.max()) // levels.chunk if len(blocks) else 0
+        most, first = self.budget // levels.chunk, int(self.sink)
+        heads = voters.queries.shape[1] if self.per_head else pyramid.keys[0].shape[1]
+        number = torch.arange(chunks, device=device)
+        allowed = (number >= first) & ((number + 1) * levels.chunk <= start[:, None])
+        opened = allowed[:, None].expand(-1, heads, -1).clone()
+        if not most:
+            opened &= False
+        elif chunks - first > most:
+            scores = self.scores(voters, blocks, pyramid, levels, chunks).masked_fill(~allowed[:, None], -torch.inf)
+            opened &= highest(scores, most)
+        return cover_of(opened, start, levels, rest=self.rest, mass=self.mass, most=first + most, sink=self.sink)
+
+    def scores(self, voters: Voters, blocks: Blocks, pyramid: Pyramid, levels: Levels, chunks: int) -> Tensor:
+        """Judgements (N, heads, chunks) in float32 or finer, summed over those who choose together."""
+        found = self.judge(voters, blocks, pyramid, levels, chunks)
+        found = (found * voters.live[:, None, None, :, None]).sum(3)
+        return found.flatten(1, 2) if self.per_head else found.sum(2)
+
+    def read_at_most(self, tokens: int, levels: Levels) -> int:
+        """Sink, budget, and the summaries around what is opened."""
+        most = self.budget // levels.chunk
+        inner = sum(levels.ratio(level) for level in range(2, levels.top + 1))
+        rest = 0 if self.rest == "drop" else (most + 2) * max(inner, 1) + tokens // levels.sizes[-1] + levels.ratio(1)
+        return levels.chunk + self.budget + rest
+
+
+@dataclass(frozen=True)
+class ByMean(Ranked):
+    """A chunk is as good as its mean key's logit: the gate of MoBA (Lu et al. 2025, arXiv 2502.13189)."""
+
+    def judge(self, voters: Voters, blocks: Blocks, pyramid: Pyramid, levels: Levels, chunks: int) -> Tensor:
+        """The means are level 1 of the pyramid."""
+        return dots(voters.queries, first_chunks(pyramid.keys[1], blocks, chunks))
+
+
+@dataclass(frozen=True)
+class ByBound(Ranked):
+    """A chunk is as good as any key inside the box of its keys could be: the bound of Quest (Tang et al. 2024)."""
+
+    def judge(self, voters: Voters, blocks: Blocks, pyramid: Pyramid, levels: Levels, chunks: int) -> Tensor:
+        """sum_d max(q_d min_d, q_d max_d), which no logit of a key in the chunk exceeds."""
+        box = Boxes.of(pyramid, levels)
+        low, high = (first_chunks(side, blocks, chunks) for side in (box.low, box.high))
+        queries = voters.queries
+        return dots(queries.clamp_min(0), high) + dots(queries.clamp_max(0), low)
+
+
+@dataclass
+class Boxes:
+    """Smallest and largest coordinate of the keys of every complete chunk: (B, H, C, D) each."""
+
+    low: Tensor
+    high: Tensor
+    chunks: list[int]
+
+    @classmethod
+    def of(cls, pyramid: Pyramid, levels: Levels) -> Boxes:
+        """Kept with the pyramid and extended as it grows."""
+        kept = pyramid.derived.get(cls)
+        if not isinstance(kept, Boxes):
+            empty = pyramid.keys[0][:, :, :0].detach()
+            kept = cls(empty, empty, [0] * len(pyramid.lengths))
+            pyramid.derived[cls] = kept
+        kept._extend(pyramid, levels)
+        return kept
+
+    def _extend(self, pyramid: Pyramid, levels: Levels) -> None:
+        room = pyramid.keys[1].shape[2]
+        targets = [length // levels.chunk for length in pyramid.lengths]
+        if room > self.low.shape[2]:
+            self.low, self.high = (_wider(side, room) for side in (self.low, self.high))
+        together = len({*zip(self.chunks, targets, strict=True)}) == 1
+        for row in range(1 if together else len(targets)):
+            new = torch.arange(self.chunks[row], targets[row], device=self.low.device)
+            if len(new):
+                rows = torch.arange(len(targets), device=new.device) if together else new.new_tensor([row])
+                index = new.expand(len(rows), self.low.shape[1], -1)
+                keys, _ = pyramid.chunks(rows, index, torch.zeros_like(rows))
+                keys = keys.detach().unflatten(2, (len(new), levels.chunk))
+                self.low[rows, :, new[0] : new[-1] + 1] = keys.amin(3)
+                self.high[rows, :, new[0] : new[-1] + 1] = keys.amax(3)
+        self.chunks = [max(pair) for pair in zip(self.chunks, targets, strict=True)]
+
+
+def first_chunks(states: Tensor, blocks: Blocks, chunks: int) -> Tensor:
+    """The first chunks (R, H, chunks, D) of the row of each block; one copy, R = 1, where all blocks are of one row."""
+    rows = blocks.row.tolist()
+    if len(set(rows)) == 1:
+        return states[rows[0] : rows[0] + 1, :, :chunks]
+    heads = torch.arange(chunks, device=states.device).expand(len(rows), states.shape[1], -1)
+    return take(states, blocks.row.to(states.device), heads)
+
+
+def dots(queries: Tensor, keys: Tensor) -> Tensor:
+    """Products (N, H, G, V, C) of queries (N, H*G, V, D) with keys (N or 1, H, C, D), in float32 or finer."""
+    heads = keys.shape[1]
+    wide = torch.promote_types(queries.dtype, torch.float32)
+    folded = queries.unflatten(1, (heads, -1))
+    return torch.einsum("nhgvd,nhcd->nhgvc", folded.to(wide), keys.to(wide).expand(folded.shape[0], -1, -1, -1))
+
+
+def _wider(states: Tensor, room: int) -> Tensor:
+    wider = states.new_empty(*states.shape[:2], room, states.shape[3])
+    wider[:, :, : states.shape[2]] = states
+    return wider
