@@ -144,9 +144,12 @@ def read(
     return out
 
 
-def history(schedule: Schedule) -> int:
-    """Queries that must be kept from call to call so that later blocks can vote."""
-    blocks = [span.block for span in schedule.spans if span.lookahead == "none" and span.block > 1]
+def history(schedule: Schedule, position: int = 0) -> int:
+    """Queries that must be kept from call to call so that blocks from `position` on can vote.
+
+    A block with `lookahead="block"` needs them when a call cuts it.
+    """
+    blocks = [span.block for span in schedule.spans if span.block > 1 and (span.stop is None or span.stop > position)]
     return 2 * max(blocks, default=0)
 
 

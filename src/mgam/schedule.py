@@ -75,8 +75,9 @@ class Schedule:
     def pieces(self, start: int, stop: int, dense_until: int = 0) -> Iterator[Piece]:
         """The parts of query blocks that a call over positions [start, stop) computes.
 
-        A block with `lookahead="block"` that does not lie whole inside the call falls back to blocks of one query,
-        which may always decide for themselves. Queries before `dense_until` never share a block with later ones.
+        A block with `lookahead="block"` that does not lie whole inside the call is read as with `lookahead="none"`: its
+        parts share one cover, which queries up to its first decide. Queries before `dense_until` never share a block
+        with later ones.
         """
         begin = 0
         for span in self.spans:
@@ -114,11 +115,7 @@ def _cut(span: Span, begin: int, start: int, end: int, dense_until: int) -> Iter
             if low >= high:
                 continue
         block_start = max(block_start, dense_until)
-        whole = low == block_start and high == block_stop
-        if span.lookahead == "block" and not whole:
-            for query in range(low, high):
-                yield Piece(query, query + 1, query, query, query + 1, False)
-        elif span.lookahead == "block":
+        if span.lookahead == "block" and low == block_start and high == block_stop:
             yield Piece(low, high, block_start, block_start, block_stop, False)
         else:
             votes = block_stop - block_start if limit is not None else span.block

@@ -1,6 +1,6 @@
 """Multi-granular attention in Hugging Face transformers."""
 
-from mgam.integrations.transformers.apply import Applied, applied_to, apply, remove
+from mgam.integrations.transformers.apply import Applied, applied, applied_to, apply, remove
 from mgam.integrations.transformers.cache import PyramidCache
 
-__all__ = ["Applied", "PyramidCache", "applied_to", "apply", "remove"]
+__all__ = ["Applied", "PyramidCache", "applied", "applied_to", "apply", "remove"]

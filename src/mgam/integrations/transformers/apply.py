@@ -3,19 +3,20 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from typing import Any, TypeVar
 
 import torch
 from torch import Tensor, nn
+from transformers import GenerationMixin
 
 from mgam import methods
 from mgam.engine import Plan, Reading
 from mgam.errors import SettingError, UnsupportedModelError
-from mgam.integrations.transformers import attention
-from mgam.integrations.transformers.cache import PyramidCache
-from mgam.integrations.transformers.models import Architecture, architecture, full_attention_layers
+from mgam.integrations.transformers import attention, prefill
+from mgam.integrations.transformers.models import Architecture, Attention, architecture, attention_layers
 from mgam.policies import Policy
 from mgam.positions import Positions, Rotary
 from mgam.schedule import Schedule
@@ -23,9 +24,8 @@ from mgam.settings import Settings
 
 Model = TypeVar("Model", bound=nn.Module)
 
-LONG_PROMPT = 4096
-"""Prompts longer than this are read in calls of `PREFILL` tokens, so that a layer's activations stay small."""
-PREFILL = 2048
+STRETCHED = ("longrope", "dynamic")
+"""Rotations that change with the length of the text."""
 
 
 @dataclass
@@ -38,23 +38,43 @@ class Applied:
     trained_window: int
     reading: Reading
     layers: dict[int, nn.Module]
+    """Attention modules that became multi-granular."""
     previous: str
+    windows: dict[int, int | None] = field(default_factory=dict)
+    """Every attention layer: the tokens that a sliding one reads, None for multi-granular ones."""
+    positions: dict[int, Positions] = field(default_factory=dict)
+    """Per multi-granular layer; a layer without rotation has absolute ones."""
+    stretched: bool = False
+    """Whether the model's rotation changes with the length of the text."""
     hooks: list[Any] = field(default_factory=list)
     _plans: dict[Any, Plan] = field(default_factory=dict)
+    _readings: dict[Any, Reading] = field(default_factory=dict)
+    _known: list[tuple[tuple[Any, ...], Any]] = field(default_factory=list)
+
+    @property
+    def turned(self) -> set[int]:
+        """Layers whose module gets the identity rotation, since reading rotates by rank."""
+        return {index for index, place in self.positions.items() if place.kind == "granular"}
+
+    @functools.cached_property
+    def ranked(self) -> bool:
+        """Whether any layer places entries by rank."""
+        return bool(self.turned)
 
     def reading_for(self, layer: int, scale: float) -> Reading:
-        """How one layer reads: the policy learns the layer's scale."""
-        key = ("reading", layer, scale)
+        """How one layer reads: its positions, and a policy that knows its scale."""
+        key = (layer, scale)
         if key not in self._readings:
-            self._readings[key] = replace(self.reading, policy=self.make_policy(scale))
+            self._readings[key] = replace(
+                self.reading,
+                policy=self.make_policy(scale),
+                positions=self.positions.get(layer, self.reading.positions),
+            )
         return self._readings[key]
 
     def make_policy(self, scale: float) -> Policy:
         """A policy for layers with this attention scale."""
         return self.method.policy(self.settings, scale)
-
-    def __post_init__(self) -> None:
-        self._readings: dict[Any, Reading] = {}
 
     def plan(
         self,
@@ -68,19 +88,52 @@ class Applied:
         key = (tuple(schedules), tuple(before), tuple(counts), columns, None if first is None else tuple(first))
         if key not in self._plans:
             self._plans.clear()
-            self._plans[key] = Plan.of(schedules, before, counts, columns, self.reading.dense_until, first)
+            reading = self.reading
+            self._plans[key] = Plan.of(
+                schedules, before, counts, columns, reading.dense_until, first, dense_prompt=reading.dense_prompt
+            )
         return self._plans[key]
 
+    def begin_call(self, layer: int) -> None:
+        """Forgets what was found about the last call when the first layer begins another."""
+        if layer == next(iter(self.windows)):
+            self._known.clear()
 
-def apply(model: Model, method: str = "mgam", *, budget: int = 1024, **settings: Any) -> Model:
+    def once(self, key: tuple[Any, ...], find: Callable[[], Any]) -> Any:
+        """What `find` gives, found once for all layers of a call. Tensors in the key count by identity."""
+        for known, value in self._known:
+            if len(known) == len(key) and all(map(_same, known, key)):
+                return value
+        value = find()
+        self._known = [*self._known[-3:], (key, value)]
+        return value
+
+    def check_stretch(self, before: Sequence[int], counts: Sequence[int]) -> None:
+        """Refuses keys of two rotations in one text.
+
+        Raises:
+            UnsupportedModelError: when a text grows past the trained window of a model that then rotates otherwise.
+        """
+        if not self.stretched or self.ranked:
+            return
+        window = self.trained_window
+        if any(0 < old <= window < old + new for old, new in zip(before, counts, strict=True)):
+            raise UnsupportedModelError(
+                f"the text grows past {window} tokens, where this model rotates otherwise than before, so that its "
+                "kept keys would be wrong; apply mgam with positions='granular'"
+            )
+
+
+def apply(model: Model, method: str = "mgam", *, budget: int | None = None, **settings: Any) -> Model:
     """Makes a transformers decoder read its context with the given method, in place.
 
-    After it, `model(...)`, `model.generate(...)`, Trainer and pipelines work as before. `mgam.remove(model)` undoes it.
+    After it, `model(...)`, `model.generate(...)`, Trainer, PEFT and pipelines work as before.
+    `mgam.remove(model)` undoes it.
 
     Args:
-        model: a causal language model of a supported architecture.
+        model: a causal language model of a supported architecture, with or without PEFT adapters.
         method: a name from `mgam methods`.
-        budget: tokens that a query may read in full outside window and sink.
+        budget: tokens that a query may read in full outside window and sink; None: the method's own.
         settings: further fields of `mgam.Settings`.
 
     Raises:
@@ -88,63 +141,129 @@ def apply(model: Model, method: str = "mgam", *, budget: int = 1024, **settings:
         SettingError: a setting cannot work; the message names the range.
     """
     chosen = methods.get(method)
-    wanted = chosen.settings(budget=budget, **settings)
+    wanted = chosen.settings(**({} if budget is None else {"budget": budget}), **settings)
     if wanted.positions not in chosen.positions:
         raise SettingError(
             f"method {method!r} works with positions {' or '.join(chosen.positions)}, not {wanted.positions!r}"
         )
-    config = getattr(model, "config", None)
-    if config is None or not hasattr(model, "set_attn_implementation"):
-        raise UnsupportedModelError(
-            f"a {type(model).__name__} was given; mgam applies to a transformers causal language model"
-        )
-    text_config = config.get_text_config(decoder=True)
-    row = architecture(text_config)
-    decoder = model.get_decoder() if hasattr(model, "get_decoder") else model
-    layers = full_attention_layers(decoder, text_config)
+    target = _target(model)
+    config = target.config
+    row = architecture(config)
+    decoder = target.get_decoder()
+    layers = attention_layers(decoder, config)
     remove(model)
-    window = row.trained_window(text_config)
+    window = row.trained_window(config)
     dense_until = min(2048, window) if wanted.dense_until is None else wanted.dense_until
     if dense_until > window and wanted.positions == "granular" and method != "dense":
         raise SettingError(
-            f"dense_until={dense_until} is beyond the {window} positions that the model was trained for; choose at most {window}"
+            f"dense_until={dense_until} is beyond the {window} positions that the model was trained for; "
+            f"choose at most {window}"
         )
+    places = _positions(wanted, row, decoder, window, layers)
     reading = Reading(
         policy=chosen.policy(wanted, 1.0),
         levels=wanted.pyramid_levels,
-        positions=_positions(wanted, row, decoder, window, next(iter(layers))),
+        positions=next((place for place in places.values() if place.kind == "granular"), Positions()),
         dense_until=dense_until,
         backend=wanted.backend,
+        dense_prompt=chosen.phase == "decode",
     )
     attention.register()
-    applied = Applied(wanted, chosen, row, window, reading, layers, model.config._attn_implementation)
-    model.set_attn_implementation(attention.NAME)
-    if model.config._attn_implementation != attention.NAME:
+    applied = Applied(
+        wanted,
+        chosen,
+        row,
+        window,
+        reading,
+        {index: layer.module for index, layer in layers.items() if layer.window is None},
+        target.config._attn_implementation,
+        {index: layer.window for index, layer in layers.items()},
+        places,
+        (getattr(config, "rope_parameters", None) or {}).get("rope_type") in STRETCHED,
+    )
+    target.set_attn_implementation(attention.NAME)
+    if target.config._attn_implementation != attention.NAME:
         raise UnsupportedModelError(
-            f"{type(model).__name__} does not take attention implementations from transformers' registry"
+            f"{type(target).__name__} does not take attention implementations from transformers' registry"
         )
-    for index, module in layers.items():
-        runtime = attention.LayerRuntime(applied, index)
-        module._mgam = runtime  # type: ignore[assignment]
-        applied.hooks.append(module.register_forward_pre_hook(runtime.enter, with_kwargs=True))
-    model._mgam_applied = applied  # type: ignore[assignment]
-    if hasattr(model, "generate"):
-        model.generate = functools.partial(_generate, model)  # type: ignore[assignment]
+    for index, layer in layers.items():
+        runtime = attention.LayerRuntime(applied, index, layer.window)
+        layer.module._mgam = runtime  # type: ignore[assignment]
+        applied.hooks.append(layer.module.register_forward_pre_hook(runtime.enter, with_kwargs=True))
+    target._mgam_applied = applied
+    if hasattr(target, "generate"):
+        target.generate = functools.partial(_generate, target)
+        if applied.stretched and applied.ranked:
+            # Phi-3 drops its cache where its rotation changes; ranks never get there.
+            target.prepare_inputs_for_generation = functools.partial(
+                GenerationMixin.prepare_inputs_for_generation, target
+            )
     return model
+
+
+@contextmanager
+def applied(model: Model, method: str = "mgam", *, budget: int | None = None, **settings: Any) -> Iterator[Model]:
+    """`apply` for the length of a `with` block; what was applied before is applied again after it.
+
+    Raises:
+        UnsupportedModelError, SettingError: as `apply` does.
+    """
+    before: Applied | None = getattr(_base(model), "_mgam_applied", None)
+    try:
+        yield apply(model, method, budget=budget, **settings)
+    finally:
+        remove(model)
+        if before is not None:
+            values = before.settings.as_dict()
+            apply(model, values.pop("method"), **values)
+
+
+def _same(one: Any, other: Any) -> bool:
+    if isinstance(one, Tensor) or isinstance(other, Tensor):
+        return one is other
+    return bool(one == other)
+
+
+def _base(model: Any) -> Any:
+    """The model inside adapters."""
+    return model.get_base_model() if hasattr(model, "peft_config") and hasattr(model, "get_base_model") else model
+
+
+def _target(model: Any) -> Any:
+    """The transformers model inside adapters.
+
+    Raises:
+        UnsupportedModelError: when it is none.
+    """
+    target = _base(model)
+    config = getattr(target, "config", None)
+    if config is None or not hasattr(target, "set_attn_implementation") or not hasattr(target, "get_decoder"):
+        raise UnsupportedModelError(
+            f"a {type(model).__name__} was given; mgam applies to a transformers causal language model"
+        )
+    if config.get_text_config(decoder=True) is not config and not getattr(config, "is_encoder_decoder", False):
+        raise UnsupportedModelError(
+            f"{type(target).__name__} reads more than text (its text model is "
+            f"{config.get_text_config(decoder=True).model_type!r}): images are read in both directions, which covers "
+            "do not know; load the text model alone"
+        )
+    return target
 
 
 def remove(model: Model) -> Model:
     """Undoes `apply`; a model that it was not called on is left alone."""
-    applied: Applied | None = getattr(model, "_mgam_applied", None)
-    if applied is None:
+    target: Any = _base(model)
+    there: Applied | None = getattr(target, "_mgam_applied", None)
+    if there is None:
         return model
-    for hook in applied.hooks:
+    for hook in there.hooks:
         hook.remove()
-    for module in applied.layers.values():
-        del module._mgam
-    model.set_attn_implementation(applied.previous)  # type: ignore[operator]
-    del model._mgam_applied
-    model.__dict__.pop("generate", None)
+    for layer in target.get_decoder().layers:
+        layer.self_attn.__dict__.pop("_mgam", None)
+    target.set_attn_implementation(there.previous)
+    del target._mgam_applied
+    target.__dict__.pop("generate", None)
+    target.__dict__.pop("prepare_inputs_for_generation", None)
     return model
 
 
@@ -154,52 +273,42 @@ def applied_to(model: nn.Module) -> Applied:
     Raises:
         SettingError: when nothing was.
     """
-    applied: Applied | None = getattr(model, "_mgam_applied", None)
-    if applied is None:
+    there: Applied | None = getattr(_base(model), "_mgam_applied", None)
+    if there is None:
         raise SettingError("mgam was not applied to this model; call mgam.apply(model) first")
-    return applied
+    return there
 
 
-def _positions(settings: Settings, row: Architecture, decoder: nn.Module, window: int, layer: int) -> Positions:
-    if settings.positions == "absolute":
-        return Positions()
-    module = row.rotary(decoder, layer)
-    if module is None:
-        return Positions()
+def _positions(
+    settings: Settings, row: Architecture, decoder: nn.Module, window: int, layers: dict[int, Attention]
+) -> dict[int, Positions]:
+    """Positions of each multi-granular layer; layers of one kind share their tables."""
+    found: dict[int, Positions] = {}
+    shared: dict[str, Positions] = {}
+    span = settings.window + settings.pyramid_levels.chunk + settings.block
+    for index, layer in layers.items():
+        if layer.window is not None:
+            continue
+        turn = row.rotary(decoder, layer) if settings.positions == "granular" else None
+        if turn is None:
+            found[index] = Positions()
+            continue
+        if layer.kind not in shared:
+            shared[layer.kind] = Positions.granular(Rotary(_tables(turn), window), span)
+        found[index] = shared[layer.kind]
+    return found
 
+
+def _tables(turn: Callable[[Tensor, Tensor], tuple[Tensor, Tensor]]) -> Callable[[Tensor], tuple[Tensor, Tensor]]:
     def tables(places: Tensor) -> tuple[Tensor, Tensor]:
         like = torch.empty(1, device=places.device, dtype=torch.float32)
-        cos, sin = module(like, places[None])
-        return cos[0], sin[0]
+        cos, sin = turn(like, places[None])
+        return cos[0].to(places.device), sin[0].to(places.device)
 
-    levels = settings.pyramid_levels
-    return Positions.granular(Rotary(tables, window), settings.window + levels.chunk + settings.block)
+    return tables
 
 
 def _generate(model: Any, *args: Any, **kwargs: Any) -> Any:
-    """`generate` with a pyramid cache whose schedule knows where the prompt ends."""
-    applied = applied_to(model)
-    ids = args[0] if args else kwargs.get("inputs", kwargs.get("input_ids"))
-    if kwargs.get("cache_implementation") is not None:
-        raise UnsupportedModelError(
-            f"cache_implementation={kwargs['cache_implementation']!r} cannot hold pyramids; leave it out, mgam brings its own cache"
-        )
-    if kwargs.get("past_key_values") is None and kwargs.get("use_cache", True) and ids is not None:
-        mask = kwargs.get("attention_mask")
-        lengths = [ids.shape[1]] * ids.shape[0] if mask is None else mask.sum(1).tolist()
-        kwargs["past_key_values"] = PyramidCache(model, [_prompt(applied.settings, int(length)) for length in lengths])
-        if ids.shape[1] > LONG_PROMPT and not kwargs.get("prefill_chunk_size"):
-            kwargs["prefill_chunk_size"] = PREFILL
+    """`generate` with a pyramid cache whose schedule knows where the prompt ends; long prompts are read in calls."""
+    kwargs = prefill.prepare(model, applied_to(model), args, kwargs)
     return type(model).generate(model, *args, **kwargs)
-
-
-def _prompt(settings: Settings, length: int) -> Schedule:
-    """The schedule of a prompt of unknown make-up: its last tokens are taken for the question."""
-    question = min(settings.question_block, length)
-    return Schedule.reading(
-        length - question,
-        question,
-        block=settings.block,
-        question_block=settings.question_block,
-        lookahead=settings.lookahead,
-    )

@@ -2,18 +2,20 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeVar, cast
 
 import torch
 from torch import Tensor, nn
 from transformers import AttentionInterface
-from transformers.integrations.sdpa_attention import sdpa_attention_forward
-from transformers.masking_utils import AttentionMaskInterface, flash_attention_mask, sdpa_mask
+from transformers.masking_utils import AttentionMaskInterface, flash_attention_mask
 
-from mgam.engine import Plan, read
+from mgam.engine import read
 from mgam.errors import UnsupportedModelError
-from mgam.integrations.transformers.cache import PyramidLayer, ensure_layer
+from mgam.integrations.transformers import calls, local
+from mgam.integrations.transformers.cache import PyramidLayer, RecentLayer, ensure_pyramid, ensure_recent
+from mgam.integrations.transformers.calls import Call
 from mgam.pyramid import Pyramid
 from mgam.schedule import Schedule
 
@@ -23,43 +25,83 @@ if TYPE_CHECKING:
 NAME = "mgam"
 """The attention implementation's name in transformers."""
 
+_GRAPH_BREAK = (
+    "multi-granular attention chooses what to read from the data, so torch.compile leaves it out of the graph; "
+    "compile without fullgraph=True"
+)
+
+
+Function = TypeVar("Function", bound=Callable[..., Any])
+
+
+def _outside_graphs(function: Function) -> Function:
+    return cast(Function, torch.compiler.disable(function, reason=_GRAPH_BREAK))
+
 
 @dataclass
 class LayerRuntime:
-    """What one attention module needs while it runs: set on the module by `mgam.apply`, filled by its hook at each call."""
+    """What one attention module needs while it runs: set on it by `mgam.apply`, filled by its hook at each call."""
 
     applied: Applied
     layer: int
-    cache: PyramidLayer | None = None
+    window: int | None = None
+    """Tokens that a query of a sliding layer reads; None where attention is multi-granular."""
+    cache: PyramidLayer | RecentLayer | None = None
+    position_ids: Tensor | None = None
 
+    @_outside_graphs
     def enter(
         self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
     ) -> tuple[tuple[Any, ...], dict[str, Any]]:
         """Notes the cache of this call and, for granular positions, hands the module the identity rotation."""
-        cache = kwargs.get("past_key_values")
-        applied = self.applied
+        cache, applied = kwargs.get("past_key_values"), self.applied
+        applied.begin_call(self.layer)
         self.cache = None
-        if cache is not None:
-            self.cache = ensure_layer(cache, self.layer, applied.reading.levels, applied.settings.block)
-        if applied.settings.positions == "granular" and kwargs.get("position_embeddings") is not None:
+        self.position_ids = kwargs.get("position_ids")
+        if kwargs.get("output_attentions"):
+            raise UnsupportedModelError(
+                "output_attentions=True: attention weights over a cover are not weights over tokens; leave it out"
+            )
+        if cache is not None and self.window is not None:
+            self.cache = ensure_recent(cache, self.layer, self.window)
+        elif cache is not None:
+            settings = applied.settings
+            self.cache = ensure_pyramid(cache, self.layer, applied.reading.levels, settings.block, settings.positions)
+        if self.cache is not None:
+            self.cache.announced = True
+        if self.layer in applied.turned:
+            if kwargs.get("position_embeddings") is None:
+                raise UnsupportedModelError(
+                    f"layer {self.layer} was called without position embeddings, so granular positions cannot take "
+                    "their place; apply mgam with positions='absolute'"
+                )
             cos, sin = kwargs["position_embeddings"]
             kwargs = {**kwargs, "position_embeddings": (torch.ones_like(cos), torch.zeros_like(sin))}
         return args, kwargs
 
 
 def register() -> None:
-    """Makes the names known to transformers; nothing else is touched."""
-    AttentionInterface.register(NAME, attention)
-    AttentionMaskInterface.register(NAME, mask)
+    """Makes the names known to transformers; nothing else is touched.
+
+    Raises:
+        UnsupportedModelError: when the name is taken by something else.
+    """
+    for interface, ours in ((AttentionInterface, attention), (AttentionMaskInterface, mask)):
+        there = interface._global_mapping.get(NAME)
+        if there is not None and getattr(there, "__module__", None) != __name__:
+            raise UnsupportedModelError(
+                f"transformers already knows an attention named {NAME!r}, of {getattr(there, '__module__', there)}; "
+                "register that one under another name"
+            )
+        interface.register(NAME, ours)
 
 
 def mask(*args: Any, local_size: int | None = None, **kwargs: Any) -> Tensor | None:
-    """A (B, T) mask, or none, for multi-granular layers; sliding layers get the mask that they expect."""
-    if local_size is not None:
-        return sdpa_mask(*args, local_size=local_size, **kwargs)
+    """A (B, T) mask, or none, for every layer: sliding windows are counted in tokens of a row, not in columns."""
     return flash_attention_mask(*args, **kwargs)
 
 
+@_outside_graphs
 def attention(
     module: nn.Module,
     query: Tensor,
@@ -71,77 +113,131 @@ def attention(
     softcap: float | None = None,
     **kwargs: Any,
 ) -> tuple[Tensor, None]:
-    """Multi-granular attention of one layer.
+    """Multi-granular attention of one layer, or a sliding layer's own.
 
     Shapes: query (B, Hq, L, D), key and value (B, Hkv, L, D) of the new tokens only; returns (B, L, Hq, D).
+
+    Raises:
+        UnsupportedModelError: for every mode that cannot be served; nothing is read densely in silence.
     """
     runtime: LayerRuntime | None = getattr(module, "_mgam", None)
     if runtime is None:
-        return sdpa_attention_forward(
-            module, query, key, value, attention_mask, dropout=dropout, scaling=scaling, **kwargs
+        raise UnsupportedModelError(
+            f"a {type(module).__name__} was told to use attention {NAME!r}, but mgam was not applied to it; "
+            "load the model without attn_implementation and call mgam.apply(model)"
         )
     if dropout:
         raise UnsupportedModelError(f"attention dropout {dropout} is not supported; set config.attention_dropout to 0")
     scale = query.shape[-1] ** -0.5 if scaling is None else scaling
-    applied, cache = runtime.applied, runtime.cache
-    columns = query.shape[2]
-    reading = applied.reading_for(runtime.layer, scale)
-    if cache is None:
-        start, counts = _spans(attention_mask, query.shape[0], columns)
-        aligned = [_shift(states, start) for states in (key, value)]
-        pyramid = Pyramid.of(*aligned, reading.levels, counts)
-        schedules = [Schedule.uniform(applied.settings.block)] * len(counts)
-        plan = applied.plan(schedules, [0] * len(counts), counts, columns, [-offset for offset in start])
-        out = read(query, pyramid, plan, reading, scale, softcap=softcap, layer=runtime.layer)
+    if runtime.cache is None:
+        out = _alone(runtime, query, key, value, attention_mask, kwargs.get("cu_seq_lens_q"), scale, softcap)
     else:
-        new = None if attention_mask is None else attention_mask[:, -columns:]
-        start, counts = _spans(new, query.shape[0], columns)
-        if any(offset + count != columns for offset, count in zip(start, counts, strict=True)):
-            raise UnsupportedModelError(
-                "the batch is padded on the right; with a cache, rows must be padded on the left (tokenizer.padding_side='left')"
-            )
-        before = cache.append(key, value, counts)
-        plan = applied.plan(cache.schedules, before, counts, columns)
-        out = read(
-            query,
-            cache.pyramid,
-            plan,
-            reading,
-            scale,
-            softcap=softcap,
-            recent=cache.recent,
-            record=cache.record,
-            layer=runtime.layer,
-        )
-        cache.remember(query)
+        out = _going_on(runtime, runtime.cache, query, key, value, attention_mask, scale, softcap)
     return out.transpose(1, 2), None
 
 
-def _spans(attention_mask: Tensor | None, rows: int, columns: int) -> tuple[list[int], list[int]]:
-    """First real column and number of real tokens of each row."""
-    if attention_mask is None:
-        return [0] * rows, [columns] * rows
-    if attention_mask.ndim != 2:
+def _alone(
+    runtime: LayerRuntime,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attention_mask: Tensor | None,
+    borders: Tensor | None,
+    scale: float,
+    softcap: float | None,
+) -> Tensor:
+    """Whole texts in one pass."""
+    applied = runtime.applied
+    rows, columns = query.shape[0], query.shape[2]
+    call = applied.once(
+        ("alone", attention_mask, runtime.position_ids, borders, rows, columns),
+        lambda: calls.alone(attention_mask, runtime.position_ids, borders, rows, columns, applied.ranked),
+    )
+    whole = call.plain
+    out = query if whole else torch.zeros_like(query)
+    for texts in call.groups():
+        counts = [call.counts[text] for text in texts]
+        if not any(counts):
+            continue
+        q, k, v = (call.take(states, texts) for states in (query, key, value))
+        if runtime.window is not None:
+            got = local.attend(q, k, v, [q.shape[2]] * len(texts), runtime.window, scale, softcap)
+        else:
+            reading = applied.reading_for(runtime.layer, scale)
+            schedules = [Schedule.uniform(applied.settings.block)] * len(texts)
+            plan = applied.plan(schedules, [0] * len(texts), counts, q.shape[2], [0] * len(texts))
+            got = read(
+                q, Pyramid.of(k, v, reading.levels, counts), plan, reading, scale, softcap=softcap, layer=runtime.layer
+            )
+        if whole:
+            return got
+        call.put(out, got, texts)
+    return torch.zeros_like(query) if whole else out
+
+
+def _going_on(
+    runtime: LayerRuntime,
+    cache: PyramidLayer | RecentLayer,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attention_mask: Tensor | None,
+    scale: float,
+    softcap: float | None,
+) -> Tensor:
+    """New tokens of texts whose past is in a cache."""
+    applied = runtime.applied
+    rows, columns = query.shape[0], query.shape[2]
+    call = _new_tokens(runtime, cache, attention_mask, rows, columns)
+    if isinstance(cache, RecentLayer):
+        keys, values, held = cache.append(key, value, call.counts)
+        out = local.attend(query, keys, values, held, cache.window, scale, softcap)
+        if min(call.counts) == columns:
+            return out
+        live = torch.arange(columns) >= torch.tensor(call.start)[:, None]
+        return out.masked_fill(~live.to(out.device)[:, None, :, None], 0)
+    reading = applied.reading_for(runtime.layer, scale)
+    before = cache.append(key, value, call.counts)
+    plan = applied.plan(cache.schedules, before, call.counts, columns)
+    out = read(
+        query,
+        cache.pyramid,
+        plan,
+        reading,
+        scale,
+        softcap=softcap,
+        recent=cache.recent,
+        record=cache.record,
+        layer=runtime.layer,
+    )
+    cache.remember(query, call.counts)
+    return out
+
+
+def _new_tokens(
+    runtime: LayerRuntime, cache: PyramidLayer | RecentLayer, attention_mask: Tensor | None, rows: int, columns: int
+) -> Call:
+    """Which columns of the call are new tokens, found once for all layers."""
+    applied = runtime.applied
+    before = tuple(cache.lengths or [0] * rows)
+    if len(before) != rows:
         raise UnsupportedModelError(
-            f"an attention mask of shape {tuple(attention_mask.shape)} was given; a mask of (rows, tokens) is needed"
+            f"a cache that holds {len(before)} rows was given {rows}; repeat its rows with batch_repeat_interleave"
         )
-    live = attention_mask[:, -columns:].to(torch.bool).cpu()
-    counts = live.sum(1)
-    start = torch.where(counts > 0, live.to(torch.uint8).argmax(1), columns - counts)
-    number = torch.arange(columns)
-    whole = (number >= start[:, None]) & (number < (start + counts)[:, None])
-    if not torch.equal(whole, live):
-        raise UnsupportedModelError("the attention mask has holes; each row's real tokens must stand together")
-    return start.tolist(), counts.tolist()
+    ahead = tuple(cache.ahead or [0] * rows)
+    expected = tuple(cache.next_position or [None] * rows)
+    positions = runtime.position_ids
+
+    def find() -> tuple[Call, list[int | None]]:
+        call, live = calls.going_on(attention_mask, rows, columns, cache.columns, before, ahead)
+        if positions is None or not applied.ranked:
+            applied.check_stretch(before, call.counts)
+            return call, list(expected)
+        return call, calls.check_positions(positions, live, call, expected)
+
+    key = ("going on", attention_mask, positions, rows, columns, cache.columns, before, ahead, expected)
+    call, cache.next_position = applied.once(key, find)
+    return call
 
 
-def _shift(states: Tensor, start: list[int]) -> Tensor:
-    """Rows (B, H, L, D) moved so that each begins at its first real token."""
-    if not any(start):
-        return states
-    columns = torch.arange(states.shape[2]) + torch.tensor(start)[:, None]
-    index = columns.clamp_max(states.shape[2] - 1).to(states.device)
-    return states.gather(2, index[:, None, :, None].expand_as(states))
-
-
-__all__ = ["NAME", "LayerRuntime", "Plan", "attention", "mask", "register"]
+__all__ = ["NAME", "Call", "LayerRuntime", "attention", "mask", "register"]

@@ -1,0 +1,1 @@
+"""Every model of the table, on tiny random configurations."""
