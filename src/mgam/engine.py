@@ -132,6 +132,9 @@ def read(
     """
     _, query_heads, _, dim = queries.shape
     heads = pyramid.keys[0].shape[1]
+    if observe := getattr(reading.policy, "observe", None):
+        with torch.no_grad():
+            observe(queries.detach(), plan.first, plan.before, pyramid, reading.positions)
     out = torch.zeros_like(queries)
     for dense, blocks in plan.groups:
         for part in _segments(dense, blocks, reading, pyramid, query_heads, dim, softcap is not None):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib.util
 from collections.abc import Sequence
+from typing import Protocol
 
 import torch
 from torch import Tensor
@@ -14,6 +15,18 @@ from mgam.levels import Levels
 def search_dtype(dtype: torch.dtype) -> torch.dtype:
     """Precision of search keys: rounding them costs no recall, so half precision, except for the float64 oracle."""
     return dtype if dtype == torch.float64 else torch.bfloat16
+
+
+class Carried(Protocol):
+    """What a policy keeps beside a pyramid."""
+
+    def select(self, rows: Tensor) -> None:
+        """Keeps, repeats or reorders rows by index."""
+        ...
+
+    def crop(self, lengths: Sequence[int]) -> None:
+        """Forgets what came after the first `lengths[b]` tokens of each row."""
+        ...
 
 
 class Pyramid:
@@ -38,6 +51,8 @@ class Pyramid:
         self._reserved = 0
         self.derived: dict[object, object] = {}
         """What policies made of the search keys, by its setting; forgotten when rows change other than by growing."""
+        self.carried: dict[object, Carried] = {}
+        """What policies keep of queries that are gone and cannot be made again; moves with the rows."""
 
     @classmethod
     def of(cls, keys: Tensor, values: Tensor, levels: Levels, lengths: Sequence[int] | None = None) -> Pyramid:
@@ -111,11 +126,15 @@ class Pyramid:
         """Forgets the last `remove[b]` tokens of each row; chunks cut open are summarised again when they refill."""
         self.lengths = [max(0, length - count) for length, count in zip(self.lengths, remove, strict=True)]
         self.derived.clear()
+        for kept in self.carried.values():
+            kept.crop(self.lengths)
 
     def select(self, rows: Tensor) -> None:
         """Keeps, repeats or reorders rows by index."""
         index = rows.to(self.keys[0].device)
         self.derived.clear()
+        for kept in self.carried.values():
+            kept.select(rows)
         self.lengths = [self.lengths[row] for row in rows.tolist()]
         self.keys = [states.index_select(0, index) for states in self.keys]
         self.values = [states.index_select(0, index) for states in self.values]

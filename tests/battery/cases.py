@@ -149,6 +149,7 @@ CASES = [
     Case("mgam-compact", "mgam", {"budget": ENOUGH}, {}, within(2), make=compact),
     Case("mgam-flat", "mgam", {"budget": ENOUGH}, {"levels": (1, 4), "budget": 12}, within(3)),
     Case("quest", "quest", {"budget": ENOUGH}, {}, alone(2), nothing),
+    Case("longheads", "longheads", {"budget": ENOUGH}, {}, within(2), nothing),
     Case("moba", "moba", {"budget": ENOUGH}, {}, alone(2), nothing),
     Case("mgam-tall", "mgam", {"budget": ENOUGH}, {"levels": (1, 2, 4, 12), "budget": 6}, within(3)),
 ]

@@ -148,6 +148,7 @@ def test_a_turn_added_to_rows_that_are_padded_again(trial: Trial) -> None:
     queries, keys, values = states
     pyramid = Pyramid(trial.levels)
     pyramid.append(keys[:, :, :45], values[:, :, :45])
+    read(queries[:, :, :45], pyramid, Plan.of([schedule] * 2, [0, 0], lengths, 45, 0), trial.reading(), SCALE)
     second = []
     for part in states:
         new = part[:, :, 45:].clone()

@@ -39,6 +39,11 @@ class Policy(Protocol):
         """Covers for N blocks. `voters` is None for a policy without votes."""
         ...
 
+    # A policy that needs to see every query, not only voters, has besides:
+    # observe(queries (B, H*G, L, D), first (B,), before (B,), pyramid, positions) -> None, called once per call of a
+    # layer before covers are chosen, where column 0 of row b stands at position first[b] and before[b] tokens were
+    # there already. What it learns it keeps in `pyramid.carried`.
+
     def read_at_most(self, tokens: int, levels: Levels) -> int:
         """Upper bound of the entries before the window that a block reads when it stands at position `tokens`."""
         ...
