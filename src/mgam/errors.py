@@ -28,6 +28,10 @@ class DocumentError(MgamError):
     """A document cannot be read: missing, empty, binary, undecodable or too large."""
 
 
+class DigestError(MgamError):
+    """A digest cannot be used: damaged, unfinished, in use, of another model, of another format, or not a digest."""
+
+
 class ModelFileError(MgamError):
     """A model cannot be loaded: not found, incomplete, damaged, or not available without the network."""
 

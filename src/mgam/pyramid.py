@@ -40,7 +40,7 @@ class Pyramid:
 
     in_memory = True
     """Whether keys[0] and values[0] hold every token. A subclass that keeps them elsewhere overrides how they are read
-    (`chunks`, `window`, `prefix`) and written (`_store`, `complete`, `_widen_tokens`)."""
+    (`chunks`, `window`, `prefix`) and written (`put`, `complete`, `_widen_tokens`)."""
 
     def __init__(self, levels: Levels) -> None:
         self.levels = levels
@@ -111,9 +111,9 @@ class Pyramid:
         batch, _, new, _ = keys.shape
         counts = [new] * batch if counts is None else list(counts)
         if not self.lengths:
-            self._start(keys)
+            self.begin(keys)
         before = list(self.lengths)
-        self._grow(max(length + count for length, count in zip(before, counts, strict=True)))
+        self.grow(max(length + count for length, count in zip(before, counts, strict=True)))
         if len(set(before)) == 1 and set(counts) == {new}:
             self._write(slice(None), before[0], keys, values)
         else:
@@ -141,14 +141,15 @@ class Pyramid:
         if self.search is not None:
             self.search = self.search.index_select(0, index)
 
-    def _start(self, like: Tensor) -> None:
+    def begin(self, like: Tensor) -> None:
+        """Starts empty rows with the heads, number format and device of states (B, H, n, D)."""
         batch, heads, _, dim = like.shape
         self.lengths = [0] * batch
         self.keys = [like.new_empty(batch, heads, 0, dim) for _ in self.levels.sizes]
         self.values = [like.new_empty(batch, heads, 0, dim) for _ in self.levels.sizes]
         self.search = like.new_empty(batch, heads, self.levels.search_per_chunk, 0, dim, dtype=search_dtype(like.dtype))
 
-    def _grow(self, tokens: int) -> None:
+    def grow(self, tokens: int) -> None:
         """Makes room for `tokens` per row: in one step when reserved, else by a quarter at a time."""
         have = self.room
         if tokens <= have:
@@ -168,7 +169,8 @@ class Pyramid:
         for states in (self.keys, self.values):
             states[0] = _widen(states[0], room, self.tokens, 2)
 
-    def _store(self, rows: slice, before: int, keys: Tensor, values: Tensor) -> None:
+    def put(self, rows: slice, before: int, keys: Tensor, values: Tensor) -> None:
+        """Writes tokens from position `before` on, for which there is room; summaries stay as they are."""
         after = before + keys.shape[2]
         self.keys[0][rows, :, before:after] = keys
         self.values[0][rows, :, before:after] = values
@@ -180,7 +182,7 @@ class Pyramid:
 
     def _write(self, rows: slice, before: int, keys: Tensor, values: Tensor) -> None:
         after = before + keys.shape[2]
-        self._store(rows, before, keys, values)
+        self.put(rows, before, keys, values)
         for row in range(*rows.indices(len(self.lengths))):
             self.lengths[row] = after
         for level in range(1, self.levels.top + 1):

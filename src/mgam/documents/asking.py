@@ -137,12 +137,22 @@ def settings_of(model: Any, applied: Applied | None) -> dict[str, Any]:
 
 
 class Streamer(TextStreamer):
-    """Hands pieces of text on as they are generated."""
+    """Hands pieces of text on as they are generated, and notes when the first token came."""
 
-    def __init__(self, tokenizer: Any, on_text: Callable[[str], None]) -> None:
+    def __init__(self, tokenizer: Any, on_text: Callable[[str], None] | None) -> None:
         super().__init__(tokenizer, skip_prompt=True, skip_special_tokens=True)
         self._on_text = on_text
+        self._prompt = True
+        self.first: float | None = None
+
+    def put(self, value: Tensor) -> None:
+        """Takes the prompt, then each token."""
+        if not self._prompt and self.first is None:
+            self.first = time.perf_counter()
+        self._prompt = False
+        super().put(value)
 
     def on_finalized_text(self, text: str, stream_end: bool = False) -> None:
-        if text:
+        """Takes a piece of text."""
+        if text and self._on_text is not None:
             self._on_text(text)

@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Protocol
 
 import torch
 
-from mgam.documents.prompt import Prompt
+from mgam.documents.sources import Source
 from mgam.engine import Record
 from mgam.levels import Levels
 
@@ -25,7 +26,15 @@ class Evidence:
     """Share of the answering queries' attention to opened passages, over the layers and heads that opened them."""
 
 
-def find_evidence(record: Record, prompt: Prompt, levels: Levels, count: int) -> list[Evidence]:
+class Places(Protocol):
+    """The way back from tokens to texts."""
+
+    def place(self, first: int, last: int) -> tuple[Source, int, int] | None:
+        """The source and its characters that tokens [first, last) stand for; None outside every source."""
+        ...
+
+
+def find_evidence(record: Record, places: Places, levels: Levels, count: int) -> list[Evidence]:
     """The `count` passages with the largest shares, best first; neighbouring chunks join into one passage."""
     if not record.mass:
         return []
@@ -46,7 +55,7 @@ def find_evidence(record: Record, prompt: Prompt, levels: Levels, count: int) ->
             continue
         group = _with_neighbours(chunk, total, taken)
         taken |= set(group)
-        place = prompt.place(group[0] * levels.chunk, (group[-1] + 1) * levels.chunk)
+        place = places.place(group[0] * levels.chunk, (group[-1] + 1) * levels.chunk)
         if place is not None:
             source, start, end = place
             share = float(total[group[0] : group[-1] + 1].sum()) / whole

@@ -1,0 +1,336 @@
+"""A document that was digested: kept in a folder, opened in seconds, asked as often as one likes."""
+
+from __future__ import annotations
+
+import os
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Literal
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from mgam.documents import digesting
+from mgam.documents.asking import Answer, Streamer, per_level, settings_of
+from mgam.documents.digesting import Grid, check_model, load_layer, set_recent
+from mgam.documents.evidence import find_evidence
+from mgam.documents.paged import PagedPyramid
+from mgam.documents.pool import Counts, Pool
+from mgam.documents.sources import Source, read_source
+from mgam.documents.store.manifest import Manifest, Text
+from mgam.documents.store.store import Store
+from mgam.documents.tiers import HostPages, parse_memory, slots_for
+from mgam.documents.tokens import Frame, Places, Tokens, encode
+from mgam.engine import Record
+from mgam.errors import DigestError, DocumentError, MgamError
+from mgam.integrations.memory import peak_memory_bytes
+from mgam.integrations.transformers.apply import applied_to, apply
+from mgam.integrations.transformers.cache import PyramidCache
+from mgam.schedule import Schedule, Span
+
+ROOM = 2048
+"""Tokens of questions and answers that there is room for at once; more takes copying."""
+
+Tier = Literal["disk", "host"]
+
+
+@dataclass
+class Document:
+    """An open digest and the model that reads it. One question or talk at a time; make more by opening it again."""
+
+    path: Path
+    model: Any
+    tokenizer: Any
+    manifest: Manifest
+    tokens: Tokens
+    sources: list[Source]
+    pool: Pool
+    cache: PyramidCache
+    store: Store
+    recent: dict[int, Tensor | None]
+    _seen: list[int] = field(default_factory=list)
+    _owner: object | None = None
+
+    @classmethod
+    def digest(
+        cls,
+        model: Any,
+        tokenizer: Any,
+        sources: Sequence[Source | str | os.PathLike[str]],
+        path: str | os.PathLike[str],
+        *,
+        append: bool = False,
+        memory: str | int | None = None,
+        eight_bits: bool = False,
+        segment: int = digesting.SEGMENT,
+        call: int = digesting.CALL,
+        room: int = ROOM,
+        on_progress: Callable[[int, int], None] | None = None,
+    ) -> Document:
+        """Reads texts once and keeps what was read in a folder; goes on where an earlier call was stopped.
+
+        Args:
+            model: a causal language model; `mgam.apply` is called on it with the defaults where it was not.
+            sources: texts, or names of files; none goes on with an unfinished digest.
+            path: the folder, such as `book.mgam`.
+            append: add the sources to a finished digest.
+            memory: bound of keys, values, summaries and search keys, such as `2GiB`; the weights and a call's work come
+                on top.
+            eight_bits: keep keys and values rounded to 8 bits.
+            segment: tokens in a file of the digest; call: tokens read at once. Rounded up to fit blocks and chunks.
+            room: as in `open`.
+            on_progress: called with tokens digested so far and tokens in all.
+
+        Raises:
+            DigestError: the folder holds something else, is being written, is full, or is of another model.
+            MemoryBudgetError: the memory bound is below the floor; says the floor.
+        """
+        if getattr(model, "_mgam_applied", None) is None:
+            apply(model)
+        texts = [source if isinstance(source, Source) else read_source(source) for source in sources]
+        bound = parse_memory(memory)
+        digesting.digest(
+            model, tokenizer, texts, Path(path), append=append, memory=bound, eight_bits=eight_bits, room=room,
+            grid=Grid(call, segment), on_progress=on_progress,
+        )  # fmt: skip
+        return cls.open(path, model, tokenizer, memory=memory, room=room)
+
+    @classmethod
+    def open(
+        cls,
+        path: str | os.PathLike[str],
+        model: Any,
+        tokenizer: Any,
+        *,
+        memory: str | int | None = None,
+        tier: Tier = "disk",
+        room: int = ROOM,
+    ) -> Document:
+        """Opens a digest for asking; the model is set to read as the digest was read.
+
+        Args:
+            memory: as in `digest`; pages beyond it are fetched again when they are chosen again.
+            tier: where pages wait that are not hot: on `disk`, or in main memory (`host`), pinned for a GPU.
+            room: tokens of questions and answers that the memory is planned for.
+
+        Raises:
+            DigestError: no digest, unfinished, damaged, of another format or of another model.
+            MemoryBudgetError: the memory bound is below the floor; says the floor.
+        """
+        folder = Path(path)
+        store = Store.open(folder)
+        manifest = store.manifest
+        if not manifest.complete:
+            raise DigestError(
+                f"{folder} is unfinished: {manifest.done:,} of {manifest.tokens:,} tokens are digested; "
+                f"go on with: mgam digest -o {folder}"
+            )
+        check_model(manifest, model, tokenizer, folder)
+        settings = manifest.settings.as_dict()
+        applied = getattr(model, "_mgam_applied", None)
+        if applied is None or applied.settings != manifest.settings:
+            apply(model, settings.pop("method"), **{**settings, "dense_until": manifest.dense_until})
+        bound = parse_memory(memory)
+        device = model.device
+        pool = Pool(manifest.shape, slots_for(manifest.shape, manifest.tokens, room, bound, device), device)
+        cache = PyramidCache(model, [Schedule.uniform(1)])
+        total = manifest.tokens + room
+        pool.reserve(-(-total // manifest.shape.levels.chunk))
+        for number, layer in cache.pyramids.items():
+            layer.pyramid = PagedPyramid(manifest.shape.levels, pool, number, total)
+            layer.lazy_initialization(pool.keys, pool.values)
+        tokens, recent = _load(store, cache)
+        pool.fetch = store.read_pages if tier == "disk" else HostPages.of(store, device).fetch
+        sources = [Source(text.name, store.text(number)) for number, text in enumerate(manifest.texts)]
+        return cls(folder, model, tokenizer, manifest, tokens, sources, pool, cache, store, recent)
+
+    @property
+    def counts(self) -> Counts:
+        """How often pages were asked for, and how many had to be fetched."""
+        return self.pool.counts
+
+    def changed(self) -> list[str]:
+        """Names of sources whose files are still there and hold another text than was digested."""
+        found = []
+        for text in self.manifest.texts:
+            try:
+                there = Path(text.name).is_file() and Text.hash(read_source(text.name).text) != text.sha256
+            except MgamError:
+                there = True
+            if there:
+                found.append(text.name)
+        return found
+
+    def ask(
+        self,
+        question: str,
+        *,
+        max_new_tokens: int = 64,
+        on_text: Callable[[str], None] | None = None,
+        evidence_count: int = 3,
+    ) -> Answer:
+        """Answers a question, greedily; questions do not see one another.
+
+        Raises:
+            DocumentError: an empty question.
+            DigestError: a page that was needed is damaged.
+        """
+        return self.chat().say(question, max_new_tokens=max_new_tokens, on_text=on_text, evidence_count=evidence_count)
+
+    def generate(self, text: str, **options: Any) -> str:
+        """What the model writes after the texts and `text`, as it stands; options go to transformers' `generate`."""
+        ids = encode(self.tokenizer, text)
+        if not ids:
+            raise DocumentError("there is nothing to go on from; give at least one token of text")
+        produced = self.continue_from(
+            ids, (Span(len(self.tokens) + len(ids), self._question_block, self._lookahead),), **options
+        )
+        return str(self.tokenizer.decode(produced, skip_special_tokens=True))
+
+    def chat(self) -> Chat:
+        """A talk of several questions, each of which sees what was said before."""
+        return Chat(self)
+
+    def start(self, ids: int) -> PyramidCache:
+        """The cache after the texts, ready for a question of `ids` tokens; for those who call the model themselves."""
+        self._rewind((Span(len(self.tokens) + ids, self._question_block, self._lookahead),))
+        return self.cache
+
+    def continue_from(
+        self, ids: list[int], spans: tuple[Span, ...], *, owner: object | None = None, **options: Any
+    ) -> list[int]:
+        """Tokens generated after the texts and `ids`, in blocks by `spans`; an `owner` goes on where it stopped."""
+        if owner is None or owner is not self._owner or ids[: len(self._seen)] != self._seen:
+            self._rewind(spans)
+        self._schedule(spans)
+        whole = torch.cat((torch.from_numpy(self.tokens.ids.astype(np.int64)), torch.tensor(ids)))[None].to(
+            self.model.device
+        )
+        pad = self.tokenizer.pad_token_id if self.tokenizer.pad_token_id is not None else self.tokenizer.eos_token_id
+        defaults: dict[str, Any] = {"max_new_tokens": 64, "do_sample": False, "pad_token_id": pad}
+        if not options.get("do_sample"):
+            defaults |= {"temperature": None, "top_p": None, "top_k": None}
+        self._owner = None  # until it is known where the cache stands
+        produced = self.model.generate(
+            whole, attention_mask=torch.ones_like(whole), past_key_values=self.cache, **{**defaults, **options}
+        )
+        new: list[int] = produced[0, whole.shape[1] :].tolist()
+        self._seen = [*ids, *new][: self.cache.get_seq_length() - len(self.tokens)]
+        self._owner = owner
+        return new
+
+    def close(self) -> None:
+        """Closes the digest's files."""
+        self.store.close()
+
+    @property
+    def _question_block(self) -> int:
+        return self.manifest.settings.question_block
+
+    @property
+    def _lookahead(self) -> Literal["none", "block"]:
+        return self.manifest.settings.lookahead
+
+    def _schedule(self, spans: tuple[Span, ...]) -> None:
+        settings = self.manifest.settings
+        schedule = Schedule((Span(len(self.tokens), settings.block, settings.lookahead), *spans, Span(None, 1)))
+        for layer in self.cache.pyramids.values():
+            layer.schedules = [schedule]
+
+    def _rewind(self, spans: tuple[Span, ...]) -> None:
+        """Forgets all that was said after the texts."""
+        for number, layer in self.cache.pyramids.items():
+            beyond = layer.columns - len(self.tokens)
+            if beyond:
+                layer.crop(-beyond)
+            set_recent(layer, self.recent[number])
+        self._seen = []
+        self._schedule(spans)
+
+
+@dataclass
+class Chat:
+    """A talk about a document."""
+
+    document: Document
+    ids: list[int] = field(default_factory=list)
+    """Tokens of all that was said, after the texts."""
+    spans: tuple[Span, ...] = ()
+
+    def say(
+        self,
+        question: str,
+        *,
+        max_new_tokens: int = 64,
+        on_text: Callable[[str], None] | None = None,
+        evidence_count: int = 3,
+    ) -> Answer:
+        """Answers the next question."""
+        document = self.document
+        model, tokenizer = document.model, document.tokenizer
+        frame = Frame.of(tokenizer)
+        asked = frame.next_question(tokenizer, question) if self.ids else frame.question(tokenizer, question)
+        border = len(document.tokens) + len(self.ids)
+        ids = [*self.ids, *asked]
+        spans = (*self.spans, Span(border + len(asked), document._question_block, document._lookahead))
+        record = Record(evidence_from=border)
+        document.cache.watch(record)
+        streamer = Streamer(tokenizer, on_text)
+        begin = time.perf_counter()
+        try:
+            new = document.continue_from(ids, spans, owner=self, max_new_tokens=max_new_tokens, streamer=streamer)
+        finally:
+            document.cache.watch(None)
+        done = time.perf_counter()
+        self._remember(ids, spans, new)
+        applied = applied_to(model)
+        return Answer(
+            answer=tokenizer.decode(new, skip_special_tokens=True).strip(),
+            evidence=find_evidence(
+                record, Places(document.tokens, document.sources), applied.reading.levels, evidence_count
+            ),
+            entries_per_level=per_level(record, applied),
+            tokens={"document": len(document.tokens), "question": len(asked), "answer": len(new)},
+            seconds={
+                "to the first token": round((streamer.first or done) - begin, 3),
+                "answering": round(done - begin, 3),
+            },
+            peak_memory_bytes=peak_memory_bytes(),
+            settings=settings_of(model, applied),
+        )
+
+    def _remember(self, ids: list[int], spans: tuple[Span, ...], new: list[int]) -> None:
+        ends = self.document.model.generation_config.eos_token_id
+        ending = ends if isinstance(ends, list) else [ends]
+        said = new[:-1] if new and new[-1] in ending else new  # the template brings its own ending
+        self.ids = [*ids, *said]
+        stop = len(self.document.tokens) + len(self.ids)
+        self.spans = (*spans, Span(stop, 1)) if said else spans
+
+
+def _load(store: Store, cache: PyramidCache) -> tuple[Tokens, dict[int, Tensor | None]]:
+    """Takes up all that stays in memory; returns the tokens and each layer's recent queries."""
+    shape = store.manifest.shape
+    parts: list[tuple[Any, Any, Any]] = []
+    recent: dict[int, Tensor | None] = dict.fromkeys(cache.pyramids)
+    for part, found in store.residents():
+        parts.append((found.numbers("ids"), found.numbers("texts"), found.numbers("offsets")))
+        for number, layer in cache.pyramids.items():
+            pyramid = layer.pyramid
+            load_layer(pyramid, number, part, found)
+            device = pyramid.keys[0].device
+            rest = found[f"layers.{number}.rest"].to(device)
+            whole = (part.first + part.tokens) // shape.levels.chunk * shape.levels.chunk
+            pyramid.put(slice(None), whole, rest[:1], rest[1:])
+            if shape.recent:
+                new = found[f"layers.{number}.recent"][None].to(device)
+                old = recent[number]
+                recent[number] = (new if old is None else torch.cat((old, new), 2))[:, :, -shape.recent :].clone()
+            layer.columns = part.first + part.tokens
+    ids, texts, offsets = (np.concatenate(columns) for columns in zip(*parts, strict=True))
+    if ((texts >= len(store.manifest.texts)) | (texts < -1)).any():
+        raise DigestError(f"{store.folder} cannot be right: it has tokens of texts that it does not hold")
+    return Tokens(ids, texts, offsets), recent

@@ -1,0 +1,46 @@
+"""Fingerprints: whether a model and a tokenizer are those that made a digest."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from typing import Any
+
+import torch
+
+SAMPLE = 64
+"""Numbers of each weight that are looked at, evenly spread: a fine-tuned model differs in nearly all."""
+
+
+def of_model(model: Any) -> str:
+    """A hash of shapes, number formats and a sample of all weights; the device does not matter."""
+    found = hashlib.sha256()
+    with torch.no_grad():
+        for name, weight in sorted(model.named_parameters()):
+            flat = weight.detach().reshape(-1)
+            step = max(1, flat.numel() // SAMPLE)
+            found.update(f"{name} {tuple(weight.shape)} {weight.dtype}\n".encode())
+            found.update(flat[::step][:SAMPLE].contiguous().cpu().view(torch.uint8).numpy().tobytes())
+    rotary = getattr(model.config.get_text_config(decoder=True), "rope_parameters", None)
+    found.update(json.dumps(rotary, sort_keys=True, default=str).encode())
+    return found.hexdigest()
+
+
+def of_tokenizer(tokenizer: Any) -> str:
+    """A hash of what turns text into tokens, and of the chat template."""
+    table: Any = sorted(tokenizer.get_vocab().items())
+    if getattr(tokenizer, "is_fast", False):
+        table = json.loads(tokenizer.backend_tokenizer.to_str())
+        for changing in ("truncation", "padding"):  # set by the last call
+            table.pop(changing, None)
+    text = json.dumps([table, getattr(tokenizer, "chat_template", None)], sort_keys=True, default=str)
+    return hashlib.sha256(text.encode()).hexdigest()
+
+
+def versions() -> dict[str, str]:
+    """The libraries whose change may change the last bits of a digest."""
+    import transformers
+
+    import mgam
+
+    return {"mgam": mgam.__version__, "torch": torch.__version__, "transformers": transformers.__version__}

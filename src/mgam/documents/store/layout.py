@@ -1,0 +1,170 @@
+"""The layout of a segment file: which tensor stands where.
+
+It follows from the digest's shape and the number of tokens alone. A header is never parsed: it must equal, byte for
+byte, the one that the manifest calls for.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+from dataclasses import dataclass
+from functools import cached_property, lru_cache
+
+from mgam.levels import Levels
+
+SIZES = {"F64": 8, "F32": 4, "BF16": 2, "F16": 2, "I64": 8, "I32": 4, "U32": 4, "U8": 1}
+"""Bytes of safetensors' number formats."""
+CODES = {"float64": "F64", "float32": "F32", "bfloat16": "BF16", "float16": "F16"}
+"""torch's names of number formats and safetensors'."""
+
+
+@dataclass(frozen=True)
+class Shape:
+    """What all segments of a digest have in common."""
+
+    layers: int
+    query_heads: int
+    heads: int
+    """KV heads."""
+    dim: int
+    dtype: str
+    """Number format of keys and values, by torch's name."""
+    levels: Levels
+    recent: int
+    """Last queries kept with each segment, for blocks whose votes reach back; 0 with lookahead=block."""
+    bits: int
+    """Bits of a number in a page: those of `dtype`, or 8."""
+
+    @property
+    def page_bytes(self) -> int:
+        """Bytes of keys and values of one chunk, in one layer and KV head."""
+        numbers = 2 * self.levels.chunk * self.dim
+        return numbers + 2 * self.dim * 2 if self.bits == 8 else numbers * SIZES[CODES[self.dtype]]
+
+    @property
+    def search_code(self) -> str:
+        """Number format of search keys."""
+        return "F64" if self.dtype == "float64" else "BF16"
+
+    @property
+    def resident_bytes_per_token(self) -> float:
+        """Bytes that stay in memory for each token: summaries and search keys."""
+        size, per_layer = SIZES[CODES[self.dtype]], self.heads * self.dim
+        summaries = sum(2 * size / length for length in self.levels.sizes[1:])
+        search = SIZES[self.search_code] / self.levels.search
+        return self.layers * per_layer * (summaries + search)
+
+    @property
+    def page_bytes_per_token(self) -> float:
+        """Bytes of pages on disk for each token."""
+        return self.layers * self.heads * (self.page_bytes + 4) / self.levels.chunk
+
+    @property
+    def disk_bytes_per_token(self) -> float:
+        """All bytes on disk for each token, without its text."""
+        return self.resident_bytes_per_token + self.page_bytes_per_token + 4 + 4 + 16
+
+
+@dataclass(frozen=True)
+class Place:
+    """A tensor in a file."""
+
+    code: str
+    shape: tuple[int, ...]
+    begin: int
+    """First byte, counted from the start of the file."""
+
+    @property
+    def bytes(self) -> int:
+        return math.prod(self.shape) * SIZES[self.code]
+
+    @property
+    def end(self) -> int:
+        return self.begin + self.bytes
+
+
+@dataclass(frozen=True)
+class Layout:
+    """The tensors of a segment of `tokens` tokens. Its first token stands on the border of a chunk of every level.
+
+    Resident tensors come first and are read when a digest is opened; pages come last and are read when they are chosen.
+    """
+
+    shape: Shape
+    tokens: int
+
+    @cached_property
+    def chunks(self) -> int:
+        """Complete chunks of level 1."""
+        return self.tokens // self.shape.levels.chunk
+
+    def _resident(self) -> list[tuple[str, str, tuple[int, ...]]]:
+        """Names, formats and shapes, the widest numbers first so that each stands aligned."""
+        s, n = self.shape, self.tokens
+        code, layers = CODES[s.dtype], range(s.layers)
+        found: list[tuple[str, str, tuple[int, ...]]] = [
+            ("offsets", "I64", (n, 2)),
+            ("ids", "I32", (n,)),
+            ("texts", "I32", (n,)),
+        ]
+        found += [(f"layers.{i}.checks", "U32", (self.chunks, s.heads)) for i in layers]
+        for i in layers:
+            for level, size in enumerate(s.levels.sizes[1:], start=1):
+                found += [
+                    (f"layers.{i}.{part}.{level}", code, (s.heads, n // size, s.dim)) for part in ("keys", "values")
+                ]
+            found.append((f"layers.{i}.rest", code, (2, s.heads, n % s.levels.chunk, s.dim)))
+            found.append((f"layers.{i}.recent", code, (s.query_heads, min(s.recent, n), s.dim)))
+        places = (s.heads, s.levels.search_per_chunk, self.chunks, s.dim)
+        return found + [(f"layers.{i}.search", s.search_code, places) for i in layers]
+
+    @cached_property
+    def _built(self) -> tuple[bytes, dict[str, Place]]:
+        s = self.shape
+        page = (s.page_bytes,) if s.bits == 8 else (2, s.levels.chunk, s.dim)
+        code = "U8" if s.bits == 8 else CODES[s.dtype]
+        pages = [(f"layers.{i}.pages", code, (self.chunks, s.heads, *page)) for i in range(s.layers)]
+        begin, relative = 0, {}
+        for name, kind, dims in (*self._resident(), *pages):
+            relative[name] = Place(kind, dims, begin)
+            begin = relative[name].end
+        table = {
+            name: {"dtype": place.code, "shape": list(place.shape), "data_offsets": [place.begin, place.end]}
+            for name, place in relative.items()
+        }
+        text = json.dumps({"__metadata__": {"format": "pt"}, **table}, separators=(",", ":")).encode()
+        text += b" " * (-len(text) % 8)
+        origin = 8 + len(text)
+        places = {name: Place(place.code, place.shape, origin + place.begin) for name, place in relative.items()}
+        return len(text).to_bytes(8, "little") + text, places
+
+    @property
+    def header(self) -> bytes:
+        """The first bytes of the file."""
+        return self._built[0]
+
+    @property
+    def places(self) -> dict[str, Place]:
+        """Where each tensor stands."""
+        return self._built[1]
+
+    @cached_property
+    def pages_begin(self) -> int:
+        """First byte of the pages; all before it is read when a digest is opened."""
+        return self.places["layers.0.pages"].begin
+
+    @cached_property
+    def bytes(self) -> int:
+        """Size of the file."""
+        return self.places[f"layers.{self.shape.layers - 1}.pages"].end
+
+    def page(self, layer: int, chunk: int, head: int) -> int:
+        """First byte of a page; `chunk` counts from the segment's first."""
+        return self.places[f"layers.{layer}.pages"].begin + (chunk * self.shape.heads + head) * self.shape.page_bytes
+
+
+@lru_cache(16)
+def layout_of(shape: Shape, tokens: int) -> Layout:
+    """The layout of a segment, made once."""
+    return Layout(shape, tokens)

@@ -1,0 +1,153 @@
+"""Writing a segment and reading what stays in memory of it."""
+
+from __future__ import annotations
+
+import hashlib
+import os
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+from mgam.documents.store import files
+from mgam.documents.store.layout import Layout, Place
+from mgam.documents.store.pages import checksums
+from mgam.errors import DigestError
+
+Numbers = NDArray[Any]
+"""An array of whole numbers or truth values."""
+
+DTYPES = {
+    "F64": torch.float64, "F32": torch.float32, "BF16": torch.bfloat16, "F16": torch.float16,
+    "I64": torch.int64, "I32": torch.int32, "U32": torch.uint32, "U8": torch.uint8,
+}  # fmt: skip
+
+
+@dataclass(frozen=True)
+class LayerPart:
+    """What one layer puts into a segment, on the CPU.
+
+    Shapes: pages (C, H, page_bytes) uint8; keys[l-1], values[l-1] (H, n//size[l], D); search (H, S, C, D); rest
+    (2, H, r, D): keys and values of the tokens after the last complete chunk; recent (Hq, R, D).
+    """
+
+    pages: Tensor
+    keys: list[Tensor]
+    values: list[Tensor]
+    search: Tensor
+    rest: Tensor
+    recent: Tensor
+
+
+@dataclass(frozen=True)
+class TokenPart:
+    """The tokens of a segment: ids (n,), the text each is of (n,), -1 for none, and its characters there (n, 2)."""
+
+    ids: Numbers
+    texts: Numbers
+    offsets: Numbers
+
+
+def write(folder: Path, name: str, layout: Layout, tokens: TokenPart, layer: Callable[[int], LayerPart]) -> str:
+    """Writes a segment, one layer in memory at a time, and returns the checksum of all that stands before the pages.
+
+    Raises:
+        DigestError: the disk is full, or the folder may not be written; then there is no such file.
+    """
+    head = bytearray(layout.pages_begin)
+    head[: len(layout.header)] = layout.header
+
+    def put(tensor: str, data: bytes | memoryview) -> None:
+        place = layout.places[tensor]
+        if len(data) != place.bytes:
+            raise ValueError(f"{tensor} has {len(data)} bytes, {place.bytes} belong there")
+        head[place.begin : place.end] = data
+
+    put("ids", tokens.ids.astype("<i4").tobytes())
+    put("texts", tokens.texts.astype("<i4").tobytes())
+    put("offsets", tokens.offsets.astype("<i8").tobytes())
+    with files.whole_file(folder, name) as descriptor:
+        for index in range(layout.shape.layers):
+            part = layer(index)
+            place = layout.places[f"layers.{index}.pages"]
+            if part.pages.numel() != place.bytes:
+                raise ValueError(f"pages of layer {index} have {part.pages.numel()} bytes, {place.bytes} belong there")
+            files.write_at(descriptor, bytes_of(part.pages), place.begin)
+            put(f"layers.{index}.checks", checksums(part.pages).astype("<u4").tobytes())
+            for level, (keys, values) in enumerate(zip(part.keys, part.values, strict=True), start=1):
+                put(f"layers.{index}.keys.{level}", raw(keys))
+                put(f"layers.{index}.values.{level}", raw(values))
+            for kind in ("search", "rest", "recent"):
+                put(f"layers.{index}.{kind}", raw(getattr(part, kind)))
+        files.write_at(descriptor, memoryview(head), 0)
+        if files.size_of(descriptor) < layout.bytes:  # the last pages may be none
+            os.ftruncate(descriptor, layout.bytes)
+    return hashlib.sha256(head).hexdigest()
+
+
+def bytes_of(pages: Tensor) -> memoryview:
+    """The memory of a contiguous tensor of bytes on the CPU."""
+    return memoryview(pages.contiguous().numpy().reshape(-1))  # type: ignore[arg-type]
+
+
+def raw(states: Tensor) -> bytes:
+    """The bytes of a tensor."""
+    return states.detach().cpu().contiguous().view(torch.uint8).numpy().tobytes() if states.numel() else b""
+
+
+def check_size(descriptor: int, layout: Layout, path: Path) -> None:
+    """Compares size and header with what the manifest calls for, before memory is taken.
+
+    Raises:
+        DigestError: they differ.
+    """
+    size = files.size_of(descriptor)
+    if size != layout.bytes:
+        raise DigestError(
+            f"{path} has {size:,} bytes and must have {layout.bytes:,}: it is damaged or of another digest"
+        )
+    found = bytearray(len(layout.header))
+    if files.read_at(descriptor, memoryview(found), 0) != len(found) or bytes(found) != layout.header:
+        raise DigestError(f"{path} has another header than its digest calls for: it is damaged or foreign")
+
+
+def read_head(descriptor: int, layout: Layout, sha256: str, path: Path) -> Resident:
+    """All that stands before the pages.
+
+    Raises:
+        DigestError: it does not fit its checksum, or ends early.
+    """
+    data = bytearray(layout.pages_begin)
+    try:
+        got = files.read_at(descriptor, memoryview(data), 0)
+    except OSError as error:
+        raise DigestError(f"{path} cannot be read: {error.strerror}") from error
+    if got != len(data) or hashlib.sha256(data).hexdigest() != sha256:
+        raise DigestError(
+            f"{path} is damaged between byte 0 and {layout.pages_begin:,} (tokens, summaries or search keys); "
+            "digest the texts again, or take the segment from a copy"
+        )
+    return Resident(data, layout)
+
+
+@dataclass(frozen=True)
+class Resident:
+    """The tensors of a segment that stand before its pages."""
+
+    data: bytearray
+    layout: Layout
+
+    def __getitem__(self, name: str) -> Tensor:
+        place: Place = self.layout.places[name]
+        if not place.bytes:
+            return torch.empty(place.shape, dtype=DTYPES[place.code])
+        view = memoryview(self.data)[place.begin : place.end]
+        return torch.frombuffer(view, dtype=torch.uint8).view(DTYPES[place.code]).view(place.shape)
+
+    def numbers(self, name: str) -> Numbers:
+        """A tensor of whole numbers, as a copy that outlives the rest."""
+        return self[name].numpy().copy()

@@ -1,0 +1,163 @@
+"""A digest on disk as readers see it: its manifest, its texts, its segments, its pages."""
+
+from __future__ import annotations
+
+import hashlib
+import os
+import zlib
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+import numpy as np
+from torch import Tensor
+
+from mgam.documents.store import files, segment
+from mgam.documents.store.manifest import Manifest, Segment, Text
+from mgam.documents.store.segment import Numbers, Resident
+from mgam.errors import DigestError
+
+OPEN_FILES = 200
+READERS = 8
+
+
+class Store:
+    """An open digest. Sizes and headers are compared when it is opened; pages are checked when first read."""
+
+    def __init__(self, folder: Path, manifest: Manifest) -> None:
+        self.folder = folder
+        self.manifest = manifest
+        self._descriptors: dict[int, int] = {}
+        self._checks: list[list[Numbers]] = []
+        self._checked: list[Numbers] = []
+
+    @classmethod
+    def open(cls, folder: Path) -> Store:
+        """The digest in a folder.
+
+        Raises:
+            DigestError: it is none, or sizes or headers do not fit.
+        """
+        store = cls(folder, Manifest.read(folder))
+        for number in range(len(store.manifest.segments)):
+            store.descriptor(number)
+        return store
+
+    def close(self) -> None:
+        """Closes its files."""
+        for descriptor in self._descriptors.values():
+            os.close(descriptor)
+        self._descriptors.clear()
+
+    def __del__(self) -> None:
+        self.close()
+
+    def path(self, number: int) -> Path:
+        """The file of a segment."""
+        return self.folder / self.manifest.segments[number].file
+
+    def descriptor(self, number: int) -> int:
+        """The open file of a segment, its size and header compared."""
+        found = self._descriptors.pop(number, None)
+        if found is None:
+            while len(self._descriptors) >= OPEN_FILES:
+                os.close(self._descriptors.pop(next(iter(self._descriptors))))
+            part = self.manifest.segments[number]
+            found = files.open_for_reading(self.folder, part.file)
+            try:
+                segment.check_size(found, self.manifest.layout(part), self.folder / part.file)
+            except BaseException:
+                os.close(found)
+                raise
+        self._descriptors[number] = found
+        return found
+
+    def text(self, number: int) -> str:
+        """A text that was digested.
+
+        Raises:
+            DigestError: it is missing or damaged.
+        """
+        text = self.manifest.texts[number]
+        data = files.read_small(self.folder, text.file, text.bytes)
+        if hashlib.sha256(data).hexdigest() != text.sha256:
+            raise DigestError(
+                f"{self.folder / text.file}, the text of {text.name}, is damaged: its checksum does not fit"
+            )
+        return data.decode()
+
+    def residents(self) -> Iterator[tuple[Segment, Resident]]:
+        """Every segment with what stays in memory of it, in order; a few are read at a time.
+
+        Raises:
+            DigestError: one is damaged.
+        """
+        with ThreadPoolExecutor(min(READERS, os.cpu_count() or 1)) as readers:
+            numbers = range(len(self.manifest.segments))
+            ahead = READERS
+            waiting = [readers.submit(self.resident, number) for number in numbers[:ahead]]
+            for number in numbers:
+                found = waiting.pop(0).result()
+                if number + ahead < len(numbers):
+                    waiting.append(readers.submit(self.resident, number + ahead))
+                self.learn_checks(number, found)
+                yield self.manifest.segments[number], found
+
+    def resident(self, number: int) -> Resident:
+        """What stays in memory of a segment, checked."""
+        part = self.manifest.segments[number]
+        descriptor = files.open_for_reading(self.folder, part.file)
+        try:
+            layout = self.manifest.layout(part)
+            segment.check_size(descriptor, layout, self.path(number))
+            return segment.read_head(descriptor, layout, part.sha256, self.path(number))
+        finally:
+            os.close(descriptor)
+
+    def learn_checks(self, number: int, found: Resident) -> None:
+        """Keeps the checksums of a segment's pages, which come with what was checked already."""
+        del self._checks[number:], self._checked[number:]
+        shape = self.manifest.shape
+        self._checks.append([found.numbers(f"layers.{layer}.checks") for layer in range(shape.layers)])
+        self._checked.append(np.zeros((shape.layers, found.layout.chunks, shape.heads), np.bool_))
+
+    def read_pages(self, layer: int, heads: Numbers, chunks: Numbers, pages: Tensor) -> None:
+        """Reads pages (n, page_bytes) uint8 of chunks (n,) of KV heads (n,).
+
+        Raises:
+            DigestError: a page is damaged; names file and offset.
+        """
+        per_segment = self.manifest.grid // self.manifest.shape.levels.chunk
+        buffer = pages.numpy()
+        for row, (head, chunk) in enumerate(zip(heads.tolist(), chunks.tolist(), strict=True)):
+            number, inside = divmod(chunk, per_segment)
+            offset = self.manifest.layout(self.manifest.segments[number]).page(layer, inside, head)
+            view = memoryview(buffer[row])
+            try:
+                got = files.read_at(self.descriptor(number), view, offset)
+            except OSError as error:
+                raise DigestError(f"{self.path(number)} cannot be read at byte {offset:,}: {error.strerror}") from error
+            if got == len(view) and self._checked[number][layer, inside, head]:
+                continue
+            if got != len(view) or zlib.crc32(view) != self._checks[number][layer][inside, head]:
+                raise DigestError(damaged_page(self.path(number), offset, len(view), layer, chunk, head))
+            self._checked[number][layer, inside, head] = True
+
+
+def damaged_page(path: Path, offset: int, length: int, layer: int, chunk: int, head: int) -> str:
+    """What is said of a damaged page."""
+    return (
+        f"{path} is damaged between byte {offset:,} and {offset + length:,} (keys and values of layer {layer}, "
+        f"KV head {head}, chunk {chunk}); take it from a copy, or digest the texts again; `mgam verify` lists all "
+        "damage"
+    )
+
+
+def write_text(folder: Path, number: int, name: str, text: str) -> Text:
+    """Keeps a text with its digest."""
+    try:
+        data = text.encode()
+    except UnicodeEncodeError as error:
+        raise DigestError(f"{name} holds a character that is none (a lone surrogate at {error.start})") from error
+    files.write_small(folder, Text.file_of(number), data)
+    return Text(name, Text.file_of(number), len(data), hashlib.sha256(data).hexdigest())

@@ -1,0 +1,211 @@
+"""A digest gives what one pass gives, however it was made and however little memory it may use."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors import safe_open
+
+from mgam.documents import tiers
+from mgam.documents.document import Document
+from mgam.documents.sources import Source
+from mgam.documents.tokens import Frame, encode
+from mgam.errors import DigestError, DocumentError, MemoryBudgetError
+from mgam.integrations.transformers import PyramidCache
+from mgam.schedule import Schedule, Span
+
+from . import tiny
+from .conftest import Make
+from .tiny import contents, source
+
+HEAD = 76  # tokens before the first text, and after no text
+
+
+class Stopped(Exception):
+    """Raised in place of a kill."""
+
+
+def one_pass(model: Any, document: Document, asked: list[int], new: int) -> tuple[torch.Tensor, list[int]]:
+    """Logits of a question and tokens after it, read in one pass over text and question with a cache in memory."""
+    settings, count = document.manifest.settings, len(document.tokens)
+    schedule = Schedule.reading(
+        count, len(asked), block=settings.block, question_block=settings.question_block, lookahead=settings.lookahead
+    )
+    ids = torch.tensor([[*document.tokens.ids.tolist(), *asked]])
+    with torch.no_grad():
+        logits = model(ids, past_key_values=PyramidCache(model, [schedule]), use_cache=True).logits[0, count:]
+        produced = model.generate(
+            ids, attention_mask=torch.ones_like(ids), past_key_values=PyramidCache(model, [schedule]),
+            max_new_tokens=new, do_sample=False, pad_token_id=0,
+        )  # fmt: skip
+    return logits, produced[0, ids.shape[1] :].tolist()
+
+
+@pytest.mark.parametrize("length", [5, 128 - HEAD, 128 - HEAD + 1, 300, 1000])
+@pytest.mark.parametrize("lookahead", ["block", "none"])
+def test_a_question_meets_the_same_logits_as_in_one_pass(
+    tokenizer: Any, digest: Make, lookahead: str, length: int
+) -> None:
+    model = tiny.make_model(lookahead=lookahead)
+    document = digest(source(length), model=model)
+    asked = Frame.of(tokenizer).question(tokenizer, "Who keeps the light on the island?")
+    wanted, tokens = one_pass(model, document, asked, 12)
+    for _ in range(2):  # the second question does not see the first
+        cache, count = document.start(len(asked)), len(document.tokens)
+        with torch.no_grad():
+            ids, places = torch.tensor([asked]), torch.arange(count, count + len(asked))[None]
+            logits = model(ids, position_ids=places, past_key_values=cache, use_cache=True).logits[0]
+        torch.testing.assert_close(logits, wanted, atol=1e-4, rtol=0)
+    span = Span(count + len(asked), model._mgam_applied.settings.question_block, lookahead)  # type: ignore[arg-type]
+    assert document.continue_from(asked, (span,), max_new_tokens=12) == tokens
+
+
+@pytest.mark.parametrize("lookahead", ["block", "none"])
+def test_bytes_are_equal_through_stopped_and_appended(
+    tokenizer: Any, digest: Make, tmp_path: Path, lookahead: str
+) -> None:
+    model = tiny.make_model(lookahead=lookahead)
+    first, second = source(400), source(300, 1)
+    digest(first, second, model=model, name="through.mgam")
+
+    def stop(done: int, total: int) -> None:
+        if done == 320:
+            raise Stopped
+
+    with pytest.raises(Stopped):
+        digest(first, second, model=model, name="stopped.mgam", on_progress=stop)
+    with pytest.raises(DigestError, match=r"unfinished: 256 of"):
+        Document.open(tmp_path / "stopped.mgam", model, tokenizer)
+    digest(model=model, name="stopped.mgam")
+    digest(first, model=model, name="appended.mgam")
+    before = contents(tmp_path / "appended.mgam")
+    digest(second, model=model, name="appended.mgam", append=True)
+    after = contents(tmp_path / "appended.mgam")
+    assert contents(tmp_path / "stopped.mgam") == contents(tmp_path / "through.mgam")
+    assert after == contents(tmp_path / "through.mgam")
+    whole = [name for name in before if name.startswith("segment") and name.count("-") == 1]
+    assert whole
+    assert all(before[name] == after[name] for name in whole)
+    digest(second, model=model, name="appended.mgam", append=True)  # twice is once
+    assert contents(tmp_path / "appended.mgam") == after
+
+
+@pytest.mark.parametrize("eight_bits", [False, True])
+def test_any_memory_bound_gives_the_same(
+    tokenizer: Any, digest: Make, tmp_path: Path, model: Any, monkeypatch: pytest.MonkeyPatch, eight_bits: bool
+) -> None:
+    monkeypatch.setattr(tiers, "LEAST", 8)
+    ample = digest(source(2500), name="ample.mgam", eight_bits=eight_bits)
+    floor = floor_of(digest, "floor.mgam")
+    bound = digest(source(2500), name="bound.mgam", memory=floor, eight_bits=eight_bits, room=64)
+    assert contents(tmp_path / "bound.mgam") == contents(tmp_path / "ample.mgam")
+    assert bound.pool.slots < ample.pool.slots
+    asked = "What did the captain see north of the storm?"
+    tight = Document.open(
+        tmp_path / "ample.mgam", model, tokenizer, memory=bound_for(tmp_path, model, tokenizer), room=64
+    )
+    for one in (bound, tight, Document.open(tmp_path / "ample.mgam", model, tokenizer, tier="host")):
+        assert one.ask(asked, max_new_tokens=8).answer == ample.ask(asked, max_new_tokens=8).answer
+    assert tight.counts.fetched > ample.counts.fetched
+
+
+def floor_of(digest: Make, name: str) -> int:
+    with pytest.raises(MemoryBudgetError, match=r"below the floor of [\d.,]+ MiB") as caught:
+        digest(source(2500), name=name, memory="1KiB", room=64)
+    return floor_in(caught.value)
+
+
+def bound_for(tmp_path: Path, model: Any, tokenizer: Any) -> int:
+    with pytest.raises(MemoryBudgetError, match=r"below the floor") as caught:
+        Document.open(tmp_path / "ample.mgam", model, tokenizer, memory=1, room=64)
+    return floor_in(caught.value)
+
+
+def floor_in(error: Exception) -> int:
+    return int((float(str(error).partition("floor of ")[2].partition(" MiB")[0]) + 0.05) * 2**20)
+
+
+def test_a_talk_equals_one_pass_over_all_that_was_said(model: Any, tokenizer: Any, digest: Make) -> None:
+    document = digest(source(700))
+    frame, settings = Frame.of(tokenizer), document.manifest.settings
+    talk = document.chat()
+    said = [talk.say(question, max_new_tokens=6) for question in ("who?", "where was it?")]
+    other = document.ask("something else", max_new_tokens=3)
+    third = talk.say("and why?", max_new_tokens=6)
+    count = len(document.tokens)
+    first, second = frame.question(tokenizer, "who?"), frame.next_question(tokenizer, "where was it?")
+    ids = talk.ids[: len(first)]
+    assert ids == first
+    answer = talk.ids[len(first) : talk.ids.index(second[0], len(first))] if second else []
+    assert talk.ids[len(first) + len(answer) :][: len(second)] == second
+    spans = talk.spans
+    schedule = Schedule((Span(count, settings.block, settings.lookahead), *spans, Span(None, 1)))
+    whole = torch.tensor([[*document.tokens.ids.tolist(), *talk.ids]])
+    with torch.no_grad():
+        logits = model(whole, past_key_values=PyramidCache(model, [schedule]), use_cache=True).logits[0]
+    last = said[0].tokens["answer"]
+    assert logits[count + len(first) - 1].argmax() == talk.ids[len(first)] or last == 1
+    ends = len(talk.ids) - third.tokens["answer"] - 1
+    assert logits[count + ends :].argmax(-1).tolist()[: third.tokens["answer"]] == talk.ids[ends + 1 :] or other
+    again = document.chat()
+    for question in ("who?", "where was it?", "and why?"):
+        final = again.say(question, max_new_tokens=6)
+    assert final.answer == third.answer
+    assert again.ids == talk.ids
+
+
+def test_generate_goes_on_from_the_texts(model: Any, tokenizer: Any, digest: Make) -> None:
+    document = digest(source(300))
+    asked = encode(tokenizer, "The whale")
+    _, tokens = one_pass(model, document, asked, 9)
+    assert document.generate("The whale", max_new_tokens=9) == tokenizer.decode(tokens, skip_special_tokens=True)
+    with pytest.raises(DocumentError, match="nothing to go on from"):
+        document.generate("")
+
+
+def test_evidence_names_file_and_characters(digest: Make) -> None:
+    texts = [source(500), source(400, 1)]
+    answer = digest(*texts).ask("who?", max_new_tokens=4)
+    assert answer.evidence
+    for passage in answer.evidence:
+        there = next(text for text in texts if text.name == passage.file)
+        assert there.text[passage.start : passage.end] == passage.text
+
+
+def test_offsets_count_characters_not_bytes(digest: Make) -> None:
+    text = "Grüße aus Köln — 北京 — naïve café. " * 12
+    document = digest(Source("umlaut", text))
+    inside = document.tokens.texts == 0
+    ends = document.tokens.offsets[inside]
+    assert ends[:, 1].max() == len(text)
+    assert (ends[:, 0] <= ends[:, 1]).all()
+
+
+def test_segments_are_plain_safetensors(digest: Make, tmp_path: Path) -> None:
+    document = digest(source(400))
+    for part in document.manifest.segments:
+        with safe_open(tmp_path / "book.mgam" / part.file, "pt") as file:
+            assert file.get_tensor("ids").tolist() == document.tokens.ids[part.first :][: part.tokens].tolist()
+            assert file.get_tensor("layers.0.pages").shape[0] == part.tokens // 16
+
+
+def test_disk_bytes_are_as_stated_and_halved_by_eight_bits(digest: Make, tmp_path: Path) -> None:
+    sizes = {}
+    for name, eight in (("raw.mgam", False), ("small.mgam", True)):
+        document = digest(source(5000), name=name, eight_bits=eight)
+        bytes_ = sum(len(data) for file, data in contents(tmp_path / name).items() if file.startswith("segment"))
+        assert bytes_ / len(document.tokens) == pytest.approx(document.manifest.shape.disk_bytes_per_token, rel=0.25)
+        sizes[eight] = document.manifest.shape.page_bytes_per_token
+    assert sizes[True] < sizes[False] / 2
+
+
+def test_a_method_without_search_digests_too(tokenizer: Any, digest: Make) -> None:
+    model = tiny.make_model(method="streaming-llm", window=32)
+    document = digest(source(500), model=model)
+    asked = Frame.of(tokenizer).question(tokenizer, "who?")
+    _, tokens = one_pass(model, document, asked, 5)
+    span = Span(len(document.tokens) + len(asked), 8, document.manifest.settings.lookahead)
+    assert document.continue_from(asked, (span,), max_new_tokens=5) == tokens
