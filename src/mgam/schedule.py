@@ -118,8 +118,8 @@ def _cut(span: Span, begin: int, start: int, end: int, dense_until: int) -> Iter
         if span.lookahead == "block" and low == block_start and high == block_stop:
             yield Piece(low, high, block_start, block_start, block_stop, False)
         else:
-            votes = block_stop - block_start if limit is not None else span.block
-            yield Piece(low, high, block_start, max(0, block_start + 1 - votes), block_start + 1, False)
+            # As many voters as a whole block has: a block that the end of its span cuts short chooses as if it went on.
+            yield Piece(low, high, block_start, max(0, block_start + 1 - span.block), block_start + 1, False)
 
 
 @dataclass(frozen=True)
@@ -141,10 +141,23 @@ class Blocks:
     def __len__(self) -> int:
         return self.row.shape[0]
 
+    def places(self) -> list[tuple[int, int]]:
+        """(row, first position) of each block."""
+        return list(zip(self.row.tolist(), self.start.tolist(), strict=True))
+
     @property
     def stop(self) -> Tensor:
         """First position after each block (N,)."""
         return self.start + self.length
+
+    def moved(self, by: Sequence[int]) -> Blocks:
+        """The same blocks where row b has lost `by[b]` tokens before them."""
+        if not any(by):
+            return self
+        lost = torch.tensor(list(by))[self.row.cpu()].to(self.row.device)
+        places = (self.start - lost, self.decide - lost, self.vote_from - lost, self.vote_to - lost)
+        start, decide, vote_from, vote_to = places
+        return replace(self, start=start, decide=decide, vote_from=vote_from, vote_to=vote_to)
 
     def to(self, device: torch.device | str) -> Blocks:
         """The same blocks on another device."""

@@ -48,7 +48,8 @@ def attend(
     if softcap is None:
         out = F.scaled_dot_product_attention(q, k, v, attn_mask=mask.expand(-1, group, -1, -1), scale=scale)
     else:
-        logits = softcap * torch.tanh((q @ k.transpose(-1, -2)).float() * scale / softcap)
+        wide = torch.promote_types(q.dtype, torch.float32)
+        logits = softcap * torch.tanh((q @ k.transpose(-1, -2)).to(wide) * scale / softcap)
         out = torch.softmax(logits.masked_fill(~mask, -torch.inf), -1).to(v.dtype) @ v
     out = out.view(rows, heads, blocks, group, size, dim).transpose(2, 3)
     return out.reshape(rows, query_heads, blocks * size, dim)[:, :, :columns]
