@@ -21,16 +21,16 @@ from mgam.policies.search_triton import SearchTiles, cover, scores
 
 TOKENS = 131072
 READ = [
-    Tiles(128, 64, 8, 3), Tiles(128, 64, 8, 3, copies=False), Tiles(128, 64, 8, 2, registers=128), Tiles(128, 128, 8, 2),
-    Tiles(64, 64, 4, 3), Tiles(64, 64, 4, 2), Tiles(128, 32, 8, 3, registers=128), Tiles(64, 128, 4, 2), Tiles(128, 64, 8, 2),
+    Tiles(128, 64, 8, 2, registers=128), Tiles(256, 64, 16, 2), Tiles(256, 64, 16, 3), Tiles(128, 64, 8, 3, registers=128),
+    Tiles(256, 32, 8, 2), Tiles(256, 128, 16, 2),
 ]  # fmt: skip
 TURNED = [
-    Tiles(128, 64, 8, 3), Tiles(128, 64, 8, 2), Tiles(128, 64, 8, 2, copies=False), Tiles(64, 64, 4, 2), Tiles(128, 32, 8, 3),
-    Tiles(128, 32, 8, 2, registers=128), Tiles(128, 128, 8, 2),
+    Tiles(128, 32, 8, 2, registers=128), Tiles(128, 64, 8, 2, registers=128), Tiles(256, 32, 16, 2), Tiles(256, 64, 16, 2),
+    Tiles(128, 64, 8, 2, registers=128, ready=True), Tiles(256, 64, 16, 2, ready=True), Tiles(128, 64, 8, 3, ready=True),
 ]  # fmt: skip
 SEARCH = [
-    SearchTiles(128, 128, 8, 4), SearchTiles(128, 64, 4, 4), SearchTiles(128, 64, 8, 4, registers=128), SearchTiles(64, 128, 4, 4),
-    SearchTiles(128, 128, 8, 4, registers=128), SearchTiles(64, 64, 4, 4), SearchTiles(128, 256, 8, 3), SearchTiles(128, 128, 4, 4),
+    SearchTiles(128, 64, 4, 4), SearchTiles(128, 64, 4, 6), SearchTiles(128, 64, 4, 3, registers=128), SearchTiles(256, 64, 8, 4),
+    SearchTiles(128, 32, 4, 4), SearchTiles(128, 64, 4, 4, registers=168),
 ]  # fmt: skip
 
 
@@ -63,7 +63,7 @@ def jobs() -> list[tuple[str, Callable[[], object], float]]:
         last = blocks[-128:]
         asked = _asked(votes, live, last.row.cuda(), (last.decide // 64).cuda(), pyramid, policy, True)
         flop = 4 * 128 * 32 * votes.shape[2] * float(last.decide.double().mean()) / 4 * widths
-        for shape in SEARCH if widths == 64 else [replace(SEARCH[0], stages=3), replace(SEARCH[1], stages=3)]:
+        for shape in SEARCH if widths == 64 else [replace(SEARCH[0], stages=3)]:
 
             def search(asked=asked, shape=shape):  # type: ignore[no-untyped-def]
                 return scores(asked, TOKENS // 64, shape)

@@ -34,6 +34,7 @@ CASES = {
     "no group": Case(group=1, tokens=100),
     "odd group": Case(group=7, tokens=60, block=8),
     "big chunk": Case(sizes=(1, 64, 128), search=4, tokens=300, opened=2, window=64, block=16, heads=1),
+    "granular, big chunk": Case(sizes=(1, 64, 128), search=4, tokens=300, opened=2, window=64, block=16, heads=1, granular=True),
     "dense": Case(dense=True, tokens=100),
     "dense, granular": Case(dense=True, tokens=100, granular=True),
 }
@@ -71,6 +72,24 @@ def test_split_equals_oracle(name: str, splits: int) -> None:
     turn = Turn.of(made.positions, lists, made.pyramid.tokens, made.queries.device, made.queries.dtype)
     got = read(
         made.queries, lists, made.pyramid.keys, made.pyramid.values, made.scale, turn=turn, tiles=Tiles(16, 16, 4, 2, splits)
+    )
+    made.compare(got.out, want.out)
+
+
+@pytest.mark.parametrize("room", [1 << 29, 1])
+@pytest.mark.parametrize("name", ["granular", "granular, big chunk", "one query, granular"])
+def test_keys_rotated_once_equal_oracle(name: str, room: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    from mgam.attend.triton import forward
+    from mgam.attend.triton.forward import Tiles, Turn, read
+    from mgam.attend.triton.lists import Lists
+
+    monkeypatch.setattr(forward, "READY_BYTES", room)
+    made = CASES[name].make(DTYPES[-1])
+    want = oracle(made)
+    lists = Lists.of(made.cover, made.blocks, made.queries.device, made.positions)
+    turn = Turn.of(made.positions, lists, made.pyramid.tokens, made.queries.device, made.queries.dtype)
+    got = read(
+        made.queries, lists, made.pyramid.keys, made.pyramid.values, made.scale, turn=turn, tiles=Tiles(64, 32, 4, 2, ready=True)
     )
     made.compare(got.out, want.out)
 

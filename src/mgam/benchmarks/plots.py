@@ -45,7 +45,7 @@ def plot(report: Report, folder: Path) -> list[Path]:
         axes.set_title(f"{report.machine.device}, {report.setting.dtype}, commit {report.machine.commit}", fontsize=9)
         axes.grid(True, which="both", alpha=0.3)
         axes.legend(fontsize=7)
-        path = folder / f"{name.replace(' ', '-').replace('+', 'and')}.png"
+        path = folder / f"{report.name}-{name.replace(' ', '-').replace('+', 'and')}.png"
         figure.savefig(path, dpi=130, bbox_inches="tight")
         pyplot.close(figure)
         written.append(path)

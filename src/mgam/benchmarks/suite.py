@@ -22,26 +22,28 @@ class Report:
     machine: Machine
     setting: Setting
     rows: list[Row] = field(default_factory=list)
+    name: str = "attention"
+    """Of the files that are written."""
 
     def write(self, folder: Path) -> None:
         """CSV and JSON of what there is so far."""
         folder.mkdir(parents=True, exist_ok=True)
         names = [one.name for one in fields(Row)]
-        with (folder / "attention.csv").open("w", newline="") as file:
+        with (folder / f"{self.name}.csv").open("w", newline="") as file:
             writer = csv.DictWriter(file, names)
             writer.writeheader()
             writer.writerows(row.as_dict() for row in self.rows)
         setting = {one.name: str(getattr(self.setting, one.name)) for one in fields(Setting)}
         whole = {"machine": self.machine.as_dict(), "setting": setting, "rows": [row.as_dict() for row in self.rows]}
-        (folder / "attention.json").write_text(json.dumps(whole, indent=1))
+        (folder / f"{self.name}.json").write_text(json.dumps(whole, indent=1))
 
 
 def run(
-    setting: Setting, lengths: Sequence[int], phases: Sequence[str], folder: Path | None = None, commit: str | None = None,
+    setting: Setting, lengths: Sequence[int], phases: Sequence[str], folder: Path | None = None, commit: str | None = None, name: str = "attention",
     say: Callable[[str], None] = print,
 ) -> Report:
     """Measures the phases at each length."""
-    report = Report(here(commit), setting)
+    report = Report(here(commit), setting, name=name)
     say(str(report.machine))
     for row in _rows(setting, report.machine, lengths, phases):
         report.rows.append(row)

@@ -22,6 +22,7 @@ def bench(
     every: Annotated[int, typer.Option(help="Every n-th query searches.")] = 2,
     dims: Annotated[int, typer.Option(help="Dimensions of search keys.")] = 64,
     bits: Annotated[int, typer.Option(help="Bits of search keys: 8 or 16.")] = 8,
+    name: Annotated[str, typer.Option(help="Name of the files.")] = "attention",
     commit: Annotated[str | None, typer.Option(help="Name of the code, where git cannot say.")] = None,
 ) -> None:
     """Time building, searching and reading, and dense attention in the same run, on a CUDA device."""
@@ -42,7 +43,7 @@ def bench(
     setting = Setting(
         query_heads, kv_heads, dim, budget=budget, window=window, every=every, dims=dims, bits=bits, positions=positions
     )
-    report = run(setting, _numbers(lengths, "lengths"), wanted, out, commit, say=typer.echo)
+    report = run(setting, _numbers(lengths, "lengths"), wanted, out, commit, name, say=typer.echo)
     if out is not None:
         for path in plot(report, out):
             typer.echo(f"wrote {path}")

@@ -13,8 +13,12 @@ from triton.tools.tensor_descriptor import TensorDescriptor
 
 from mgam.attend.triton.lists import Lists
 from mgam.attend.triton.read import merge_kernel, read_kernel
+from mgam.attend.triton.turn import turn_kernel
 from mgam.merge import Part
 from mgam.positions import Positions
+
+READY_BYTES = 1 << 29
+"""Rotated keys kept at a time."""
 
 
 @dataclass(frozen=True)
@@ -30,6 +34,8 @@ class Tiles:
     """Whether contiguous tiles come by the copy engine (Hopper and newer)."""
     registers: int | None = None
     """Most registers per thread; fewer let two programs share a multiprocessor."""
+    ready: bool = False
+    """Whether keys before the window are rotated once, into a buffer, rather than by every tile of rows."""
 
 
 @dataclass(frozen=True)
@@ -71,7 +77,7 @@ def tiles_for(rows: int, dim: int, turned: bool, entries: int, programs: int) ->
         return Tiles(64, 32 if turned else 64, 4, 2)
     if rows <= 64:
         return Tiles(64, 64, 4, 2)
-    return Tiles(128, 32 if turned else 64, 8, 2, registers=128)
+    return Tiles(128, 64, 8, 2, registers=128, ready=turned)
 
 
 def read(
@@ -96,25 +102,45 @@ def read(
     lse = torch.empty(count, query_heads, size, dtype=torch.float32, device=queries.device)
     if not out.numel():
         return Part(out, lse)
+    copies = tiles.copies and turn.pairs * 2 in (0, dim) and copyable(keys[0]) and copyable(values[0])
+    ready = tiles.ready and copies and turn.pairs > 0 and turn.pairs & (turn.pairs - 1) == 0 and not lists.bare
+    offsets, extent = _extents(lists, tiles.entries)
+    step = max(1, READY_BYTES // (heads * extent * dim * queries.element_size())) if ready else count
+    if step < count:
+        for first in range(0, count, step):
+            some = slice(first, min(first + step, count))
+            part = read(
+                queries[some], lists[some], keys, values, scale, turn=turn, softcap=softcap, tiles=tiles, out=out[some]
+            )
+            lse[some] = part.lse
+        return Part(out, lse)
     part_out, part_lse = out[None], lse
     if tiles.splits > 1:
         part_out = torch.empty(tiles.splits, *out.shape, dtype=torch.float32, device=out.device)
         part_lse = torch.empty(tiles.splits, *lse.shape, dtype=torch.float32, device=out.device)
     row_tiles = triton.cdiv(group * size, tiles.rows)
     rest = dim - 2 * turn.pairs
-    copies = tiles.copies and turn.pairs * 2 in (0, dim) and copyable(keys[0]) and copyable(values[0])
-    key_desc, value_desc = keys[0], values[0]
+    key_desc, value_desc, ready_desc = keys[0], values[0], keys[0]
+    if ready:
+        buffer = torch.empty(count, heads, extent, dim, dtype=queries.dtype, device=queries.device)
+        turn_kernel[(extent // tiles.entries * count * heads,)](
+            buffer, lists.blocks, lists.counts, tuple(keys), strides(keys), lists.index, lists.ranks,
+            tuple(part.shape[-1] for part in lists.index), offsets, turn.cos, turn.sin, turn.cos.shape[0] - 1, turn.anchor, heads,
+            extent // tiles.entries, extent,
+            CHUNK=lists.levels.chunk, TOP=top, D=dim, R=turn.pairs, BLOCK_N=tiles.entries, num_warps=4,
+        )  # fmt: skip
+        ready_desc = described(buffer, tiles.entries, turn.pairs)
     if copies:
         key_desc = described(keys[0], tiles.entries, block(turn.pairs or dim))
         value_desc = described(values[0], tiles.entries, block(dim))
     read_kernel[(row_tiles * count * heads, tiles.splits)](
-        queries, part_out, part_lse, lists.blocks, lists.counts, key_desc, value_desc, tuple(keys), tuple(values), strides(keys), strides(values),
+        queries, part_out, part_lse, lists.blocks, lists.counts, key_desc, value_desc, ready_desc, offsets, tuple(keys), tuple(values), strides(keys), strides(values),
         lists.index, lists.ranks, tuple(part.shape[-1] for part in lists.index),
         turn.cos, turn.sin, turn.cos.shape[0] - 1, turn.anchor, scale, softcap or 1.0, biases(lists),
         count, heads, row_tiles, queries.stride(0), queries.stride(1), queries.stride(2), *part_out.stride()[:4],
         G=group, Q=size, CHUNK=lists.levels.chunk, TOP=top, D=dim, R=turn.pairs,
         BLOCK_M=tiles.rows, BLOCK_N=tiles.entries, BLOCK_D=block(dim), BLOCK_R=block(turn.pairs), BLOCK_P=block(rest),
-        CAP=softcap is not None, BARE=lists.bare, SPLITS=tiles.splits, PRECISION=precision(queries.dtype), COPY=copies,
+        CAP=softcap is not None, BARE=lists.bare, SPLITS=tiles.splits, PRECISION=precision(queries.dtype), COPY=copies, READY=ready,
         num_warps=tiles.warps, num_stages=tiles.stages, maxnreg=tiles.registers,
     )  # fmt: skip
     if tiles.splits > 1:
@@ -127,6 +153,15 @@ def read(
         if merged is not out:
             out.copy_(merged)
     return Part(out, lse)
+
+
+def _extents(lists: Lists, entries: int) -> tuple[tuple[int, ...], int]:
+    """Where each list begins in a buffer of rotated keys, and the buffer's length: whole tiles."""
+    offsets, end = [], 0
+    for level, part in enumerate(lists.index):
+        offsets.append(end)
+        end += triton.cdiv(part.shape[-1] * (lists.levels.chunk if level == 0 else 1), entries) * entries
+    return tuple(offsets), end
 
 
 def copyable(states: Tensor) -> bool:

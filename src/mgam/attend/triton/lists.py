@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 import triton
@@ -43,6 +43,10 @@ class Lists:
         index = tuple(part.to(device).contiguous() for part in (cover.opened, *cover.summaries))
         counts, ranks = places(index, cover.levels, granular)
         return cls(cover.levels, torch.cat((table, window)), blocks.size, index, counts, ranks, cover.mass)
+
+    def __getitem__(self, part: slice) -> Lists:
+        index, ranks = (tuple(level[part] for level in levels) for levels in (self.index, self.ranks))
+        return replace(self, blocks=self.blocks[:, part].contiguous(), index=index, counts=self.counts[part], ranks=ranks)
 
     @property
     def bare(self) -> bool:

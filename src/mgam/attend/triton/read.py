@@ -27,11 +27,11 @@ from mgam.attend.triton.tiles import (
 
 @triton.jit
 def _tile(
-    acc, peak, total, q0, q1, q2, own, j, end, key_desc, value_desc, row, head, key_ptr, value_ptr, key_step, value_step, list_ptr, rank_ptr, window, anchor,
+    acc, peak, total, q0, q1, q2, own, j, end, key_desc, value_desc, ready_desc, ready_row, ready_head, ready_at, row, head, key_ptr, value_ptr, key_step, value_step, list_ptr, rank_ptr, window, anchor,
     cos_ptr, sin_ptr, limit, scale, bias, cap,
     KIND: tl.constexpr, MASKED: tl.constexpr, CHUNK: tl.constexpr, D: tl.constexpr, R: tl.constexpr, BLOCK_N: tl.constexpr,
     BLOCK_D: tl.constexpr, BLOCK_R: tl.constexpr, BLOCK_P: tl.constexpr, CAP: tl.constexpr, PRECISION: tl.constexpr,
-    COPY: tl.constexpr,
+    COPY: tl.constexpr, READY: tl.constexpr,
 ):  # fmt: skip
     """One step of the online softmax over BLOCK_N entries."""
     if COPY:
@@ -46,14 +46,20 @@ def _tile(
             else:
                 rank += anchor + j
             rank = tl.minimum(tl.maximum(rank, 0), limit)
-        k0, k1, k2 = described(key_desc, row, head, first, rank, cos_ptr, sin_ptr, R, BLOCK_N, BLOCK_D, BLOCK_R)
+        if not READY:
+            k0, k1, k2 = described(key_desc, row, head, first, rank, cos_ptr, sin_ptr, R, BLOCK_N, BLOCK_D, BLOCK_R)
     else:
         index, rank, live = entries(j, end, list_ptr, rank_ptr, window, anchor, KIND, CHUNK, BLOCK_N, R)
-        if R > 0:
-            rank = tl.minimum(tl.maximum(rank, 0), limit)
-        k0, k1, k2 = states(
-            key_ptr, index * key_step, live, rank, cos_ptr, sin_ptr, D, R, BLOCK_D, BLOCK_R, BLOCK_P, MASKED
-        )
+        if not READY:
+            if R > 0:
+                rank = tl.minimum(tl.maximum(rank, 0), limit)
+            k0, k1, k2 = states(
+                key_ptr, index * key_step, live, rank, cos_ptr, sin_ptr, D, R, BLOCK_D, BLOCK_R, BLOCK_P, MASKED
+            )
+    if READY:
+        k0 = ready_desc.load([ready_row, ready_head, ready_at + j, 0]).reshape(BLOCK_N, BLOCK_R)
+        k1 = ready_desc.load([ready_row, ready_head, ready_at + j, R]).reshape(BLOCK_N, BLOCK_R)
+        k2 = k1
     raw = capped(products(q0, q1, q2, k0, k1, k2, D, R, PRECISION), scale, cap, CAP)
     if MASKED:
         seen = live[None, :]
@@ -75,26 +81,28 @@ def _tile(
 
 @triton.jit
 def _run(
-    acc, peak, total, q0, q1, q2, own, begin, safe, end, key_desc, value_desc, row, head, key_ptr, value_ptr, key_step, value_step, list_ptr, rank_ptr, window,
+    acc, peak, total, q0, q1, q2, own, begin, safe, end, key_desc, value_desc, ready_desc, ready_row, ready_head, ready_at, row, head, key_ptr, value_ptr, key_step, value_step, list_ptr, rank_ptr, window,
     anchor, cos_ptr, sin_ptr, limit, scale, bias, cap,
     KIND: tl.constexpr, CHUNK: tl.constexpr, D: tl.constexpr, R: tl.constexpr, BLOCK_N: tl.constexpr,
     BLOCK_D: tl.constexpr, BLOCK_R: tl.constexpr, BLOCK_P: tl.constexpr, CAP: tl.constexpr, PRECISION: tl.constexpr,
-    COPY: tl.constexpr,
+    COPY: tl.constexpr, READY: tl.constexpr,
 ):  # fmt: skip
     """Entries [begin, end) of one list: whole tiles up to `safe` need no mask."""
     middle = begin + (tl.maximum(safe, begin) - begin) // BLOCK_N * BLOCK_N
-    for j in tl.range(begin, middle, BLOCK_N):
+    # Tables of the window's tiles are left out of the pipeline, so that two programs fit a multiprocessor.
+    STAGES: tl.constexpr = 1 if KIND == WINDOW and R > 0 else None
+    for j in tl.range(begin, middle, BLOCK_N, num_stages=STAGES):
         acc, peak, total = _tile(
-            acc, peak, total, q0, q1, q2, own, j, end, key_desc, value_desc, row, head, key_ptr, value_ptr, key_step, value_step, list_ptr, rank_ptr, window,
+            acc, peak, total, q0, q1, q2, own, j, end, key_desc, value_desc, ready_desc, ready_row, ready_head, ready_at, row, head, key_ptr, value_ptr, key_step, value_step, list_ptr, rank_ptr, window,
             anchor, cos_ptr, sin_ptr, limit, scale, bias, cap, KIND, False, CHUNK, D, R, BLOCK_N, BLOCK_D, BLOCK_R, BLOCK_P,
-            CAP, PRECISION, COPY,
+            CAP, PRECISION, COPY, READY,
         )  # fmt: skip
     if not (KIND == OPENED and CHUNK % BLOCK_N == 0):
         for j in tl.range(middle, end, BLOCK_N, num_stages=1):
             acc, peak, total = _tile(
-                acc, peak, total, q0, q1, q2, own, j, end, key_desc, value_desc, row, head, key_ptr, value_ptr, key_step, value_step, list_ptr, rank_ptr,
+                acc, peak, total, q0, q1, q2, own, j, end, key_desc, value_desc, ready_desc, ready_row, ready_head, ready_at, row, head, key_ptr, value_ptr, key_step, value_step, list_ptr, rank_ptr,
                 window, anchor, cos_ptr, sin_ptr, limit, scale, bias, cap, KIND, True, CHUNK, D, R, BLOCK_N, BLOCK_D, BLOCK_R,
-                BLOCK_P, CAP, PRECISION, False,
+                BLOCK_P, CAP, PRECISION, False, READY,
             )  # fmt: skip
     return acc, peak, total
 
@@ -111,17 +119,18 @@ def _share(count, part, SPLITS: tl.constexpr, STEP: tl.constexpr):
 
 @triton.jit
 def read_kernel(
-    q_ptr, out_ptr, lse_ptr, block_ptr, count_ptr, key_desc, value_desc, keys, values, key_strides, value_strides, lists, ranks, widths,
+    q_ptr, out_ptr, lse_ptr, block_ptr, count_ptr, key_desc, value_desc, ready_desc, offsets, keys, values, key_strides, value_strides, lists, ranks, widths,
     cos_ptr, sin_ptr, limit, anchor, scale, cap, biases, blocks, heads, tiles, q_block, q_head, q_row,
     out_part, out_block, out_head, out_row,
     G: tl.constexpr, Q: tl.constexpr, CHUNK: tl.constexpr, TOP: tl.constexpr, D: tl.constexpr, R: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_R: tl.constexpr, BLOCK_P: tl.constexpr,
-    CAP: tl.constexpr, BARE: tl.constexpr, SPLITS: tl.constexpr, PRECISION: tl.constexpr, COPY: tl.constexpr,
+    CAP: tl.constexpr, BARE: tl.constexpr, SPLITS: tl.constexpr, PRECISION: tl.constexpr, COPY: tl.constexpr, READY: tl.constexpr,
 ):  # fmt: skip
     """One program: BLOCK_M rows (query heads of one group x queries of one block) over one part of the block's cover.
 
     Shapes: queries (N, H*G, Q, D) and out (SPLITS, N, H*G, Q, D) by strides; lse (SPLITS, N, H*G, Q) contiguous; block_ptr
-    (4, N): row, start, length, window start; count_ptr (N, H, 1+TOP); lists[l], ranks[l] (N, H, widths[l]).
+    (4, N): row, start, length, window start; count_ptr (N, H, 1+TOP); lists[l], ranks[l] (N, H, widths[l]). READY: keys before the
+    window come rotated from ready_desc (N, H, room, D), the list of level l from offsets[l] on.
     """
     pid = tl.program_id(0)
     part = tl.program_id(1)
@@ -158,23 +167,23 @@ def read_kernel(
                     count = count * CHUNK
                 begin, end = _share(count, part, SPLITS, BLOCK_N)
                 acc, peak, total = _run(
-                    acc, peak, total, q0, q1, q2, own, begin, end, end, key_desc, value_desc, row.to(tl.int32), head,
+                    acc, peak, total, q0, q1, q2, own, begin, end, end, key_desc, value_desc, ready_desc, block, head, offsets[level], row.to(tl.int32), head,
                     keys[level] + row * key_strides[level][0] + head.to(tl.int64) * key_strides[level][1],
                     values[level] + row * value_strides[level][0] + head.to(tl.int64) * value_strides[level][1],
                     key_strides[level][2], value_strides[level][2],
                     lists[level] + pair * widths[level], ranks[level] + pair * widths[level], window, base,
                     cos_ptr, sin_ptr, limit, scale, biases[level], cap,
                     OPENED if level == 0 else SUMMARIES, CHUNK, D, R, BLOCK_N, BLOCK_D, BLOCK_R, BLOCK_P, CAP, PRECISION,
-                    COPY and level == 0 and CHUNK % BLOCK_N == 0,
+                    COPY and level == 0 and CHUNK % BLOCK_N == 0, READY,
                 )  # fmt: skip
         begin, end = _share((start + length - window).to(tl.int32), part, SPLITS, BLOCK_N)
         acc, peak, total = _run(
             acc, peak, total, q0, q1, q2, own, begin, tl.minimum(end, (start + 1 - window).to(tl.int32)), end,
-            key_desc, value_desc, row.to(tl.int32), head,
+            key_desc, value_desc, ready_desc, block, head, 0, row.to(tl.int32), head,
             keys[0] + row * key_strides[0][0] + head.to(tl.int64) * key_strides[0][1],
             values[0] + row * value_strides[0][0] + head.to(tl.int64) * value_strides[0][1],
             key_strides[0][2], value_strides[0][2], lists[0], ranks[0], window, base, cos_ptr, sin_ptr, limit, scale, 0.0, cap,
-            WINDOW, CHUNK, D, R, BLOCK_N, BLOCK_D, BLOCK_R, BLOCK_P, CAP, PRECISION, COPY,
+            WINDOW, CHUNK, D, R, BLOCK_N, BLOCK_D, BLOCK_R, BLOCK_P, CAP, PRECISION, COPY, False,
         )  # fmt: skip
 
     some = live & (total > 0)

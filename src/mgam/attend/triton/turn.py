@@ -1,0 +1,46 @@
+"""Turn: keys of a cover, rotated by their ranks once for all the rows of a block, into a buffer that the read kernel takes.
+
+A block's rows fill several tiles; without this each of them would rotate every key again.
+"""
+
+from __future__ import annotations
+
+import triton
+import triton.language as tl
+
+from mgam.attend.triton.tiles import OPENED, SUMMARIES, entries, states
+
+
+@triton.jit
+def turn_kernel(
+    ready_ptr, row_ptr, count_ptr, keys, key_strides, lists, ranks, widths, offsets, cos_ptr, sin_ptr, limit, anchor, heads, tiles, room,
+    CHUNK: tl.constexpr, TOP: tl.constexpr, D: tl.constexpr, R: tl.constexpr, BLOCK_N: tl.constexpr,
+):  # fmt: skip
+    """One program: BLOCK_N entries of one block and KV head. ready_ptr (N, H, room, D); the list of level l begins at offsets[l].
+
+    Only halves that rotate whole are served: D == 2 R, a power of two.
+    """
+    first = tl.program_id(0) % tiles * BLOCK_N
+    pair = (tl.program_id(0) // tiles).to(tl.int64)
+    head = pair % heads
+    row = tl.load(row_ptr + pair // heads)
+    for level in tl.static_range(TOP + 1):
+        if widths[level] > 0:
+            count = tl.load(count_ptr + pair * (TOP + 1) + level)
+            if level == 0:
+                count = count * CHUNK
+            j = first - offsets[level]
+            if (j >= 0) & (j < count):
+                index, rank, live = entries(
+                    j, count, lists[level] + pair * widths[level], ranks[level] + pair * widths[level], 0, anchor,
+                    OPENED if level == 0 else SUMMARIES, CHUNK, BLOCK_N, R,
+                )  # fmt: skip
+                rank = tl.minimum(tl.maximum(rank, 0), limit)
+                k0, k1, _ = states(
+                    keys[level] + row * key_strides[level][0] + head * key_strides[level][1], index * key_strides[level][2],
+                    live, rank, cos_ptr, sin_ptr, D, R, 2 * R, R, 16, True,
+                )  # fmt: skip
+                column = tl.arange(0, R)
+                target = (pair * room + first + tl.arange(0, BLOCK_N))[:, None] * D + column[None, :]
+                tl.store(ready_ptr + target, k0)
+                tl.store(ready_ptr + target + R, k1)
