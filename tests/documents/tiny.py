@@ -12,9 +12,9 @@ from tokenizers import Tokenizer, decoders, pre_tokenizers
 from tokenizers.models import BPE
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
-import mgam
 from mgam.documents.document import Document
 from mgam.documents.sources import Source
+from mgam.integrations.transformers.apply import apply
 
 TEMPLATE = (
     "{% for message in messages %}{{'<u>' if message['role'] == 'user' else '<a>'}}{{message['content']}}{{'<e>'}}"
@@ -39,17 +39,22 @@ def make_tokenizer(*, template: bool = True) -> PreTrainedTokenizerFast:
     return fast
 
 
-def make_model(seed: int = 0, dtype: torch.dtype = torch.float32, **settings: Any) -> Any:
-    """A model that mgam is applied to."""
+def make_plain_model(seed: int = 0, dtype: torch.dtype = torch.float32, window: int = 512) -> Any:
+    """A model as it comes."""
     torch.manual_seed(seed)
     config = LlamaConfig(
         vocab_size=300, hidden_size=32, intermediate_size=64, num_hidden_layers=2, num_attention_heads=4,
-        num_key_value_heads=2, max_position_embeddings=512, eos_token_id=0, pad_token_id=0, bos_token_id=None,
+        num_key_value_heads=2, max_position_embeddings=window, eos_token_id=0, pad_token_id=0, bos_token_id=None,
         initializer_range=0.3,
     )  # fmt: skip
     model = LlamaForCausalLM(config).to(dtype).eval()
     model.name_or_path = "tiny"
-    return mgam.apply(model, **{**SETTINGS, **settings})
+    return model
+
+
+def make_model(seed: int = 0, dtype: torch.dtype = torch.float32, **settings: Any) -> Any:
+    """A model that mgam is applied to."""
+    return apply(make_plain_model(seed, dtype), **{**SETTINGS, **settings})
 
 
 def text(length: int, seed: int = 0) -> str:

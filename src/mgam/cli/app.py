@@ -8,10 +8,14 @@ from typing import Annotated
 import typer
 
 from mgam.cli.ask import ask
+from mgam.cli.chat import register as register_chat
+from mgam.cli.digest import register as register_digest
 from mgam.cli.env import env
 from mgam.cli.eval import register as register_evaluation
 from mgam.cli.failure import DEBUG_VARIABLE
+from mgam.cli.info import register as register_info
 from mgam.cli.methods import methods
+from mgam.cli.verify import register as register_verify
 
 app = typer.Typer(
     help="Ask questions of texts that are longer than the model was made for.",
@@ -20,6 +24,10 @@ app = typer.Typer(
     context_settings={"help_option_names": ["-h", "--help"]},
 )
 app.command("ask")(ask)
+register_digest(app)
+register_chat(app)
+register_info(app)
+register_verify(app)
 app.command("env")(env)
 app.command("methods")(methods)
 register_evaluation(app)

@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from mgam.cli.digests import MEMORY_HELP, is_digest, open_document
 from mgam.errors import SettingError
 
 if TYPE_CHECKING:
@@ -54,6 +55,7 @@ class Request:
     device: str
     dtype: str | None
     download: bool
+    memory: str | None
     method: str
     max_new_tokens: int
     settings: dict[str, Any]
@@ -62,7 +64,8 @@ class Request:
 
 def ask(
     files: Annotated[
-        list[str], typer.Argument(metavar="FILE...", help="Text files; - is standard input.", show_default=False)
+        list[str],
+        typer.Argument(metavar="FILE...", help="Text files, or one digest; - is standard input.", show_default=False),
     ],
     question: Annotated[str, typer.Argument(metavar="QUESTION", help="What you want to know.", show_default=False)],
     model: Annotated[
@@ -105,6 +108,7 @@ def ask(
     download: Annotated[
         bool, typer.Option("--download", help="Fetch a hub id that is not on this machine yet.")
     ] = False,
+    memory: Annotated[str | None, typer.Option(metavar="SIZE", help="Of a digest: " + MEMORY_HELP)] = None,
 ) -> None:
     """Ask a question of one or more texts, however long.
 
@@ -113,10 +117,19 @@ def ask(
     dials = {"budget": budget, "lookahead": lookahead and lookahead.value, "dense_until": dense_until}
     settings = {name: value for name, value in dials.items() if value is not None}
     request = Request(
-        files, question.strip(), model, device, dtype and dtype.value, download, method, max_new_tokens, settings
+        files,
+        question.strip(),
+        model,
+        device,
+        dtype and dtype.value,
+        download,
+        memory,
+        method,
+        max_new_tokens,
+        settings,
     )
     _refuse_bad_request(request)
-    _quiet_libraries()
+    quiet_libraries()
     answer = _answer(request, silent=as_json)
     _print_json(request, answer) if as_json else _print_rest(answer)
 
@@ -130,7 +143,7 @@ def _refuse_bad_request(request: Request) -> None:
         raise SettingError(f"--max-new-tokens is {request.max_new_tokens}; at least 1 is wanted")
 
 
-def _quiet_libraries() -> None:
+def quiet_libraries() -> None:
     """Their bars and notes would break up ours; set before they are imported, and only in this process."""
     os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
@@ -142,6 +155,10 @@ def _answer(request: Request, *, silent: bool) -> Answer:
     from mgam.cli.progress import Stage
     from mgam.documents.sources import read_source
 
+    if is_digest(request.files[0]):
+        return _ask_digest(request, silent=silent)
+    if request.memory is not None:
+        raise SettingError("--memory bounds the reading of digests; make one first: mgam digest FILE... -o NAME.mgam")
     _refuse_bad_settings(request)
     sources = [read_source(name) for name in request.files]
     with Stage(silent=silent) as stage:
@@ -151,6 +168,33 @@ def _answer(request: Request, *, silent: bool) -> Answer:
         stage.begin(_count_and_check(loaded, sources))
         answer = _read_and_answer(request, loaded, sources, stage)
     return replace(answer, seconds={"loading": round(loading, 3), **answer.seconds})
+
+
+def _ask_digest(request: Request, *, silent: bool) -> Answer:
+    from mgam.cli.progress import Stage
+
+    if len(request.files) > 1:
+        raise SettingError("one digest is asked at a time; add texts with: mgam digest FILE... -o NAME.mgam --append")
+    path, model = request.files[0], request.model
+    _refuse_other_settings(request, path)
+    with Stage(silent=silent) as stage:
+        document, seconds = open_document(path, model, request.device, request.download, request.memory, stage)
+        answer = document.ask(request.question, max_new_tokens=request.max_new_tokens, on_text=stage.write)
+    return replace(answer, seconds={**seconds, **answer.seconds})
+
+
+def _refuse_other_settings(request: Request, path: str) -> None:
+    """A digest is asked as it was read."""
+    from pathlib import Path
+
+    from mgam.documents.store.manifest import Manifest
+
+    manifest = Manifest.read(Path(path))
+    kept = {**manifest.settings.as_dict(), "dense_until": manifest.dense_until}
+    usual = {"method": "mgam", "budget": 1024}
+    for name, value in {**request.settings, "method": request.method}.items():
+        if value not in (kept[name], usual.get(name)):
+            raise SettingError(f"{path} was digested with {name} {kept[name]} and is asked with it; leave out {value}")
 
 
 def _refuse_bad_settings(request: Request) -> None:

@@ -35,6 +35,7 @@ from mgam.errors import DigestError, SettingError, UnsupportedModelError
 from mgam.integrations.transformers import Applied, PyramidCache, applied_to
 from mgam.integrations.transformers.cache import PyramidLayer
 from mgam.integrations.transformers.tail import Tail
+from mgam.policies import Dyadic, Full, Scored, Window
 from mgam.pyramid import Pyramid
 from mgam.schedule import Schedule, Span
 from mgam.settings import Settings
@@ -43,6 +44,9 @@ CALL = 2048
 """Tokens read in one call of the model."""
 SEGMENT = 4096
 """Tokens in a segment, unless calls, blocks and chunks need more."""
+
+SERVED = (Scored, Window, Dyadic, Full)
+"""Policies that choose by search keys and places alone."""
 
 Progress = Callable[[int, int], None]
 
@@ -103,6 +107,11 @@ def shape_of(model: Any, applied: Applied, eight_bits: bool) -> Shape:
     if sorted(applied.layers) != list(range(config.num_hidden_layers)):
         raise UnsupportedModelError(
             "a digest keeps layers with full attention only, and this model has others too (sliding or linear)"
+        )
+    if not isinstance(applied.reading.policy, SERVED):
+        raise UnsupportedModelError(
+            f"method {applied.settings.method!r} keeps more than keys, values and summaries, which a digest does not "
+            "hold; digest with method mgam, streaming-llm or dyadic"
         )
     dtype = str(model.dtype).removeprefix("torch.")
     if dtype not in CODES:

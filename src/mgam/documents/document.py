@@ -20,12 +20,12 @@ from mgam.documents.evidence import find_evidence
 from mgam.documents.paged import PagedPyramid
 from mgam.documents.pool import Counts, Pool
 from mgam.documents.sources import Source, read_source
-from mgam.documents.store.manifest import Manifest, Text
-from mgam.documents.store.store import Store
+from mgam.documents.store.manifest import Manifest
+from mgam.documents.store.store import Store, changed
 from mgam.documents.tiers import HostPages, parse_memory, slots_for
 from mgam.documents.tokens import Frame, Places, Tokens, encode
 from mgam.engine import Record
-from mgam.errors import DigestError, DocumentError, MgamError
+from mgam.errors import DigestError, DocumentError
 from mgam.integrations.memory import peak_memory_bytes
 from mgam.integrations.transformers.apply import applied_to, apply
 from mgam.integrations.transformers.cache import PyramidCache
@@ -154,15 +154,7 @@ class Document:
 
     def changed(self) -> list[str]:
         """Names of sources whose files are still there and hold another text than was digested."""
-        found = []
-        for text in self.manifest.texts:
-            try:
-                there = Path(text.name).is_file() and Text.hash(read_source(text.name).text) != text.sha256
-            except MgamError:
-                there = True
-            if there:
-                found.append(text.name)
-        return found
+        return changed(self.manifest)
 
     def ask(
         self,

@@ -12,10 +12,11 @@ from pathlib import Path
 import numpy as np
 from torch import Tensor
 
+from mgam.documents.sources import read_source
 from mgam.documents.store import files, segment
 from mgam.documents.store.manifest import Manifest, Segment, Text
 from mgam.documents.store.segment import Numbers, Resident
-from mgam.errors import DigestError
+from mgam.errors import DigestError, MgamError
 
 OPEN_FILES = 200
 READERS = 8
@@ -161,3 +162,15 @@ def write_text(folder: Path, number: int, name: str, text: str) -> Text:
         raise DigestError(f"{name} holds a character that is none (a lone surrogate at {error.start})") from error
     files.write_small(folder, Text.file_of(number), data)
     return Text(name, Text.file_of(number), len(data), hashlib.sha256(data).hexdigest())
+
+
+def changed(manifest: Manifest) -> list[str]:
+    """Names of texts whose files are still there and hold something else than was digested."""
+    found = []
+    for text in manifest.texts:
+        try:
+            if Path(text.name).is_file() and Text.hash(read_source(text.name).text) != text.sha256:
+                found.append(text.name)
+        except (MgamError, OSError, ValueError):
+            found.append(text.name)
+    return found

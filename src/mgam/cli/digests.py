@@ -1,0 +1,80 @@
+"""What the commands for digests share: finding one, and loading the model that made it."""
+
+from __future__ import annotations
+
+import time
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from mgam.cli.progress import Stage
+    from mgam.documents.document import Document
+    from mgam.documents.store.manifest import Manifest
+    from mgam.integrations.loading import Loaded
+
+SUFFIX = ".mgam"
+MEMORY_HELP = "Bound of keys, values, summaries and search keys, such as 2GiB; weights and work come on top."
+
+
+def is_digest(name: str) -> bool:
+    """Whether a name is that of a digest, be it whole or not."""
+    from mgam.documents.store.manifest import NAME
+
+    path = Path(name)
+    return (path.suffix == SUFFIX and not path.is_file()) or (path / NAME).is_file()
+
+
+def load_for(
+    manifest: Manifest, model: str | None, device: str, download: bool, stage: Stage, dtype: str | None = None
+) -> Loaded:
+    """The model of a digest: the one named, else the one that made it."""
+    from mgam.integrations.loading import DEFAULT_MODEL, load
+
+    made_with = manifest.model["name"]
+    name = model or (None if made_with == DEFAULT_MODEL else made_with)
+    stage.say("loading the model")
+    return load(name, device=device, dtype=dtype or manifest.shape.dtype, download=download, on_status=stage.say)
+
+
+def open_document(
+    path: str, model: str | None, device: str, download: bool, memory: str | None, stage: Stage
+) -> tuple[Document, dict[str, float]]:
+    """An open digest, and the seconds that loading the model and opening took."""
+    from mgam.documents.document import Document
+    from mgam.documents.store.manifest import Manifest
+    from mgam.documents.tiers import parse_memory
+
+    parse_memory(memory)
+    manifest = Manifest.read(Path(path))  # before a model is loaded for nothing
+    started = time.perf_counter()
+    loaded = load_for(manifest, model, device, download, stage)
+    between = time.perf_counter()
+    stage.say("opening the digest")
+    document = Document.open(path, loaded.model, loaded.tokenizer, memory=memory)
+    seconds = {"loading": between - started, "opening": time.perf_counter() - between}
+    for name in document.changed():
+        stage.say(f"note: {name} has changed since it was digested; the answer is from the text as it was")
+    return document, {name: round(count, 3) for name, count in seconds.items()}
+
+
+def facts(manifest: Manifest, path: Path) -> dict[str, Any]:
+    """What a digest holds, as plain values."""
+    size = sum(file.stat().st_size for file in path.iterdir() if file.is_file() and not file.is_symlink())
+    shape = manifest.shape
+    return {
+        "path": str(path),
+        "complete": manifest.complete,
+        "tokens": manifest.tokens,
+        "digested": manifest.done,
+        "segments": len(manifest.segments),
+        "bytes": size,
+        "bytes_per_token": round(size / max(manifest.done, 1), 1),
+        "resident_bytes_per_token": round(shape.resident_bytes_per_token, 1),
+        "page_bytes_per_token": round(shape.page_bytes_per_token, 1),
+        "bits": shape.bits,
+        "dtype": shape.dtype,
+        "model": manifest.model,
+        "settings": {**manifest.settings.as_dict(), "dense_until": manifest.dense_until},
+        "texts": [{"name": text.name, "bytes": text.bytes, "sha256": text.sha256} for text in manifest.texts],
+        "made_with": manifest.made_with,
+    }
