@@ -34,6 +34,12 @@ def backend(request: pytest.FixtureRequest) -> str:
     return request.param
 
 
+@pytest.fixture(params=[name for name in serving() if name != "reference"])
+def fast(request: pytest.FixtureRequest) -> str:
+    """Every backend but the reference: it reads the same covers, and reads them by the textbook (test_exactness)."""
+    return request.param
+
+
 @pytest.fixture(params=["absolute", "granular"])
 def positions(request: pytest.FixtureRequest, case: Case) -> str:
     if request.param not in case.declared.positions:

@@ -23,6 +23,12 @@ from .trial import SCALE, States, Trial
 
 TOKENS = 75
 
+
+@pytest.fixture
+def backend(fast: str) -> str:
+    return fast
+
+
 few_cuts = settings(
     max_examples=5,
     deadline=None,

@@ -14,6 +14,7 @@ from mgam.engine import Plan, read
 from mgam.pyramid import Pyramid
 from mgam.schedule import Lookahead
 
+from .cases import CASES
 from .trial import SCALE, Trial
 
 
@@ -63,10 +64,17 @@ def positions() -> str:
 
 def test_no_buffer_grows_with_the_square(trial: Trial, monkeypatch: pytest.MonkeyPatch) -> None:
     """Four times the text, at most about four times the largest tensor, where sixteen would be the square."""
-    monkeypatch.setattr(engine, "CPU_ELEMENTS", 1 << 10)
-    for dense_until, backward in ((0, True), (1200, False)):
-        short, long = (largest(trial, tokens, dense_until, backward=backward) for tokens in (300, 1200))
+    monkeypatch.setattr(engine, "CPU_ELEMENTS", 1 << 9)
+    for dense_until, backward in ((0, True), (800, False)):
+        short, long = (largest(trial, tokens, dense_until, backward=backward) for tokens in (200, 800))
         assert long <= 4.5 * short
+
+
+def test_the_watch_sees_a_square(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The control: computed in one piece, dense attention needs sixteen times the memory for four times the text."""
+    monkeypatch.setattr(engine, "CPU_ELEMENTS", 1 << 30)
+    short, long = (largest(Trial(CASES[0]), tokens, tokens) for tokens in (200, 800))
+    assert long > 10 * short
 
 
 def test_segments_fit_their_room(trial: Trial, monkeypatch: pytest.MonkeyPatch) -> None:
