@@ -5,11 +5,12 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from mgam.integrations.transformers import PyramidCache, apply, remove
+    from mgam.documents.reading import reader
+    from mgam.integrations.transformers import PyramidCache, applied, apply, remove
     from mgam.settings import Settings
 
 __version__ = "0.1.0"
-__all__ = ["PyramidCache", "Settings", "__version__", "apply", "remove"]
+__all__ = ["PyramidCache", "Settings", "__version__", "applied", "apply", "reader", "remove"]
 
 
 def __getattr__(name: str) -> Any:
@@ -18,7 +19,11 @@ def __getattr__(name: str) -> Any:
         from mgam.settings import Settings
 
         return Settings
-    if name in ("apply", "remove", "PyramidCache"):
+    if name == "reader":
+        from mgam.documents.reading import reader
+
+        return reader
+    if name in ("apply", "applied", "remove", "PyramidCache"):
         from mgam.integrations import transformers
 
         return getattr(transformers, name)

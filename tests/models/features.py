@@ -1,4 +1,4 @@
-"""What every model of the table must be able to do. The tests run these checks, and so does the script that makes the docs.
+"""What every model of the table must be able to do. Tests run these checks, and so does the script that makes the docs.
 
 A check raises where a model fails, returns None where it passes, and returns a reason where the feature does not apply.
 """
@@ -8,6 +8,7 @@ from __future__ import annotations
 import copy
 import importlib.util
 from collections.abc import Callable
+from itertools import pairwise
 from typing import Any
 
 import torch
@@ -40,8 +41,7 @@ def close(one: Tensor, other: Tensor, tolerance: float) -> None:
 def cut(model: Any, ids: Tensor, borders: list[int]) -> Tensor:
     """Logits of a text read in calls that end at these places."""
     cache = PyramidCache(model)
-    edges = [0, *borders, ids.shape[1]]
-    spans = list(zip(edges, edges[1:], strict=False))
+    spans = pairwise([0, *borders, ids.shape[1]])
     return torch.cat([model(ids[:, a:b], past_key_values=cache).logits for a, b in spans], 1)
 
 

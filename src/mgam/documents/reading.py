@@ -1,0 +1,80 @@
+"""A model and its tokenizer as one thing that answers questions from files."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+from mgam.documents.sources import Source, read_source
+
+if TYPE_CHECKING:
+    from mgam.documents.asking import Answer
+
+Files = str | os.PathLike[str] | Source
+"""A path, or a text that is already at hand."""
+
+
+@dataclass(frozen=True)
+class FileReader:
+    """Answers questions from files; made by `mgam.reader`."""
+
+    model: Any
+    tokenizer: Any
+
+    def __call__(
+        self,
+        files: Files | Sequence[Files],
+        question: str,
+        *,
+        max_new_tokens: int = 64,
+        on_text: Callable[[str], None] | None = None,
+    ) -> Answer:
+        """Reads the files and answers.
+
+        Args:
+            files: a path or several, or `mgam.documents.sources.Source` for texts that are at hand.
+            question: what is asked.
+            max_new_tokens: most tokens of the answer.
+            on_text: called with each piece of the answer as it is generated.
+
+        Raises:
+            DocumentError: a file cannot be read, or the question is empty.
+        """
+        from mgam.documents.asking import ask
+
+        given = [files] if isinstance(files, str | os.PathLike | Source) else list(files)
+        sources = [file if isinstance(file, Source) else read_source(file) for file in given]
+        return ask(self.model, self.tokenizer, sources, question, max_new_tokens=max_new_tokens, on_text=on_text)
+
+
+def reader(
+    model: str | None = None,
+    method: str = "mgam",
+    *,
+    budget: int = 1024,
+    device: str = "auto",
+    dtype: str | None = None,
+    download: bool = False,
+    **settings: Any,
+) -> FileReader:
+    """A model that reads files multi-granularly: `mgam.reader()("book.txt", "Who is the captain?").answer`.
+
+    Args:
+        model: hub id, local folder or GGUF file; None is the embedded SmolLM2-135M-Instruct.
+        method: a name from `mgam methods`.
+        budget: tokens that a query may read in full outside window and sink.
+        device: `auto`, or torch's name of a device.
+        dtype: number format of the weights; None takes the fastest of the device.
+        download: whether a hub id that is not on this machine may be fetched.
+        settings: further fields of `mgam.Settings`.
+
+    Raises:
+        ModelFileError, UnsupportedModelError, SettingError, MemoryBudgetError: what cannot be loaded or served.
+    """
+    from mgam.integrations.loading import load
+    from mgam.integrations.transformers import apply
+
+    loaded = load(model, device=device, dtype=dtype, download=download)
+    return FileReader(apply(loaded.model, method, budget=budget, **settings), loaded.tokenizer)

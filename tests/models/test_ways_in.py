@@ -1,0 +1,206 @@
+"""Ways in: with a context manager, with placed weights, in training, with saved settings, and with one line."""
+
+from __future__ import annotations
+
+import copy
+from pathlib import Path
+
+import pytest
+import torch
+
+import mgam
+from mgam import PyramidCache
+from mgam.errors import SettingError
+from mgam.integrations.transformers import applied_to
+
+from .features import applied, close, produce
+from .zoo import BY_NAME, ENOUGH, SMALL, Tiny, tokens
+
+LLAMA, GEMMA = BY_NAME["llama"], BY_NAME["gemma3"]
+
+
+def test_applied_for_the_length_of_a_block() -> None:
+    model, ids = LLAMA.make(), tokens(1, 61)
+    with torch.no_grad():
+        expected = model(ids).logits
+        with mgam.applied(model, budget=12, **SMALL) as same:
+            assert same is model
+            inside = model(ids).logits
+        assert (inside - expected).abs().max() > 1e-2
+        assert torch.equal(model(ids).logits, expected)
+        with pytest.raises(RuntimeError, match="on purpose"), mgam.applied(model, budget=12, **SMALL):
+            raise RuntimeError("on purpose")
+        assert torch.equal(model(ids).logits, expected)
+        mgam.apply(model, budget=12, **SMALL)
+        with mgam.applied(model, "dense"):
+            close(model(ids).logits, expected, 1e-9)
+        assert torch.equal(model(ids).logits, inside)
+    with pytest.raises(SettingError, match=r"call mgam\.apply"):
+        applied_to(mgam.remove(model))
+
+
+def test_applying_again_replaces_what_was_applied() -> None:
+    model, ids = applied(LLAMA), tokens(1, 61)
+    with torch.no_grad():
+        mgam.apply(model, budget=ENOUGH, **SMALL)
+        assert len(LLAMA.make().model.layers[0].self_attn._forward_pre_hooks) + 1 == len(
+            model.model.layers[0].self_attn._forward_pre_hooks
+        )
+        close(model(ids).logits, LLAMA.make()(ids).logits, 1e-3)
+        mgam.remove(mgam.remove(model))
+        assert not model.model.layers[0].self_attn._forward_pre_hooks
+
+
+def test_a_copied_model_stands_on_its_own() -> None:
+    model, ids = applied(GEMMA), tokens(1, 40)
+    copied = copy.deepcopy(model)
+    expected = produce(model, ids)
+    mgam.remove(model)
+    assert torch.equal(produce(copied, ids), expected)
+    assert applied_to(copied) is not None
+    with torch.no_grad():
+        for part in model.parameters():
+            part.zero_()
+    assert torch.equal(produce(copied, ids), expected)
+
+
+def test_settings_are_saved_beside_a_checkpoint(tmp_path: Path) -> None:
+    model, ids = applied(LLAMA, budget=16, dtype=torch.float32), tokens(1, 61)
+    model.save_pretrained(tmp_path)
+    applied_to(model).settings.save_pretrained(tmp_path)
+    values = mgam.Settings.from_pretrained(tmp_path).as_dict()
+    from transformers import AutoModelForCausalLM
+
+    again = mgam.apply(AutoModelForCausalLM.from_pretrained(tmp_path), values.pop("method"), **values)
+    with torch.no_grad():
+        close(again(ids).logits, model(ids).logits, 1e-5)
+    assert applied_to(again).settings == applied_to(model).settings
+
+
+@pytest.mark.parametrize("tiny", [LLAMA, GEMMA], ids=lambda tiny: tiny.name)
+def test_weights_that_are_brought_in_layer_by_layer(tmp_path: Path, tiny: Tiny) -> None:
+    """accelerate's hooks (device_map with offload): what mgam keeps follows the states, not the weights' place."""
+    accelerate = pytest.importorskip("accelerate")
+    model, ids = applied(tiny, dtype=torch.float32), tokens(2, 40)
+    expected, text = model(ids, use_cache=False).logits.detach(), produce(model, ids)
+    accelerate.disk_offload(model, tmp_path, execution_device=torch.device("cpu"))
+    with torch.no_grad():
+        close(model(ids, use_cache=False).logits, expected, 1e-6)
+        assert torch.equal(produce(model, ids), text)
+
+
+def test_a_model_loaded_with_a_device_map(tmp_path: Path) -> None:
+    pytest.importorskip("accelerate")
+    from transformers import AutoModelForCausalLM
+
+    ids = tokens(2, 40)
+    LLAMA.make(torch.float32).save_pretrained(tmp_path)
+    plain, mapped = (
+        mgam.apply(AutoModelForCausalLM.from_pretrained(tmp_path, device_map=where), budget=12, **SMALL)
+        for where in (None, "auto")
+    )
+    assert torch.equal(produce(mapped, ids), produce(plain, ids))
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two devices")
+def test_layers_on_two_devices() -> None:
+    from accelerate import dispatch_model
+
+    model = applied(LLAMA, dtype=torch.float32)
+    ids = tokens(2, 40)
+    expected = produce(model, ids)
+    parts = {name: 0 for name, _ in model.named_children()}
+    del parts["model"]
+    parts |= {"model.embed_tokens": 0, "model.norm": 1, "model.rotary_emb": 0, "model.layers.0": 0, "model.layers.1": 1}
+    assert torch.equal(produce(dispatch_model(model, parts), ids.to(0)).cpu(), expected)
+
+
+def test_trainer_lowers_the_loss(tmp_path: Path) -> None:
+    pytest.importorskip("accelerate")
+    from transformers import Trainer, TrainingArguments
+
+    model = applied(LLAMA, dtype=torch.float32)
+    text = tokens(1, 48)[0]
+    data = [{"input_ids": text, "labels": text}] * 8
+    arguments = TrainingArguments(
+        output_dir=str(tmp_path),
+        max_steps=8,
+        per_device_train_batch_size=2,
+        learning_rate=1e-2,
+        logging_steps=1,
+        report_to=[],
+        save_strategy="no",
+        use_cpu=True,
+        gradient_checkpointing=True,
+        disable_tqdm=True,
+    )
+    trainer = Trainer(model=model, args=arguments, train_dataset=data)
+    trainer.train()
+    losses = [entry["loss"] for entry in trainer.state.log_history if "loss" in entry]
+    assert losses[-1] < 0.7 * losses[0]
+
+
+def test_cumulative_lengths_of_packed_texts() -> None:
+    """What transformers' flattening collator gives besides positions."""
+    model, rows = applied(GEMMA), [tokens(1, length, seed=length) for length in (31, 9, 20)]
+    borders = torch.tensor([0, 31, 40, 60])
+    places = torch.cat([torch.arange(row.shape[1]) for row in rows])[None]
+    with torch.no_grad():
+        out = model(
+            torch.cat(rows, 1), position_ids=places, use_cache=False, cu_seq_lens_q=borders, cu_seq_lens_k=borders
+        ).logits
+        for part, row in zip(out.split([31, 9, 20], 1), rows, strict=True):
+            close(part, model(row).logits, 1e-6)
+
+
+def test_a_cache_of_transformers_is_taken_up() -> None:
+    from transformers import DynamicCache
+
+    ids = tokens(2, 40)
+    for tiny in (LLAMA, GEMMA):
+        model = applied(tiny)
+        with torch.no_grad():
+            for cache in (DynamicCache(), DynamicCache(config=model.config)):
+                if tiny is GEMMA and not cache.layers:
+                    continue  # transformers' own masks need to know the layers of a hybrid model
+                one = model(ids, past_key_values=cache).logits
+                close(one, model(ids, past_key_values=PyramidCache(model)).logits, 1e-9)
+
+
+def test_long_prompts_are_read_in_calls(monkeypatch: pytest.MonkeyPatch) -> None:
+    from mgam.integrations.transformers import prefill
+
+    model, ids = applied(GEMMA, lookahead="block"), tokens(2, 120)
+    whole = produce(model, ids)
+    monkeypatch.setattr(prefill, "LONG_PROMPT", 50)
+    monkeypatch.setattr(prefill, "PREFILL", 24)
+    seen: list[int] = []
+    hook = model.model.register_forward_pre_hook(
+        lambda module, args, kwargs: seen.append(kwargs["input_ids"].shape[1]), with_kwargs=True
+    )
+    assert torch.equal(produce(model, ids), whole)
+    hook.remove()
+    assert seen[:5] == [24, 24, 24, 24, 24]
+
+
+def test_one_line(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """`mgam.reader(...)(files, question)` loads, applies, reads and answers."""
+    from mgam.documents import asking
+    from mgam.integrations import loading
+
+    model = LLAMA.make(torch.float32)
+    monkeypatch.setattr(loading, "load", lambda name, **options: loading.Loaded(model, "tokenizer"))
+    asked: list[object] = []
+    monkeypatch.setattr(asking, "ask", lambda *args, **options: asked.append((args, options)) or "an answer")
+    for name in ("one.txt", "two.txt"):
+        (tmp_path / name).write_text(f"This is {name}.", encoding="utf-8")
+    read = mgam.reader("some/model", budget=16, **SMALL)
+    assert read(tmp_path / "one.txt", "What is it?") == "an answer"
+    assert read([tmp_path / "one.txt", str(tmp_path / "two.txt")], "What?", max_new_tokens=3) == "an answer"
+    (_, _, first, question), _ = asked[0]  # type: ignore[misc]
+    assert ([source.text for source in first], question) == (["This is one.txt."], "What is it?")
+    (_, _, both, _), options = asked[1]  # type: ignore[misc]
+    assert [source.text for source in both] == ["This is one.txt.", "This is two.txt."]
+    assert options["max_new_tokens"] == 3
+    assert applied_to(model).settings.budget == 16
