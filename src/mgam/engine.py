@@ -8,6 +8,7 @@ from __future__ import annotations
 from collections import defaultdict
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from itertools import groupby
 
 import torch
 from torch import Tensor
@@ -15,7 +16,7 @@ from torch import Tensor
 from mgam.attend import attend, blockwise
 from mgam.cover import Cover, dense_cover
 from mgam.levels import Levels
-from mgam.policies.base import Policy, Voters
+from mgam.policies.base import Heard, Policy, Voters
 from mgam.positions import Positions
 from mgam.pyramid import Pyramid
 from mgam.schedule import Blocks, Piece, Schedule
@@ -50,6 +51,8 @@ class Plan:
     first: Tensor
     before: Tensor
     columns: int
+    dense_to: Tensor
+    """Position up to which each row is read densely."""
 
     @classmethod
     def of(
@@ -68,18 +71,50 @@ class Plan:
         before a schedule's last span is read densely.
         """
         sorted_pieces: dict[tuple[bool, int], list[tuple[int, Piece]]] = defaultdict(list)
+        dense_to = [max(dense_until, schedule.prompt if dense_prompt else 0) for schedule in schedules]
         for row, (schedule, old, new) in enumerate(zip(schedules, before, counts, strict=True)):
-            dense = max(dense_until, schedule.prompt if dense_prompt else 0)
-            for piece in schedule.pieces(old, old + new, dense):
+            for piece in schedule.pieces(old, old + new, dense_to[row]):
                 size = piece.stop - piece.start
                 votes = piece.vote_to - piece.vote_from
                 sorted_pieces[piece.dense, max(size, votes).bit_length()].append((row, piece))
         groups = tuple((dense, Blocks.of(pieces)) for (dense, _), pieces in sorted_pieces.items())
         if first is None:
             first = [old + new - columns for old, new in zip(before, counts, strict=True)]
-        return cls(
-            groups, torch.tensor(first, dtype=torch.int64), torch.tensor(list(before), dtype=torch.int64), columns
-        )
+        places = (torch.tensor(list(numbers), dtype=torch.int64) for numbers in (first, before, dense_to))
+        first_column, held, dense_end = places
+        return cls(groups, first_column, held, columns, dense_end)
+
+    def begin(self, groups: Sequence[tuple[bool, Blocks]]) -> list[int]:
+        """Where the first block of each row was decided, among those that are not dense; -1 for a row without any."""
+        found = [-1] * len(self.before)
+        for dense, blocks in groups:
+            for row, decide in zip(blocks.row.tolist(), blocks.decide.tolist(), strict=True) if not dense else ():
+                found[row] = decide if found[row] < 0 else min(found[row], decide)
+        return found
+
+    def read_to(self, groups: Sequence[tuple[bool, Blocks]]) -> list[int]:
+        """Where the last block of each row ends; 0 for a row without any."""
+        found = [0] * len(self.before)
+        for _, blocks in groups:
+            for row, stop in zip(blocks.row.tolist(), blocks.stop.tolist(), strict=True):
+                found[row] = max(found[row], stop)
+        return found
+
+    def stages(self, by_block: bool) -> list[tuple[tuple[bool, Blocks], ...]]:
+        """The groups in the order in which they must be read when tokens are forgotten in between.
+
+        First what is dense, then the rest: at once, or the n-th block of every row together.
+        """
+        found: dict[int, list[tuple[bool, Blocks]]] = defaultdict(list)
+        rest = sorted(place for dense, blocks in self.groups if not dense for place in blocks.places())
+        number: dict[tuple[int, int], int] = {}
+        for _, places in groupby(rest, key=lambda place: place[0]):
+            number |= {place: count for count, place in enumerate(places, start=1)}
+        for dense, blocks in self.groups:
+            stage = [0 if dense else number[place] if by_block else 1 for place in blocks.places()]
+            for one in sorted(set(stage)):
+                found[one].append((dense, blocks[torch.tensor([other == one for other in stage])]))
+        return [tuple(found[one]) for one in sorted(found)]
 
 
 @dataclass
@@ -132,18 +167,30 @@ def read(
     """
     _, query_heads, _, dim = queries.shape
     heads = pyramid.keys[0].shape[1]
+    heard = Heard(
+        queries.detach(), plan.first.tolist(), plan.before.tolist(), plan.dense_to.tolist(), reading.positions
+    )
     if observe := getattr(reading.policy, "observe", None):
         with torch.no_grad():
-            observe(queries.detach(), plan.first, plan.before, pyramid, reading.positions)
+            observe(heard, pyramid)
+    evict = getattr(reading.policy, "evict", None)
     out = torch.zeros_like(queries)
-    for dense, blocks in plan.groups:
-        for part in _segments(dense, blocks, reading, pyramid, query_heads, dim, softcap is not None):
-            taken, live = _take(queries, plan.first, part.row, part.start, part.length, part.size)
-            cover = _choose(queries, recent, part, plan, pyramid, reading, heads, dense)
-            got = attend(taken, part, cover, pyramid, reading.positions, scale, softcap, reading.backend)
-            _put(out, got, plan.first, part, live)
-            if record is not None:
-                _watch(record, taken, part, cover, pyramid, reading, scale, softcap, layer)
+    for groups in plan.stages(reading.policy.by_block) if evict else [plan.groups]:  # type: ignore[attr-defined]
+        if evict:
+            with torch.no_grad():
+                evict(heard, plan.begin(groups), pyramid)
+        for dense, blocks in groups:
+            for part in _segments(dense, blocks, reading, pyramid, query_heads, dim, softcap is not None):
+                taken, live = _take(queries, plan.first, part.row, part.start, part.length, part.size)
+                cover = _choose(queries, recent, part, plan, pyramid, reading, heads, dense)
+                there = part.moved(pyramid.gone)
+                got = attend(taken, there, cover, pyramid, reading.positions, scale, softcap, reading.backend)
+                _put(out, got, plan.first, part, live)
+                if record is not None:
+                    _watch(record, taken, there, cover, pyramid, reading, scale, softcap, layer)
+        if evict:
+            with torch.no_grad():
+                reading.policy.count(heard, plan.read_to(groups), pyramid)  # type: ignore[attr-defined]
     return out
 
 
@@ -170,7 +217,7 @@ def _choose(
         if dense:
             return dense_cover(blocks, heads, reading.levels, queries.device)
         voters = _voters(queries.detach(), recent, blocks, plan) if reading.policy.votes else None
-        return reading.policy.choose(voters, blocks, pyramid, reading.levels)
+        return reading.policy.choose(voters, blocks.moved(pyramid.gone), pyramid, reading.levels)
 
 
 def _voters(queries: Tensor, recent: Tensor | None, blocks: Blocks, plan: Plan) -> Voters:

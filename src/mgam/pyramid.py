@@ -9,6 +9,7 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
+from mgam.errors import SettingError
 from mgam.levels import Levels
 
 
@@ -45,6 +46,9 @@ class Pyramid:
     def __init__(self, levels: Levels) -> None:
         self.levels = levels
         self.lengths: list[int] = []
+        self.gone: list[int] = []
+        """Tokens of each row that were forgotten for good; those that are kept closed up."""
+        self._floor: list[int] = []
         self.keys: list[Tensor] = []
         self.values: list[Tensor] = []
         self.search: Tensor | None = None
@@ -70,12 +74,22 @@ class Pyramid:
     @property
     def tokens(self) -> int:
         """Tokens of the longest row."""
-        return max(self.lengths, default=0)
+        return max(self.held, default=0)
+
+    @property
+    def held(self) -> list[int]:
+        """Tokens of each row that are kept: all of them, unless some were evicted."""
+        return [length - gone for length, gone in zip(self.lengths, self.gone or [0] * len(self.lengths), strict=True)]
 
     @property
     def room(self) -> int:
         """Tokens per row that fit without growing."""
         return self.keys[0].shape[2]
+
+    @property
+    def floor(self) -> list[int]:
+        """The shortest length that each row can be cropped to."""
+        return list(self._floor) or [0] * len(self.lengths)
 
     def chunks(self, row: Tensor, index: Tensor, spare: Tensor) -> tuple[Tensor, Tensor]:
         """Keys and values (N, H, K*chunk, D) of the chunks `index` (N, H, K) in rows `row` (N,).
@@ -112,7 +126,7 @@ class Pyramid:
         counts = [new] * batch if counts is None else list(counts)
         if not self.lengths:
             self.begin(keys)
-        before = list(self.lengths)
+        before = self.held
         self.grow(max(length + count for length, count in zip(before, counts, strict=True)))
         if len(set(before)) == 1 and set(counts) == {new}:
             self._write(slice(None), before[0], keys, values)
@@ -123,11 +137,47 @@ class Pyramid:
                     self._write(span, before[row], keys[span, :, new - count :], values[span, :, new - count :])
 
     def crop(self, remove: Sequence[int]) -> None:
-        """Forgets the last `remove[b]` tokens of each row; chunks cut open are summarised again when they refill."""
-        self.lengths = [max(0, length - count) for length, count in zip(self.lengths, remove, strict=True)]
+        """Forgets the last `remove[b]` tokens of each row; chunks cut open are summarised again when they refill.
+
+        Raises:
+            SettingError: when what stood before them was evicted, so that they cannot be read anew.
+        """
+        lengths = [max(0, length - count) for length, count in zip(self.lengths, remove, strict=True)]
+        if any(new < floor and new < old for new, floor, old in zip(lengths, self._floor, self.lengths, strict=False)):
+            raise SettingError(
+                f"a cache that evicted tokens cannot be taken back to {min(lengths)} tokens; read the text again, or "
+                "use a method that keeps every token (assisted decoding needs one)"
+            )
+        self.lengths = lengths
         self.derived.clear()
         for kept in self.carried.values():
             kept.crop(self.lengths)
+
+    def keep(self, places: Sequence[Tensor], floor: Sequence[int]) -> None:
+        """Forgets all tokens of each row but those at `places[b]` (H, n_b), sorted, and frees their memory.
+
+        What is kept closes up: from then on token `t` stands at place `t - gone[b]`, and summaries are made of what is
+        kept. `floor[b]`: the shortest length that the row can be cropped to afterwards.
+
+        Raises:
+            SettingError: when the tokens are not in memory.
+        """
+        if not self.in_memory:
+            raise SettingError("a digest keeps every token; a method that evicts cannot read one")
+        most = max(index.shape[1] for index in places)
+        packed = []
+        for states in (self.keys[0], self.values[0]):
+            part = states.new_zeros(len(places), states.shape[1], most, states.shape[3])
+            for row, index in enumerate(places):
+                wide = index.to(states.device)[..., None].expand(-1, -1, states.shape[3])
+                part[row, :, most - index.shape[1] :] = states[row].gather(1, wide)
+            packed.append(part)
+        fresh = Pyramid(self.levels)
+        fresh.append(packed[0], packed[1], [index.shape[1] for index in places])
+        self.keys, self.values, self.search, self._reserved = fresh.keys, fresh.values, fresh.search, 0
+        self.gone = [length - index.shape[1] for length, index in zip(self.lengths, places, strict=True)]
+        self._floor = list(floor)
+        self.derived.clear()
 
     def select(self, rows: Tensor) -> None:
         """Keeps, repeats or reorders rows by index."""
@@ -136,6 +186,9 @@ class Pyramid:
         for kept in self.carried.values():
             kept.select(rows)
         self.lengths = [self.lengths[row] for row in rows.tolist()]
+        self.gone, self._floor = (
+            [kept[row] for row in rows.tolist()] if kept else [] for kept in (self.gone, self._floor)
+        )
         self.keys = [states.index_select(0, index) for states in self.keys]
         self.values = [states.index_select(0, index) for states in self.values]
         if self.search is not None:
@@ -184,7 +237,7 @@ class Pyramid:
         after = before + keys.shape[2]
         self.put(rows, before, keys, values)
         for row in range(*rows.indices(len(self.lengths))):
-            self.lengths[row] = after
+            self.lengths[row] = after + (self.gone[row] if self.gone else 0)
         for level in range(1, self.levels.top + 1):
             first, last = before // self.levels.sizes[level], after // self.levels.sizes[level]
             if last <= first:

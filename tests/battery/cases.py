@@ -111,6 +111,11 @@ class Case:
     """A policy other than the method's, for what its settings do not reach."""
 
     @property
+    def evicts(self) -> bool:
+        """Whether tokens are forgotten, so that covers speak of places among those that are kept."""
+        return self.declared.cover == "not a cover"
+
+    @property
     def declared(self) -> Method:
         return methods.get(self.method)
 
@@ -150,6 +155,8 @@ CASES = [
     Case("mgam-flat", "mgam", {"budget": ENOUGH}, {"levels": (1, 4), "budget": 12}, within(3)),
     Case("quest", "quest", {"budget": ENOUGH}, {}, alone(2), nothing),
     Case("longheads", "longheads", {"budget": ENOUGH}, {}, within(2), nothing),
+    Case("snapkv", "snapkv", {"budget": ENOUGH}, {"budget": 12}),
+    Case("h2o", "h2o", {"budget": ENOUGH}),
     Case("moba", "moba", {"budget": ENOUGH}, {}, alone(2), nothing),
     Case("mgam-tall", "mgam", {"budget": ENOUGH}, {"levels": (1, 2, 4, 12), "budget": 6}, within(3)),
 ]

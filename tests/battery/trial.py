@@ -7,6 +7,7 @@ from dataclasses import dataclass, field
 from itertools import pairwise
 from typing import Any
 
+import pytest
 import torch
 from torch import Tensor
 
@@ -144,6 +145,8 @@ class Trial:
 
     def covers(self, states: States, schedule: Schedule | None = None, **options: Any) -> tuple[Tensor, Chosen]:
         """The result and the covers that it rests on."""
+        if self.case.evicts:
+            pytest.skip("evicts: there is no cover of the text; tests/methods/test_eviction.py has its oracle")
         spy = Spy(options.pop("policy", None) or self.reading().policy)
         return self.run(states, schedule, policy=spy, **options), spy.chosen
 

@@ -74,8 +74,8 @@ def gather(
     spans = blocks.stop - begin
     reach = int(spans.max())
     window_NW = start[:, None] + torch.arange(reach, device=device)
-    for kept, states in zip((keys, values), pyramid.window(row, start, reach, last), strict=True):
-        kept.append(states if states.shape[1] == heads else states.repeat_interleave(heads // states.shape[1], 1))
+    for gathered, near in zip((keys, values), pyramid.window(row, start, reach, last), strict=True):
+        gathered.append(near if near.shape[1] == heads else near.repeat_interleave(heads // near.shape[1], 1))
     causal_NQW = window_NW[:, None] > torch.minimum(own, last[:, None])[:, :, None]
     before = torch.cat(bias, -1)
     bias_NHQE = torch.cat(

@@ -9,6 +9,7 @@ from torch import Tensor
 
 from mgam.cover import Cover
 from mgam.levels import Levels
+from mgam.positions import Positions
 from mgam.pyramid import Pyramid
 from mgam.schedule import Blocks
 
@@ -39,11 +40,54 @@ class Policy(Protocol):
         """Covers for N blocks. `voters` is None for a policy without votes."""
         ...
 
-    # A policy that needs to see every query, not only voters, has besides:
-    # observe(queries (B, H*G, L, D), first (B,), before (B,), pyramid, positions) -> None, called once per call of a
-    # layer before covers are chosen, where column 0 of row b stands at position first[b] and before[b] tokens were
-    # there already. What it learns it keeps in `pyramid.carried`.
-
     def read_at_most(self, tokens: int, levels: Levels) -> int:
         """Upper bound of the entries before the window that a block reads when it stands at position `tokens`."""
+        ...
+
+
+@dataclass(frozen=True)
+class Heard:
+    """What a call of a layer brings, for policies that need every query and not only voters.
+
+    Shapes: queries (B, H*G, L, D), of which column 0 of row b stands at position `first[b]`.
+    """
+
+    queries: Tensor
+    first: list[int]
+    before: list[int]
+    """Tokens that each row held before the call."""
+    dense_to: list[int]
+    """Position up to which each row is read densely: the prompt, where only generation is served."""
+    positions: Positions
+
+    def between(self, row: int, low: int, high: int) -> Tensor:
+        """Queries (H*G, high - low, D) of positions [low, high), all of this call."""
+        return self.queries[row, :, low - self.first[row] : high - self.first[row]]
+
+
+@runtime_checkable
+class Observing(Protocol):
+    """A policy that hears every query; what it learns it keeps in `pyramid.carried`."""
+
+    def observe(self, heard: Heard, pyramid: Pyramid) -> None:
+        """Called once per call of a layer, before covers are chosen; the pyramid holds the call's keys."""
+        ...
+
+
+@runtime_checkable
+class Evicting(Protocol):
+    """A policy that forgets tokens for good, which frees their memory."""
+
+    by_block: bool
+    """Whether it forgets before every block; else once in a call, after what is dense."""
+
+    def evict(self, heard: Heard, begin: list[int], pyramid: Pyramid) -> None:
+        """Called before blocks of row b are read of which the first was decided at `begin[b]` (-1: none is read).
+
+        Tokens before that position may be forgotten, by `pyramid.keep`. It is called for dense parts too, with -1.
+        """
+        ...
+
+    def count(self, heard: Heard, read_to: list[int], pyramid: Pyramid) -> None:
+        """Called after the same blocks were read, up to position `read_to[b]` (0: none was)."""
         ...

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from mgam.errors import SettingError
 from mgam.levels import Levels
-from mgam.policies.base import Voters
+from mgam.policies.base import Heard, Voters
 from mgam.policies.ranked import Ranked, dots, first_chunks
 from mgam.positions import Positions, rotate
 from mgam.pyramid import Pyramid
@@ -24,13 +24,13 @@ ELEMENTS = 1 << 24
 class ByChunkKey(Ranked):
     """A chunk is as good as the product of its own key with the query, which stands at position 0 (Lu et al. 2024)."""
 
-    def observe(self, queries: Tensor, first: Tensor, before: Tensor, pyramid: Pyramid, positions: Positions) -> None:
+    def observe(self, heard: Heard, pyramid: Pyramid) -> None:
         """Makes the keys of chunks that became complete."""
         kept = pyramid.carried.get(ChunkKeys)
         if not isinstance(kept, ChunkKeys):
-            kept = ChunkKeys(pyramid.levels.chunk, queries, before.tolist())
+            kept = ChunkKeys(pyramid.levels.chunk, heard)
             pyramid.carried[ChunkKeys] = kept
-        kept.extend(queries, first.tolist(), before.tolist(), pyramid, positions)
+        kept.extend(heard, pyramid)
 
     def judge(self, voters: Voters, blocks: Blocks, pyramid: Pyramid, levels: Levels, chunks: int) -> Tensor:
         """q . C, without scale."""
@@ -47,7 +47,8 @@ class ChunkKeys:
     what comes out asks the chunk's keys once more, and the mean of keys that it reads is the chunk's key.
     """
 
-    def __init__(self, chunk: int, like: Tensor, before: Sequence[int]) -> None:
+    def __init__(self, chunk: int, heard: Heard) -> None:
+        like, before = heard.queries, heard.before
         if any(before):
             raise SettingError("longheads must see a text from its first token on; begin with an empty cache")
         self.chunk = chunk
@@ -56,24 +57,17 @@ class ChunkKeys:
         self.tail = [like.new_empty(like.shape[1], 0, like.shape[3])] * len(before)
         """Queries of each row from position `begin[b]` on: those of the open chunk and of the one before it."""
 
-    def extend(
-        self,
-        queries: Tensor,
-        first: Sequence[int],
-        before: Sequence[int],
-        pyramid: Pyramid,
-        positions: Positions,
-    ) -> None:
+    def extend(self, heard: Heard, pyramid: Pyramid) -> None:
         """Takes the queries of a call and makes the keys of the chunks that it completes."""
         self._widen(max(pyramid.lengths) // self.chunk)
-        for row, (start, old, new) in enumerate(zip(first, before, pyramid.lengths, strict=True)):
-            known = torch.cat((self.tail[row], queries[row, :, old - start : new - start]), 1)
+        step = max(1, ELEMENTS // (heard.queries.shape[1] * self.chunk**2))
+        for row, (old, new) in enumerate(zip(heard.before, pyramid.lengths, strict=True)):
+            known = torch.cat((self.tail[row], heard.between(row, old, new)), 1)
             done, complete = old // self.chunk, new // self.chunk
-            step = max(1, ELEMENTS // (queries.shape[1] * self.chunk**2))
             for low in range(done, complete, step):
                 high = min(low + step, complete)
                 part = known[:, low * self.chunk - self.begin[row] : high * self.chunk - self.begin[row]]
-                made = _chunk_keys(part.unflatten(1, (high - low, self.chunk)), row, low, pyramid, positions)
+                made = _chunk_keys(part.unflatten(1, (high - low, self.chunk)), row, low, pyramid, heard.positions)
                 self.keys[row, :, low:high] = made
             begin = max(0, complete - 1) * self.chunk
             self.tail[row] = known[:, max(0, begin - self.begin[row]) :].clone()

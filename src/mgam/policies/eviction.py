@@ -1,0 +1,259 @@
+"""Policies that forget tokens for good: what is left closes up, is read whole, and is all that takes memory."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from mgam.cover import Cover, dense_cover, window_start
+from mgam.errors import SettingError
+from mgam.levels import Levels
+from mgam.policies.base import Heard, Voters
+from mgam.policies.fixed import Window
+from mgam.policies.scored import highest
+from mgam.positions import Positions, rotate
+from mgam.pyramid import Pyramid
+from mgam.schedule import Blocks
+
+ELEMENTS = 1 << 24
+"""Attention weights written out at a time."""
+
+
+@dataclass(frozen=True)
+class _Kept:
+    """Reads all that is kept."""
+
+    votes = False
+
+    def choose(self, voters: Voters | None, blocks: Blocks, pyramid: Pyramid, levels: Levels) -> Cover:
+        """Dense covers of what is kept."""
+        return dense_cover(blocks, pyramid.keys[0].shape[1], levels, pyramid.keys[0].device)
+
+    def read_at_most(self, tokens: int, levels: Levels) -> int:
+        """Nothing stands before the window: the window is all that is kept."""
+        return 0
+
+
+@dataclass(frozen=True)
+class Sliding(Window):
+    """Window and sink, of which the rest is not only unread but gone (Xiao et al. 2024).
+
+    Whole chunks are forgotten, and only when `spare` tokens and more can go at once.
+    """
+
+    spare: int = 512
+    """Tokens kept before the window, so that a cache can be cropped by so many."""
+
+    by_block = False
+
+    def evict(self, heard: Heard, begin: list[int], pyramid: Pyramid) -> None:
+        """Forgets the chunks between the sink and what is read from now on."""
+        levels, gone = pyramid.levels, pyramid.gone or [0] * len(begin)
+        here = torch.tensor(begin) - torch.tensor(gone)
+        first = torch.where(torch.tensor(begin) < 0, 0, window_start(here - self.spare, self.window, levels)).tolist()
+        if max(first, default=0) - levels.chunk < max(self.spare, levels.chunk):
+            return
+        places, floor = [], pyramid.floor
+        for row, (start, count) in enumerate(zip(first, pyramid.held, strict=True)):
+            sink = min(levels.chunk, start)
+            place = torch.cat((torch.arange(sink), torch.arange(start, count)))
+            places.append(place.expand(pyramid.keys[0].shape[1], -1))
+            if start > sink:
+                floor[row] = begin[row] - self.spare
+        pyramid.keep(places, floor)
+
+    def count(self, heard: Heard, read_to: list[int], pyramid: Pyramid) -> None:
+        """Nothing is counted."""
+
+
+@dataclass(frozen=True)
+class SnapKV(_Kept):
+    """After the prompt, keeps the tokens that its last queries attend to (Li et al. 2024, arXiv 2404.14469).
+
+    Importance: softmax weights of the last `look` queries, averaged over the group's heads, summed, and smoothed over
+    `smooth` neighbours. The first `sink` and the last `recent` tokens are always kept; `capacity` per KV head in all.
+    """
+
+    capacity: int = 1024
+    look: int = 256
+    recent: int = 128
+    sink: int = 4
+    smooth: int = 21
+    scale: float = 1.0
+
+    by_block = False
+
+    def __post_init__(self) -> None:
+        if self.capacity < self.recent + self.sink:
+            raise SettingError(
+                f"budget={self.capacity}: snapkv always keeps the {self.sink} first and the {self.recent} last tokens of "
+                f"a prompt, so its budget starts at {self.recent + self.sink}"
+            )
+
+    def observe(self, heard: Heard, pyramid: Pyramid) -> None:
+        """Keeps the last queries of the prompt until it ends."""
+        kept = pyramid.carried.get(LastQueries)
+        if not isinstance(kept, LastQueries):
+            kept = LastQueries([heard.queries[row, :, :0] for row in range(len(heard.before))])
+            pyramid.carried[LastQueries] = kept
+        for row, (old, end) in enumerate(zip(heard.before, heard.dense_to, strict=True)):
+            new = min(end, pyramid.lengths[row])
+            if old < new:
+                known = torch.cat((kept.rows[row], heard.between(row, old, new)), 1)
+                kept.rows[row] = known[:, -self.look :].clone()
+
+    def evict(self, heard: Heard, begin: list[int], pyramid: Pyramid) -> None:
+        """Forgets what the end of the prompt shows to matter least, once."""
+        kept = pyramid.carried[LastQueries]
+        assert isinstance(kept, LastQueries)
+        ends = [
+            end if asking.shape[1] and self.capacity < end <= start else 0
+            for asking, end, start in zip(kept.rows, heard.dense_to, begin, strict=True)
+        ]
+        if not any(ends):
+            return
+        device, heads = pyramid.keys[0].device, pyramid.keys[0].shape[1]
+        places, floor = [], pyramid.floor
+        for row, end in enumerate(ends):
+            held = torch.arange(pyramid.held[row], device=device).expand(heads, -1)
+            if end:
+                asking = kept.rows[row]
+                keys, group = pyramid.keys[0][row, :, :end], asking.shape[0] // heads
+                weights = masses(asking, end - asking.shape[1], keys, self.scale, heard.positions) / group
+                smooth = F.avg_pool1d(weights[None], self.smooth, 1, self.smooth // 2)[0]
+                smooth[:, : self.sink] = torch.inf
+                smooth[:, end - self.recent :] = torch.inf
+                chosen = highest(smooth, self.capacity).nonzero()[:, 1].view(heads, self.capacity)
+                held = torch.cat((chosen, held[:, end:]), 1)
+                floor[row] = end
+                kept.rows[row] = asking[:, :0]
+            places.append(held)
+        pyramid.keep(places, floor)
+
+    def count(self, heard: Heard, read_to: list[int], pyramid: Pyramid) -> None:
+        """Nothing is counted: what matters is known when the prompt ends."""
+
+
+class LastQueries:
+    """The last queries (H*G, n, D) of each row."""
+
+    def __init__(self, rows: list[Tensor]) -> None:
+        self.rows = rows
+
+    def select(self, rows: Tensor) -> None:
+        """Keeps, repeats or reorders rows by index."""
+        self.rows = [self.rows[row] for row in rows.tolist()]
+
+    def crop(self, lengths: Sequence[int]) -> None:
+        """A prompt is not cropped before it ends."""
+
+
+@dataclass(frozen=True)
+class HeavyHitters(_Kept):
+    """Keeps the tokens with the most attention so far, and the last ones (H2O: Zhang et al. 2023, arXiv 2306.14048).
+
+    Attention is summed over all queries that were read while a token was kept, and over the group's heads. A block
+    reads what is kept and itself; after it the least attended of the older tokens go, until `heavy` and the `recent`
+    last ones are left. Scores leave a soft cap on logits out.
+    """
+
+    heavy: int = 512
+    recent: int = 512
+    scale: float = 1.0
+
+    by_block = True
+
+    @property
+    def window(self) -> int:
+        """Tokens kept, for the room that a block takes."""
+        return self.heavy + self.recent
+
+    def observe(self, heard: Heard, pyramid: Pyramid) -> None:
+        """Begins to count."""
+        if Attended not in pyramid.carried:
+            if any(heard.before):
+                raise SettingError("h2o must see a text from its first token on; begin with an empty cache")
+            heads = pyramid.keys[0].shape[1]
+            wide = torch.promote_types(heard.queries.dtype, torch.float32)
+            none = heard.queries.new_zeros(heads, 0, dtype=wide)
+            pyramid.carried[Attended] = Attended([none] * len(heard.before), [0] * len(heard.before))
+
+    def evict(self, heard: Heard, begin: list[int], pyramid: Pyramid) -> None:
+        """Forgets the least attended of the older tokens."""
+        kept = pyramid.carried[Attended]
+        assert isinstance(kept, Attended)
+        places, floor, over = [], pyramid.floor, False
+        for row, (start, held) in enumerate(zip(begin, pyramid.held, strict=True)):
+            scores = kept.rows[row]
+            heads, lost = len(scores), pyramid.lengths[row] - held
+            place = torch.arange(held, device=scores.device).expand(heads, -1)
+            old = start - lost - self.recent
+            if old > self.heavy:
+                best = place[:, :0]
+                if self.heavy:
+                    best = highest(scores[:, :old], self.heavy).nonzero()[:, 1].view(heads, self.heavy)
+                kept.rows[row] = torch.cat((scores.gather(1, best), scores[:, old:]), 1)
+                place = torch.cat((best, place[:, old:]), 1)
+                floor[row], over = start, True
+            places.append(place)
+        if over:
+            pyramid.keep(places, floor)
+
+    def count(self, heard: Heard, read_to: list[int], pyramid: Pyramid) -> None:
+        """Adds what the queries that were just read attended to."""
+        kept = pyramid.carried[Attended]
+        assert isinstance(kept, Attended)
+        for row, stop in enumerate(read_to):
+            seen, gone = kept.seen[row], pyramid.lengths[row] - pyramid.held[row]
+            if seen < stop:
+                keys = pyramid.keys[0][row, :, : stop - gone]
+                found = masses(heard.between(row, seen, stop), seen - gone, keys, self.scale, heard.positions)
+                found[:, : seen - gone] += kept.rows[row]
+                kept.rows[row], kept.seen[row] = found, stop
+
+
+class Attended:
+    """Attention (H, n) that each kept token got, and how far each row was counted."""
+
+    def __init__(self, rows: list[Tensor], seen: list[int]) -> None:
+        self.rows, self.seen = rows, seen
+
+    def select(self, rows: Tensor) -> None:
+        """Keeps, repeats or reorders rows by index."""
+        order = rows.tolist()
+        self.rows, self.seen = [self.rows[row] for row in order], [self.seen[row] for row in order]
+
+    def crop(self, lengths: Sequence[int]) -> None:
+        """Refused: what forgotten queries attended to is not known any more."""
+        if any(length < seen for length, seen in zip(lengths, self.seen, strict=True)):
+            raise SettingError(
+                "h2o sums the attention of every query, so its cache cannot be cropped; use a method that keeps every "
+                "token for assisted decoding"
+            )
+
+
+def masses(queries: Tensor, first: int, keys: Tensor, scale: float, positions: Positions) -> Tensor:
+    """Causal softmax weights that each key gets, (H, n), summed over queries and the heads of a group.
+
+    Shapes: queries (H*G, m, D) stand at places `first` and on, keys (H, n, D) at places 0 and on.
+    """
+    heads, count, _ = keys.shape
+    own = first + torch.arange(queries.shape[1], device=keys.device)
+    if positions.kind == "granular":
+        assert positions.rotary is not None
+        cos, sin = positions.rotary.table(keys.device, keys.dtype, max(count, positions.rotary.limit))
+        keys, queries = rotate(keys, cos[:count], sin[:count]), rotate(queries, cos[own], sin[own])
+    wide = torch.promote_types(keys.dtype, torch.float32)
+    found = torch.zeros(heads, count, dtype=wide, device=keys.device)
+    place = torch.arange(count, device=keys.device)
+    step = max(1, ELEMENTS // max(1, queries.shape[0] * count))
+    for low in range(0, queries.shape[1], step):
+        part = queries[:, low : low + step].unflatten(0, (heads, -1))
+        logits = torch.einsum("hgqd,hnd->hgqn", part, keys).to(wide) * scale
+        future = place > own[low : low + step, None]
+        found += torch.softmax(logits.masked_fill(future, -torch.inf), -1).nan_to_num(0.0).sum((1, 2))
+    return found
