@@ -148,8 +148,8 @@ def packed(tiny: Tiny) -> None:
 
 
 def produce(model: Any, ids: Tensor, count: int = 6, **options: Any) -> Tensor:
-    """Tokens that a model adds to (B, T) ids."""
-    options = {"do_sample": False, "max_new_tokens": count, **options}
+    """Tokens that a model adds to (B, T) ids; never the padding token, which a trained model does not write either."""
+    options = {"do_sample": False, "max_new_tokens": count, "suppress_tokens": [0], **options}
     return model.generate(ids, **options)[:, ids.shape[1] :]
 
 
