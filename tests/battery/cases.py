@@ -157,6 +157,9 @@ CASES = [
     Case("longheads", "longheads", {"budget": ENOUGH}, {}, within(2), nothing),
     Case("snapkv", "snapkv", {"budget": ENOUGH}, {"budget": 12}),
     Case("h2o", "h2o", {"budget": ENOUGH}),
+    Case("sliding", "sliding", opens=lambda available: 0, summaries=nothing),
+    Case("strided", "strided", opens=lambda available: -(-available // 8), summaries=nothing),
+    Case("dilated", "dilated", opens=int.bit_length, summaries=nothing),
     Case("moba", "moba", {"budget": ENOUGH}, {}, alone(2), nothing),
     Case("mgam-tall", "mgam", {"budget": ENOUGH}, {"levels": (1, 2, 4, 12), "budget": 6}, within(3)),
 ]

@@ -52,6 +52,8 @@ class Sliding(Window):
 
     def evict(self, heard: Heard, begin: list[int], pyramid: Pyramid) -> None:
         """Forgets the chunks between the sink and what is read from now on."""
+        if not pyramid.in_memory:
+            return
         levels, gone = pyramid.levels, pyramid.gone or [0] * len(begin)
         here = torch.tensor(begin) - torch.tensor(gone)
         first = torch.where(torch.tensor(begin) < 0, 0, window_start(here - self.spare, self.window, levels)).tolist()

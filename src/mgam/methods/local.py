@@ -1,0 +1,23 @@
+"""Local kinds: a sliding window, with chunks before it at a stride or at doubling distances."""
+
+from mgam.methods.registry import Method, register
+from mgam.policies.local import Local
+
+for name, title, pattern, paper in (
+    ("sliding", "Sliding window: the rest dropped", "none", "Beltagy et al. 2020, arXiv 2004.05150"),
+    ("strided", "Strided: window and every eighth chunk of the text", "strided", "Child et al. 2019, arXiv 1904.10509"),
+    ("dilated", "Dilated: window and chunks at doubling distances", "dilated", "Ding et al. 2023, arXiv 2307.02486"),
+):
+    register(
+        Method(
+            name=name,
+            title=title,
+            policy=lambda s, scale, pattern=pattern: Local(s.window, pattern),  # type: ignore[misc]
+            paper=paper,
+            cover="drops",
+            mass=False,
+            choice="none",
+            state="K and V of every token",
+            defaults=(("window", 1024), ("levels", (1, 64)), ("rest", "drop"), ("lookahead", "none")),
+        )
+    )
