@@ -103,6 +103,8 @@ def per_query(chosen: list[tuple[Blocks, Cover]]) -> Covers:
 def same(
     trial: Trial, one: tuple[Tensor, list[tuple[Blocks, Cover]]], other: tuple[Tensor, list[tuple[Blocks, Cover]]]
 ) -> None:
+    if trial.dtype not in (torch.float64, torch.float32):
+        pytest.skip("half precision: a choice may flip where scores differ by less than it can tell")
     assert per_query(one[1]) == per_query(other[1])
     torch.testing.assert_close(one[0], other[0], **trial.tolerance)
 

@@ -23,9 +23,10 @@ from mgam.schedule import Blocks, Lookahead, Schedule
 from .cases import Case
 from .oracle import THETA
 
-HEADS, GROUP, DIM, ROTATED = 2, 2, 16, 8
-SCALE = DIM**-0.5
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
+HEADS, GROUP, DIM = 2, 2, 64 if DEVICE == "cuda" else 16  # the kernels for devices serve wide heads only
+ROTATED = DIM // 2
+SCALE = DIM**-0.5
 TOLERANCE = {torch.float64: 1e-9, torch.float32: 1e-5, torch.bfloat16: 3e-2, torch.float16: 4e-3}
 
 States = tuple[Tensor, Tensor, Tensor]
