@@ -64,7 +64,10 @@ def _cells(model: str | None, device: str, parts: list[str], quick: bool) -> Any
     lengths = {"passkey": "16k,32k", "needle_prose": "2k,8k" if quick else "2k,8k,32k"}
     if "hits" in parts:
         for task in ("passkey", "needle_prose"):
-            yield f"hits {task} {lengths[task]}", lambda task=task: _eval(model, device, task, lengths[task], trials[task])
+            yield (
+                f"hits {task} {lengths[task]}",
+                lambda task=task: _eval(model, device, task, lengths[task], trials[task]),
+            )
     if "loss" in parts:
         yield "loss 8k", lambda: _eval(model, device, "loss_novels", "8k", 4)
 
@@ -110,8 +113,23 @@ def _read_cell(model: str | None, device: str, length: int, method: str) -> dict
 
 def _eval(model: str | None, device: str, task: str, lengths: str, trials: int) -> dict[str, Any]:
     """Rows of `mgam eval` for one task, dense beside mgam."""
-    command = [sys.executable, "-m", "mgam", "eval", "--tasks", task, "--lengths", lengths, "--methods", "mgam", "--trials",
-               str(trials), "--device", device, "--json"]
+    command = [
+        sys.executable,
+        "-m",
+        "mgam",
+        "eval",
+        "--tasks",
+        task,
+        "--lengths",
+        lengths,
+        "--methods",
+        "mgam",
+        "--trials",
+        str(trials),
+        "--device",
+        device,
+        "--json",
+    ]
     command += [] if model is None else ["--model", model]
     done = subprocess.run(command, stdout=subprocess.PIPE, text=True, check=False)
     if done.returncode:
@@ -121,19 +139,43 @@ def _eval(model: str | None, device: str, task: str, lengths: str, trials: int) 
 
 def _print(cells: dict[str, Any]) -> None:
     console = Console()
-    reading = Table("tokens", "dense s", "mgam s", "faster", "dense peak GiB", "mgam peak GiB", "memory ratio", title="Reading, end to end")
+    reading = Table(
+        "tokens",
+        "dense s",
+        "mgam s",
+        "faster",
+        "dense peak GiB",
+        "mgam peak GiB",
+        "memory ratio",
+        title="Reading, end to end",
+    )
     for length in READING_LENGTHS:
         dense, ours = (cells.get(f"reading {method} {length}") for method in ("dense", "mgam"))
         if dense and ours:
             a, b = dense["reading_seconds"], ours["reading_seconds"]
             p, q = dense["peak_memory_bytes"], ours["peak_memory_bytes"]
-            reading.add_row(f"{length:,}", f"{a:.1f}", f"{b:.1f}", f"{a / b:.2f}x", f"{p / 2**30:.2f}", f"{q / 2**30:.2f}", f"{q / p:.2f}")
+            reading.add_row(
+                f"{length:,}",
+                f"{a:.1f}",
+                f"{b:.1f}",
+                f"{a / b:.2f}x",
+                f"{p / 2**30:.2f}",
+                f"{q / 2**30:.2f}",
+                f"{q / p:.2f}",
+            )
     console.print(reading)
     hits = Table("task", "tokens", "method", "trials", "score", "stderr", "entries per query", title="Hits and loss")
     for cell in cells.values():
         for row in cell.get("rows", []):
-            hits.add_row(row["task"], f"{row['length']:,}", row["method"], str(row["trials"]), f"{row['score']:.3f}",
-                         f"{row['stderr']:.3f}", f"{row['entries_per_query']:,.0f}")
+            hits.add_row(
+                row["task"],
+                f"{row['length']:,}",
+                row["method"],
+                str(row["trials"]),
+                f"{row['score']:.3f}",
+                f"{row['stderr']:.3f}",
+                f"{row['entries_per_query']:,.0f}",
+            )
     console.print(hits)
 
 

@@ -1,4 +1,5 @@
-"""Times tile shapes of the kernels on one GPU. `tune.py compile I` fills the cache with one shape, `tune.py time` times all.
+"""Times tile shapes of the kernels on one GPU. `tune.py compile I` fills the cache with one shape, `tune.py time`
+times all.
 
 Run it as: seq 0 N | xargs -P 12 -I{} python benchmarks/tune.py compile {} ; python benchmarks/tune.py time
 """
@@ -21,15 +22,19 @@ from mgam.policies.search_triton import SearchTiles, cover, scores
 
 TOKENS = 131072
 READ = [
-    Tiles(128, 64, 8, 2, registers=128), Tiles(256, 64, 16, 2), Tiles(256, 64, 16, 3), Tiles(128, 64, 8, 3, registers=128),
+    Tiles(128, 64, 8, 2, registers=128), Tiles(256, 64, 16, 2), Tiles(256, 64, 16, 3), Tiles(128, 64, 8, 3,
+    registers=128),
     Tiles(256, 32, 8, 2), Tiles(256, 128, 16, 2),
 ]  # fmt: skip
 TURNED = [
-    Tiles(128, 32, 8, 2, registers=128), Tiles(128, 64, 8, 2, registers=128), Tiles(256, 32, 16, 2), Tiles(256, 64, 16, 2),
-    Tiles(128, 64, 8, 2, registers=128, ready=True), Tiles(256, 64, 16, 2, ready=True), Tiles(128, 64, 8, 3, ready=True),
+    Tiles(128, 32, 8, 2, registers=128), Tiles(128, 64, 8, 2, registers=128), Tiles(256, 32, 16, 2), Tiles(256, 64,
+    16, 2),
+    Tiles(128, 64, 8, 2, registers=128, ready=True), Tiles(256, 64, 16, 2, ready=True), Tiles(128, 64, 8, 3,
+    ready=True),
 ]  # fmt: skip
 SEARCH = [
-    SearchTiles(128, 64, 4, 4), SearchTiles(128, 64, 4, 6), SearchTiles(128, 64, 4, 3, registers=128), SearchTiles(256, 64, 8, 4),
+    SearchTiles(128, 64, 4, 4), SearchTiles(128, 64, 4, 6), SearchTiles(128, 64, 4, 3, registers=128),
+    SearchTiles(256, 64, 8, 4),
     SearchTiles(128, 32, 4, 4), SearchTiles(128, 64, 4, 4, registers=168),
 ]  # fmt: skip
 
@@ -84,7 +89,8 @@ def main() -> None:
     for name, call, flop in todo:
         try:
             time = timed(call, seconds=0.15, least=3)
-            print(f"{time.median:8.3f} ms {flop / time.median / 1e9:7.1f} TFLOP/s {flop / time.median / 1e9 / machine.matmul:6.1%}  {name}", flush=True)
+            rate = flop / time.median / 1e9
+            print(f"{time.median:8.3f} ms {rate:7.1f} TFLOP/s {rate / machine.matmul:6.1%}  {name}", flush=True)
         except Exception as error:
             print(f"failed: {name}: {str(error)[:200]}", flush=True)
 

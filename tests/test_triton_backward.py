@@ -4,21 +4,30 @@ from __future__ import annotations
 
 import pytest
 import torch
-from test_triton_read import CASES as READ_CASES
-from triton_cases import DTYPES, Case, Made, in_float64, needs_triton
 
 from mgam.attend import reference
 from mgam.attend.triton import backend
+from test_triton_read import CASES as READ_CASES
+from triton_cases import DTYPES, Case, Made, in_float64, needs_triton
 
 pytestmark = needs_triton
 
 CASES = {
     name: READ_CASES[name]
     for name in (
-        "plain", "levels", "four levels", "granular", "granular, partial rotation", "softcap", "drop", "one query, granular",
-        "single token", "no group", "dense, granular",
+        "plain",
+        "levels",
+        "four levels",
+        "granular",
+        "granular, partial rotation",
+        "softcap",
+        "drop",
+        "one query, granular",
+        "single token",
+        "no group",
+        "dense, granular",
     )
-} | {  # fmt: skip
+} | {
     "ragged": Case(batch=2, lengths=(83, 9), tokens=83, sizes=(1, 8, 32), opened=2),
     "big chunk": Case(sizes=(1, 128, 256), search=4, tokens=420, opened=1, window=64, block=64, heads=1, few=2),
 }
@@ -45,7 +54,9 @@ def test_gradients_equal_oracle(name: str) -> None:
         ).out
         pull = torch.randn_like(want)
         want.backward(pull)
-        got = backend.attend(made.queries, made.blocks, made.cover, made.pyramid, made.positions, made.scale, made.softcap)
+        got = backend.attend(
+            made.queries, made.blocks, made.cover, made.pyramid, made.positions, made.scale, made.softcap
+        )
         made.compare(got, want)
         got.backward(pull.to(got))
         scale = max(float(leaf.grad.nan_to_num().norm()) for leaf in wide_leaves if leaf.grad is not None)
@@ -54,7 +65,9 @@ def test_gradients_equal_oracle(name: str) -> None:
             assert ours.grad is not None
             assert torch.isfinite(ours.grad).all()
             error = (ours.grad.cpu().double() - expected).norm()
-            assert error <= made.tolerance * max(float(expected.norm()), 1e-2 * scale), f"{error:.1e} of {expected.norm():.1e}"
+            assert error <= made.tolerance * max(float(expected.norm()), 1e-2 * scale), (
+                f"{error:.1e} of {expected.norm():.1e}"
+            )
 
 
 def test_same_bits_every_time() -> None:
@@ -65,6 +78,8 @@ def test_same_bits_every_time() -> None:
     for _ in range(2):
         for leaf in states:
             leaf.grad = None
-        backend.attend(made.queries, made.blocks, made.cover, made.pyramid, made.positions, made.scale).square().sum().backward()
+        backend.attend(
+            made.queries, made.blocks, made.cover, made.pyramid, made.positions, made.scale
+        ).square().sum().backward()
         found.append([leaf.grad.clone() for leaf in states if leaf.grad is not None])
     assert all(torch.equal(a, b) for a, b in zip(*found, strict=True))

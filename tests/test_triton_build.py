@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import pytest
 import torch
-from triton_cases import DEVICE, DTYPES, needs_triton, poisoned
 
 from mgam.levels import Levels
 from mgam.pyramid import Pyramid
+from triton_cases import DEVICE, DTYPES, needs_triton, poisoned
 
 pytestmark = needs_triton
 

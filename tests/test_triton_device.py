@@ -6,7 +6,6 @@ from dataclasses import replace
 
 import pytest
 import torch
-from triton_cases import DEVICE, DTYPES, needs_triton
 
 from mgam.engine import Plan, Reading, read
 from mgam.levels import Levels
@@ -15,6 +14,7 @@ from mgam.policies.compact import Compact
 from mgam.positions import Positions, Rotary
 from mgam.pyramid import Pyramid
 from mgam.schedule import Schedule
+from triton_cases import DEVICE, DTYPES, needs_triton
 
 pytestmark = needs_triton
 

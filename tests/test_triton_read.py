@@ -6,6 +6,7 @@ from dataclasses import dataclass, replace
 
 import pytest
 import torch
+
 from triton_cases import DEVICE, DTYPES, Case, needs_triton, oracle, poisoned
 
 pytestmark = needs_triton
@@ -34,7 +35,9 @@ CASES = {
     "no group": Case(group=1, tokens=100),
     "odd group": Case(group=7, tokens=60, block=8),
     "big chunk": Case(sizes=(1, 64, 128), search=4, tokens=300, opened=2, window=64, block=16, heads=1),
-    "granular, big chunk": Case(sizes=(1, 64, 128), search=4, tokens=300, opened=2, window=64, block=16, heads=1, granular=True),
+    "granular, big chunk": Case(
+        sizes=(1, 64, 128), search=4, tokens=300, opened=2, window=64, block=16, heads=1, granular=True
+    ),
     "dense": Case(dense=True, tokens=100),
     "dense, granular": Case(dense=True, tokens=100, granular=True),
 }
@@ -71,7 +74,13 @@ def test_split_equals_oracle(name: str, splits: int) -> None:
     lists = Lists.of(made.cover, made.blocks, made.queries.device, made.positions)
     turn = Turn.of(made.positions, lists, made.pyramid.tokens, made.queries.device, made.queries.dtype)
     got = read(
-        made.queries, lists, made.pyramid.keys, made.pyramid.values, made.scale, turn=turn, tiles=Tiles(16, 16, 4, 2, splits)
+        made.queries,
+        lists,
+        made.pyramid.keys,
+        made.pyramid.values,
+        made.scale,
+        turn=turn,
+        tiles=Tiles(16, 16, 4, 2, splits),
     )
     made.compare(got.out, want.out)
 
@@ -89,7 +98,13 @@ def test_keys_rotated_once_equal_oracle(name: str, room: int, monkeypatch: pytes
     lists = Lists.of(made.cover, made.blocks, made.queries.device, made.positions)
     turn = Turn.of(made.positions, lists, made.pyramid.tokens, made.queries.device, made.queries.dtype)
     got = read(
-        made.queries, lists, made.pyramid.keys, made.pyramid.values, made.scale, turn=turn, tiles=Tiles(64, 32, 4, 2, ready=True)
+        made.queries,
+        lists,
+        made.pyramid.keys,
+        made.pyramid.values,
+        made.scale,
+        turn=turn,
+        tiles=Tiles(64, 32, 4, 2, ready=True),
     )
     made.compare(got.out, want.out)
 
@@ -113,7 +128,9 @@ class Broken:
     index: int
 
 
-@pytest.mark.parametrize("broken", [Broken("before the window", 10_000), Broken("sorted", 0), Broken("before the window", -7)])
+@pytest.mark.parametrize(
+    "broken", [Broken("before the window", 10_000), Broken("sorted", 0), Broken("before the window", -7)]
+)
 def test_bad_indices_are_refused(broken: Broken) -> None:
     from mgam.attend import attend
     from mgam.errors import SettingError

@@ -6,7 +6,6 @@ from dataclasses import replace
 
 import pytest
 import torch
-from triton_cases import DEVICE, needs_triton
 
 from mgam.cover import cover_of, window_start
 from mgam.levels import Levels
@@ -15,6 +14,7 @@ from mgam.policies.asked import flat, plain_scores
 from mgam.policies.compact import Compact, CompactKeys
 from mgam.pyramid import Pyramid
 from mgam.schedule import Blocks, Schedule
+from triton_cases import DEVICE, needs_triton
 
 pytestmark = needs_triton
 
@@ -36,7 +36,8 @@ def made(tokens: int, votes: int, dim: int, lookahead: str, group: int = 2, batc
 
 
 @pytest.mark.parametrize(
-    ("tokens", "votes", "dim", "lookahead"), [(300, 16, 64, "none"), (203, 40, 48, "block"), (160, 1, 64, "none"), (70, 20, 128, "block")]
+    ("tokens", "votes", "dim", "lookahead"),
+    [(300, 16, 64, "none"), (203, 40, 48, "block"), (160, 1, 64, "none"), (70, 20, 128, "block")],
 )
 def test_scores_equal_oracle(tokens: int, votes: int, dim: int, lookahead: str) -> None:
     from mgam.policies import search_triton
@@ -57,7 +58,8 @@ def test_scores_equal_oracle(tokens: int, votes: int, dim: int, lookahead: str) 
 
 @pytest.mark.parametrize("bits", [8, 16])
 def test_compact_scores(bits: int) -> None:
-    """Compact keys: the kernel equals the plain computation on the same rounded numbers, and stays near the full search."""
+    """Compact keys: the kernel equals the plain computation on the same rounded numbers, and stays near the full
+    search."""
     from mgam.policies import search_triton
 
     levels, pyramid, blocks, voters = made(256, 32, 64, "block")
@@ -75,7 +77,7 @@ def test_compact_scores(bits: int) -> None:
     if bits == 16:
         full = replace(Scored(), compact=replace(compact, dims=64)).scores(voters, blocks, pyramid, levels)
         exact = Scored().scores(voters, blocks, pyramid, levels)
-        loose = 2e-3 if KEPT == torch.float32 else 5e-2
+        loose = 2e-3 if torch.float32 == KEPT else 5e-2
         assert torch.allclose(full, exact.to(full.dtype), atol=loose, rtol=loose)
 
 
@@ -93,7 +95,9 @@ def test_projection_equals_plain() -> None:
     )
     # Eight bits round to nearest on the device; the interpreter cuts them off.
     loose = 8e-2 if DEVICE == "cpu" else 4e-2
-    error = (keys.cpu().float() - plain.search[:, :, :, full].float()).norm() / plain.search[:, :, :, full].float().norm()
+    error = (keys.cpu().float() - plain.search[:, :, :, full].float()).norm() / plain.search[
+        :, :, :, full
+    ].float().norm()
     assert error < loose
     queries = voters.queries.to(KEPT)
     want, factor = plain.ask(queries.reshape(len(blocks), 2, -1, 64), blocks.row)

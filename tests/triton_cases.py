@@ -59,7 +59,9 @@ class Made:
         """Relative error in norm; dead rows must be zero."""
         assert got.shape == want.shape
         assert torch.isfinite(got).all(), "not finite"
-        error = (got.detach().cpu().double() - want.detach().cpu().double()).norm() / want.double().norm().clamp_min(1e-9)
+        error = (got.detach().cpu().double() - want.detach().cpu().double()).norm() / want.double().norm().clamp_min(
+            1e-9
+        )
         assert error < self.tolerance / 2, f"error {error:.2e} in {got.dtype}"
         dead = torch.arange(got.shape[2])[None] >= self.blocks.length.cpu()[:, None]
         assert not got.detach().cpu().transpose(1, 2)[dead].any()
@@ -96,7 +98,9 @@ class Case:
         keys, values = torch.randn(shape, device=device), torch.randn(shape, device=device)
         keys[..., 0] += 0.5
         pieces = [
-            (row, piece) for row, length in enumerate(lengths) for piece in Schedule.uniform(self.block).pieces(0, length)
+            (row, piece)
+            for row, length in enumerate(lengths)
+            for piece in Schedule.uniform(self.block).pieces(0, length)
         ]
         blocks = Blocks.of(pieces[-self.few :] if self.few else pieces)
         queries = torch.randn(len(blocks), self.heads * self.group, blocks.size, self.dim, device=device)

@@ -1,7 +1,7 @@
 """One call of one layer on the device, without ever waiting for it: search and read over a pyramid that is built.
 
-The engine serves every shape; these two serve the common ones at speed: the whole of a text that is read for the first time,
-and one new token per row. Both give what the engine gives for the same policy and schedule.
+The engine serves every shape; these two serve the common ones at speed: the whole of a text that is read for the
+first time, and one new token per row. Both give what the engine gives for the same policy and schedule.
 """
 
 from __future__ import annotations
@@ -26,14 +26,21 @@ SCORES = 1 << 26
 
 
 def prefill(
-    queries: Tensor, pyramid: Pyramid, policy: Scored, positions: Positions, scale: float, *, block: int = 128,
-    dense_until: int = 0, softcap: float | None = None,
+    queries: Tensor,
+    pyramid: Pyramid,
+    policy: Scored,
+    positions: Positions,
+    scale: float,
+    *,
+    block: int = 128,
+    dense_until: int = 0,
+    softcap: float | None = None,
 ) -> Tensor:
     """Reads whole texts: queries (B, H*G, T, D) from position 0 on, over a pyramid of T tokens per row.
 
     Blocks of `block` queries choose by their own votes (lookahead=block). Returns the same shape.
     """
-    batch, query_heads, tokens, dim = queries.shape
+    batch, _, tokens, _ = queries.shape
     levels, heads = pyramid.levels, pyramid.keys[0].shape[1]
     out = torch.empty_like(queries)
     whole = tokens // block
@@ -58,8 +65,17 @@ def _blocks(states: Tensor, row: int, first: int, last: int, block: int) -> Tens
 
 
 def _piece(
-    queries: Tensor, out: Tensor, row: int, begin: int, block: int, pyramid: Pyramid, policy: Scored, positions: Positions, scale: float,
-    dense_until: int, softcap: float | None,
+    queries: Tensor,
+    out: Tensor,
+    row: int,
+    begin: int,
+    block: int,
+    pyramid: Pyramid,
+    policy: Scored,
+    positions: Positions,
+    scale: float,
+    dense_until: int,
+    softcap: float | None,
 ) -> None:
     """Consecutive blocks of one row: those before `dense_until` read everything."""
     count, _, size, _ = queries.shape
@@ -106,7 +122,9 @@ def choose(queries: Tensor, blocks: Blocks, pyramid: Pyramid, policy: Scored) ->
     return cover(found[..., :chunks], there, levels, most, rest=policy.rest, mass=policy.mass)
 
 
-def _asked(votes: Tensor, live: Tensor, row: Tensor, visible: Tensor, pyramid: Pyramid, policy: Scored, short: bool) -> Asked:
+def _asked(
+    votes: Tensor, live: Tensor, row: Tensor, visible: Tensor, pyramid: Pyramid, policy: Scored, short: bool
+) -> Asked:
     scale = policy.scale if policy.scale is not None else votes.shape[-1] ** -0.5
     if policy.compact is not None and short:
         return CompactKeys.of(pyramid, pyramid.levels, policy.compact).asked(votes, live, row, visible, scale)
@@ -115,13 +133,22 @@ def _asked(votes: Tensor, live: Tensor, row: Tensor, visible: Tensor, pyramid: P
 
 
 def decode(
-    queries: Tensor, lengths: Tensor, pyramid: Pyramid, policy: Scored, positions: Positions, scale: float, *, chunks: int,
+    queries: Tensor,
+    lengths: Tensor,
+    pyramid: Pyramid,
+    policy: Scored,
+    positions: Positions,
+    scale: float,
+    *,
+    chunks: int,
     softcap: float | None = None,
 ) -> Tensor:
     """One new token per row: queries (B, H*G, 1, D); lengths (B,) on the device, the token included.
 
-    `chunks` bounds the chunks of any row. All shapes are static and nothing waits for the device, so that the call can be
-    captured in a CUDA graph and replayed while `lengths` and the pyramid's buffers change. The compact keys, where the policy
+    `chunks` bounds the chunks of any row. All shapes are static and nothing waits for the device, so that the call
+    can be
+    captured in a CUDA graph and replayed while `lengths` and the pyramid's buffers change. The compact keys, where
+    the policy
     has them, must have been made before; they are searched when every row holds the tokens that give its basis.
     """
     levels: Levels = pyramid.levels
@@ -132,7 +159,9 @@ def decode(
     live = torch.ones(queries.shape[0], 1, dtype=torch.bool, device=queries.device)
     short = policy.compact is not None and min(pyramid.lengths) > policy.compact.calibrate
     asked = _asked(queries, live, rows, visible, pyramid, policy, short)
-    chosen = cover(scores(asked, chunks), start, levels, policy.budget // levels.chunk, rest=policy.rest, mass=policy.mass)
+    chosen = cover(
+        scores(asked, chunks), start, levels, policy.budget // levels.chunk, rest=policy.rest, mass=policy.mass
+    )
     index = (chosen.opened, *chosen.summaries)
     counts, ranks = places(index, levels, positions.kind == "granular")
     table = torch.stack((rows, decide, torch.ones_like(decide), start))

@@ -16,7 +16,8 @@ from mgam.levels import Levels
 def build_kernel(
     key_ptr, value_ptr, key_mean_ptr, value_mean_ptr, search_ptr, heads, chunks,
     key_strides, value_strides, key_mean_strides, value_mean_strides, search_strides,
-    S: tl.constexpr, P: tl.constexpr, D: tl.constexpr, BLOCK_S: tl.constexpr, BLOCK_P: tl.constexpr, BLOCK_D: tl.constexpr,
+    S: tl.constexpr, P: tl.constexpr, D: tl.constexpr, BLOCK_S: tl.constexpr, BLOCK_P: tl.constexpr,
+    BLOCK_D: tl.constexpr,
 ):  # fmt: skip
     """One program: one chunk of S * P tokens of one row and KV head."""
     chunk = tl.program_id(0).to(tl.int64)
@@ -39,18 +40,20 @@ def build_kernel(
     coarse = tl.sum(fine, 0) / (S * P)
     mean = tl.sum(tl.sum(value, 1), 0) / (S * P)
     there = column < D
+    target = row * key_mean_strides[0] + head * key_mean_strides[1] + chunk * key_mean_strides[2]
     tl.store(
-        key_mean_ptr + row * key_mean_strides[0] + head * key_mean_strides[1] + chunk * key_mean_strides[2] + column,
+        key_mean_ptr + target + column,
         coarse.to(key_mean_ptr.dtype.element_ty), mask=there,
     )  # fmt: skip
+    target = row * value_mean_strides[0] + head * value_mean_strides[1] + chunk * value_mean_strides[2]
     tl.store(
-        value_mean_ptr + row * value_mean_strides[0] + head * value_mean_strides[1] + chunk * value_mean_strides[2] + column,
+        value_mean_ptr + target + column,
         mean.to(value_mean_ptr.dtype.element_ty), mask=there,
     )  # fmt: skip
     spot = tl.arange(0, BLOCK_S)[:, None]
+    target = row * search_strides[0] + head * search_strides[1] + chunk * search_strides[3]
     tl.store(
-        search_ptr + row * search_strides[0] + head * search_strides[1] + spot * search_strides[2] + chunk * search_strides[3]
-        + column[None, :],
+        search_ptr + target + spot * search_strides[2] + column[None, :],
         (fine / P).to(search_ptr.dtype.element_ty), mask=(spot < S) & there[None, :],
     )  # fmt: skip
 

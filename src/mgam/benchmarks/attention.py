@@ -1,9 +1,11 @@
-"""Attention alone: prefill, forward and backward, decode; build, search and read apart; against peers in the same run."""
+"""Attention alone: prefill, forward and backward, decode; build, search and read apart; against peers in the same
+run."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass, replace
+from functools import partial
 
 import torch
 import torch.nn.functional as F
@@ -66,7 +68,8 @@ class Setting:
 
 @dataclass(frozen=True)
 class Row:
-    """One figure. `part`: what of the work; `kernel`: what really ran; entries: read per query, 0 where that has no meaning."""
+    """One figure. `part`: what of the work; `kernel`: what really ran; entries: read per query, 0 where that has no
+    meaning."""
 
     phase: str
     part: str
@@ -97,7 +100,12 @@ def _rated(row: Row, machine: Machine, flop: float, moved: float, entries: float
     """Adds rates on `flop` operations and `moved` bytes, and their shares of the machine's ceilings."""
     tflops, gbs = flop / row.ms / 1e9, moved / row.ms / 1e6
     return replace(
-        row, entries=entries, tflops=tflops, matmul_share=tflops / machine.matmul, gbs=gbs, copy_share=gbs / machine.copy
+        row,
+        entries=entries,
+        tflops=tflops,
+        matmul_share=tflops / machine.matmul,
+        gbs=gbs,
+        copy_share=gbs / machine.copy,
     )
 
 
@@ -105,7 +113,11 @@ def states(setting: Setting, tokens: int, batch: int = 1, queries: int | None = 
     """Random queries (B, Hq, Q, D), keys and values (B, H, T, D)."""
     made = [
         torch.randn(batch, heads, count, setting.dim, device="cuda", dtype=setting.dtype)
-        for heads, count in ((setting.query_heads, queries or tokens), (setting.kv_heads, tokens), (setting.kv_heads, tokens))
+        for heads, count in (
+            (setting.query_heads, queries or tokens),
+            (setting.kv_heads, tokens),
+            (setting.kv_heads, tokens),
+        )
     ]
     return made[0], made[1], made[2]
 
@@ -150,7 +162,9 @@ def prefill_rows(setting: Setting, machine: Machine, tokens: int, parts: bool = 
         return
     kv_bytes = 2 * keys.numel() * keys.element_size()
     time = timed(lambda: built(setting, keys, values))
-    yield _rated(_row("prefill", "build", "mgam triton, copy into the cache included", tokens, 1, time), machine, 0, 2 * kv_bytes)
+    yield _rated(
+        _row("prefill", "build", "mgam triton, copy into the cache included", tokens, 1, time), machine, 0, 2 * kv_bytes
+    )
     pyramid = built(setting, keys, values)
     if policy.compact is not None:
 
@@ -171,19 +185,31 @@ def prefill_rows(setting: Setting, machine: Machine, tokens: int, parts: bool = 
     device = queries.device
     time = timed(lambda: [Lists.of(c, blocks[p], device, positions) for c, p in zip(covers, pieces, strict=True)])
     yield _row("prefill", "lists and ranks", "torch", tokens, 1, time)
-    del covers
     yield _read_row(setting, machine, tokens, cut, pyramid, blocks, pieces, policy)
 
 
 def _read_row(
-    setting: Setting, machine: Machine, tokens: int, cut: Tensor, pyramid: Pyramid, blocks: Blocks, pieces: list[slice], policy: Scored
+    setting: Setting,
+    machine: Machine,
+    tokens: int,
+    cut: Tensor,
+    pyramid: Pyramid,
+    blocks: Blocks,
+    pieces: list[slice],
+    policy: Scored,
 ) -> Row:
     covers = [choose(cut[piece], blocks[piece], pyramid, policy) for piece in pieces]
     return read_row(setting, machine, tokens, cut, pyramid, blocks, list(zip(pieces, covers, strict=True)), "read")
 
 
 def read_row(
-    setting: Setting, machine: Machine, tokens: int, cut: Tensor, pyramid: Pyramid, blocks: Blocks, covers: list[tuple[slice, Cover]],
+    setting: Setting,
+    machine: Machine,
+    tokens: int,
+    cut: Tensor,
+    pyramid: Pyramid,
+    blocks: Blocks,
+    covers: list[tuple[slice, Cover]],
     part: str,
 ) -> Row:
     """Reading given covers."""
@@ -209,7 +235,14 @@ def window_row(setting: Setting, machine: Machine, tokens: int) -> Row:
     blocks = blocks_of(tokens, setting.block)
     cover = Window(setting.window).choose(None, blocks, pyramid, setting.levels)
     return read_row(
-        setting, machine, tokens, in_blocks(queries, setting.block), pyramid, blocks, [(slice(0, len(blocks)), cover)], "window, lower bound"
+        setting,
+        machine,
+        tokens,
+        in_blocks(queries, setting.block),
+        pyramid,
+        blocks,
+        [(slice(0, len(blocks)), cover)],
+        "window, lower bound",
     )
 
 
@@ -232,7 +265,18 @@ def dense_rows(setting: Setting, machine: Machine, tokens: int, backward: bool =
         try:
             time = timed(call, least=2 if timed_at > 1 << 16 else 5)
         except RuntimeError as error:
-            yield Row(phase, "dense", name, tokens, 1, float("nan"), 0, 0, 0, note=f"refused: {str(error).splitlines()[0][:120]}")
+            yield Row(
+                phase,
+                "dense",
+                name,
+                tokens,
+                1,
+                float("nan"),
+                0,
+                0,
+                0,
+                note=f"refused: {str(error).splitlines()[0][:120]}",
+            )
             continue
         more = (tokens / timed_at) ** 2
         time = Timing(time.median * more, time.fastest * more, time.slowest * more, time.repeats)
@@ -259,7 +303,7 @@ def training_rows(setting: Setting, machine: Machine, tokens: int) -> Iterator[R
             cover = choose(cut, blocks, pyramid, policy)
             lists = Lists.of(cover, blocks, cut.device, positions)
         turn = Turn.of(positions, lists, tokens, cut.device)
-        out = Read.apply(cut, lists, turn, scale, None, *pyramid.keys, *pyramid.values)  # type: ignore[no-untyped-call]
+        out = Read.apply(cut, lists, turn, scale, None, *pyramid.keys, *pyramid.values)
         torch.autograd.grad(out, (queries, keys, values), pull)
 
     call()
@@ -285,7 +329,14 @@ def decode_rows(setting: Setting, machine: Machine, tokens: int, batch: int) -> 
     time = timed(graphed(call), most=200)
     yield _row("decode", "search + read", "mgam triton, CUDA graph", tokens, batch, time)
     blocks = Blocks(
-        torch.arange(batch), lengths.cpu() - 1, torch.ones(batch, dtype=torch.int64), *([lengths.cpu() - 1] * 2), lengths.cpu(), 1, 1
+        torch.arange(batch),
+        lengths.cpu() - 1,
+        torch.ones(batch, dtype=torch.int64),
+        lengths.cpu() - 1,
+        lengths.cpu() - 1,
+        lengths.cpu(),
+        1,
+        1,
     )
     covers = {"dense": dense_cover(blocks, setting.kv_heads, setting.levels, queries.device)}
     if tokens > 4 * setting.budget:
@@ -295,7 +346,8 @@ def decode_rows(setting: Setting, machine: Machine, tokens: int, batch: int) -> 
         lists = Lists.of(cover, blocks, queries.device, place)
         turn = Turn.of(place, lists, tokens, queries.device, queries.dtype)
         time = timed(
-            graphed(lambda lists=lists, turn=turn: read(queries, lists, pyramid.keys, pyramid.values, scale, turn=turn)), most=200
+            graphed(partial(read, queries, lists, pyramid.keys, pyramid.values, scale, turn=turn)),
+            most=200,
         )
         entries = sum(cover.entries_per_level(blocks))
         row = _row("decode", part, "mgam triton, CUDA graph", tokens, batch, time)
@@ -310,13 +362,26 @@ def decode_rows(setting: Setting, machine: Machine, tokens: int, batch: int) -> 
         try:
             time = timed(graphed(dense), most=100)
         except RuntimeError as error:
-            yield Row("decode", "dense", name, tokens, batch, float("nan"), 0, 0, 0, note=f"refused: {str(error).splitlines()[0][:120]}")
+            yield Row(
+                "decode",
+                "dense",
+                name,
+                tokens,
+                batch,
+                float("nan"),
+                0,
+                0,
+                0,
+                note=f"refused: {str(error).splitlines()[0][:120]}",
+            )
             continue
         entries = float(tokens * batch)
         yield _rated(_row("decode", "dense", name, tokens, batch, time), machine, 0, entries * entry, float(tokens))
 
 
-def _decode_cover(queries: Tensor, lengths: Tensor, blocks: Blocks, pyramid: Pyramid, policy: Scored, chunks: int) -> Cover:
+def _decode_cover(
+    queries: Tensor, lengths: Tensor, blocks: Blocks, pyramid: Pyramid, policy: Scored, chunks: int
+) -> Cover:
     from mgam.cover import window_start
     from mgam.device import _asked
     from mgam.policies.search_triton import cover, scores
@@ -353,7 +418,9 @@ def flex_row(setting: Setting, machine: Machine, tokens: int) -> Row:
     def causal(b: Tensor, h: Tensor, q: Tensor, k: Tensor) -> Tensor:
         return q >= k
 
-    mask = BlockMask.from_kv_blocks(number, index, BLOCK_SIZE=(setting.block, chunk), mask_mod=causal, compute_q_blocks=False)
+    mask = BlockMask.from_kv_blocks(
+        number, index, BLOCK_SIZE=(setting.block, chunk), mask_mod=causal, compute_q_blocks=False
+    )
     compiled = torch.compile(flex_attention, dynamic=False)
     time = timed(lambda: compiled(queries, keys, values, block_mask=mask, enable_gqa=True))
     entries = sum(cover.entries_per_level(blocks))
@@ -373,7 +440,8 @@ def same_blocks_row(setting: Setting, machine: Machine, tokens: int) -> Row:
 
 
 def quest_row(setting: Setting, machine: Machine, tokens: int, batch: int, page: int = 16) -> Row:
-    """A Quest-like selection at decode (Tang et al. 2024, arXiv 2406.10774): pages by the bound of their keys' minima and maxima."""
+    """A Quest-like selection at decode (Tang et al. 2024, arXiv 2406.10774): pages by the bound of their keys'
+    minima and maxima."""
     queries, keys, values = states(setting, tokens, batch, 1)
     levels = Levels((1, page), 1)
     paged = keys.unflatten(2, (-1, page))

@@ -6,6 +6,7 @@ import csv
 import json
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field, fields, replace
+from functools import partial
 from pathlib import Path
 
 from mgam.benchmarks import attention as bench
@@ -39,7 +40,12 @@ class Report:
 
 
 def run(
-    setting: Setting, lengths: Sequence[int], phases: Sequence[str], folder: Path | None = None, commit: str | None = None, name: str = "attention",
+    setting: Setting,
+    lengths: Sequence[int],
+    phases: Sequence[str],
+    folder: Path | None = None,
+    commit: str | None = None,
+    name: str = "attention",
     say: Callable[[str], None] = print,
 ) -> Report:
     """Measures the phases at each length."""
@@ -58,29 +64,30 @@ def line(row: Row) -> str:
     rate = f" {row.tflops:6.0f} TFLOP/s ({row.matmul_share:.0%} of a product)" if row.tflops else ""
     moved = f" {row.gbs:6.0f} GB/s ({row.copy_share:.0%} of a copy)" if row.gbs else ""
     spread = f"[{row.fastest:.3f} {row.slowest:.3f}] x{row.repeats}"
-    return f"{row.phase:19} {row.tokens:>8} b{row.batch:<3} {row.ms:9.3f} ms {spread:26} {row.part}, {row.kernel}{rate}{moved} {row.note}"
+    what = f"{row.part}, {row.kernel}{rate}{moved} {row.note}"
+    return f"{row.phase:19} {row.tokens:>8} b{row.batch:<3} {row.ms:9.3f} ms {spread:26} {what}"
 
 
 def _rows(setting: Setting, machine: Machine, lengths: Sequence[int], phases: Sequence[str]) -> Iterator[Row]:
     for tokens in lengths:
         if "prefill" in phases:
-            yield from bench.guarded("prefill", lambda tokens=tokens: bench.prefill_rows(setting, machine, tokens))
-            yield from bench.guarded("prefill", lambda tokens=tokens: bench.dense_rows(setting, machine, tokens))
+            yield from bench.guarded("prefill", partial(bench.prefill_rows, setting, machine, tokens))
+            yield from bench.guarded("prefill", partial(bench.dense_rows, setting, machine, tokens))
         if "peers" in phases:
             for make in (bench.window_row, bench.same_blocks_row, bench.flex_row):
-                yield from bench.guarded("prefill", lambda make=make, tokens=tokens: iter([make(setting, machine, tokens)]))
+                yield from bench.guarded("prefill", partial(_alone, make, setting, machine, tokens))
         if "training" in phases and tokens <= bench.DENSE_AT_MOST:
-            plain = replace(setting, positions="absolute")
-            yield from bench.guarded("training", lambda tokens=tokens: bench.training_rows(setting, machine, tokens))
-            yield from bench.guarded("training", lambda tokens=tokens: bench.training_rows(plain, machine, tokens))
-            yield from bench.guarded("training", lambda tokens=tokens: bench.dense_rows(setting, machine, tokens, True))
-        if "decode" in phases:
-            for batch in (1, 16):
-                if tokens * batch <= 1 << 22:
-                    yield from bench.guarded(
-                        "decode", lambda tokens=tokens, batch=batch: bench.decode_rows(setting, machine, tokens, batch)
-                    )
-                    if "peers" in phases:
-                        yield from bench.guarded(
-                            "decode", lambda tokens=tokens, batch=batch: iter([bench.quest_row(setting, machine, tokens, batch)])
-                        )
+            for positions in ("granular", "absolute"):
+                placed = replace(setting, positions=positions)
+                yield from bench.guarded("training", partial(bench.training_rows, placed, machine, tokens))
+            yield from bench.guarded("training", partial(bench.dense_rows, setting, machine, tokens, True))
+        for batch in (1, 16) if "decode" in phases else ():
+            if tokens * batch > 1 << 22:
+                continue
+            yield from bench.guarded("decode", partial(bench.decode_rows, setting, machine, tokens, batch))
+            if "peers" in phases:
+                yield from bench.guarded("decode", partial(_alone, bench.quest_row, setting, machine, tokens, batch))
+
+
+def _alone(make: Callable[..., Row], *settings: object) -> Iterator[Row]:
+    yield make(*settings)

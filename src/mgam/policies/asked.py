@@ -13,9 +13,10 @@ from torch import Tensor
 class Asked:
     """What a search asks of which keys.
 
-    Shapes (N blocks, H KV heads, M = G*V voters): queries (N, H, M, d) and search (B, H, S, C, d) of one dtype; factor (N, H, M)
-    turns products into logits in base 2; live (N, V) says which voters count; row and visible (N,): the row of each block
-    and how many of its chunks may be judged.
+    Shapes (N blocks, H KV heads, M = G*V voters): queries (N, H, M, d) and search (B, H, S, C, d) of one dtype;
+    factor (N, H, M)
+    turns products into logits in base 2; live (N, V) says which voters count; row and visible (N,): the row of each
+    block and how many of its chunks may be judged.
     """
 
     queries: Tensor
@@ -37,12 +38,18 @@ def flat(queries: Tensor, live: Tensor, search: Tensor, row: Tensor, visible: Te
 
 def plain_scores(asked: Asked, chunks: int) -> Tensor:
     """Mass (N, H, chunks) that the voters give each chunk, in float32, on any device: the oracle of the kernels."""
-    dtype = torch.promote_types(torch.float32, asked.queries.dtype) if asked.queries.element_size() > 1 else torch.float32
+    dtype = (
+        torch.promote_types(torch.float32, asked.queries.dtype) if asked.queries.element_size() > 1 else torch.float32
+    )
     hidden = torch.arange(chunks, device=asked.row.device)[None] >= asked.visible[:, None]
     found = torch.zeros(*asked.queries.shape[:2], chunks, dtype=dtype, device=asked.row.device)
     for block, row in enumerate(asked.row.tolist()):
         keys = asked.search[row, :, :, :chunks].to(dtype)
-        best = (asked.queries[block].to(dtype) @ keys.flatten(1, 2).transpose(1, 2)).unflatten(-1, keys.shape[1:3]).amax(-2)
+        best = (
+            (asked.queries[block].to(dtype) @ keys.flatten(1, 2).transpose(1, 2))
+            .unflatten(-1, keys.shape[1:3])
+            .amax(-2)
+        )
         logits = (best * asked.factor[block, ..., None] * math.log(2.0)).masked_fill(hidden[block], -torch.inf)
         mass = torch.softmax(logits, -1).nan_to_num(0.0).unflatten(1, (-1, asked.live.shape[1]))
         found[block] = (mass * asked.live[block][None, None, :, None]).sum((1, 2))

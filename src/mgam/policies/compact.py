@@ -144,8 +144,8 @@ class CompactKeys:
 def principal(moments: Tensor, width: int, steps: int = 8) -> Tensor:
     """An orthonormal basis (..., D, width) of the leading directions of second moments (..., D, D).
 
-    Orthogonal iteration in float64: only the span matters, directions of nearly equal weight may mix, and a GPU does it in a
-    fraction of the time of an eigenvalue decomposition, without waiting.
+    Orthogonal iteration in float64: only the span matters, directions of nearly equal weight may mix, and a GPU does
+    it in a fraction of the time of an eigenvalue decomposition, without waiting.
     """
     dim = moments.shape[-1]
     wide = moments.to(torch.float64)

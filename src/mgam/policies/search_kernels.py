@@ -1,8 +1,9 @@
 """Search kernels: the mass that voting queries give each chunk, without writing a logit to memory.
 
-Pass 1 finds each voter's normaliser over all chunks it may judge; pass 2 sums the voters' masses chunk by chunk. A chunk's logit
-is that of its best search key. Both walk the search keys in the order they are kept, by place in the chunk first, so that
-the best of a chunk is an element-wise maximum over products of whole tiles.
+Pass 1 finds each voter's normaliser over all chunks it may judge; pass 2 sums the voters' masses chunk by chunk. A
+chunk's logit
+is that of its best search key. Both walk the search keys in the order they are kept, by place in the chunk first, so
+that the best of a chunk is an element-wise maximum over products of whole tiles.
 """
 
 from __future__ import annotations
@@ -14,7 +15,9 @@ FLOOR = tl.constexpr(-3.3e38)
 
 
 @triton.jit
-def _keys(base, place, first, step_place, step_chunk, chunks, D: tl.constexpr, BLOCK_C: tl.constexpr, BLOCK_D: tl.constexpr):
+def _keys(
+    base, place, first, step_place, step_chunk, chunks, D: tl.constexpr, BLOCK_C: tl.constexpr, BLOCK_D: tl.constexpr
+):
     """Search keys (BLOCK_C, BLOCK_D) at one place of chunks from `first` on; zero beyond the last chunk."""
     chunk = first + tl.arange(0, BLOCK_C)
     column = tl.arange(0, BLOCK_D)
@@ -38,7 +41,8 @@ def _queries(base, m, count, D: tl.constexpr, BLOCK_D: tl.constexpr):
 def normaliser_kernel(
     q_ptr, factor_ptr, lse_ptr, search_ptr, row_ptr, visible_ptr, blocks, heads, tiles, chunks,
     step_row, step_head, step_place, step_chunk, desc,
-    M: tl.constexpr, S: tl.constexpr, D: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_C: tl.constexpr, BLOCK_D: tl.constexpr,
+    M: tl.constexpr, S: tl.constexpr, D: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_C: tl.constexpr,
+    BLOCK_D: tl.constexpr,
     COPY: tl.constexpr,
 ):  # fmt: skip
     """Pass 1. Shapes: q (N, H, M, D), factor and lse (N, H, M) in base 2, row and visible (N,); search by strides."""
@@ -115,7 +119,8 @@ def mass_kernel(
 def logits_kernel(
     q_ptr, factor_ptr, logit_ptr, search_ptr, row_ptr, visible_ptr, blocks, heads, tiles, chunks,
     step_row, step_head, step_place, step_chunk,
-    M: tl.constexpr, S: tl.constexpr, D: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_C: tl.constexpr, BLOCK_D: tl.constexpr,
+    M: tl.constexpr, S: tl.constexpr, D: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_C: tl.constexpr,
+    BLOCK_D: tl.constexpr,
 ):  # fmt: skip
     """For few voters (decode): logits in base 2 (N, H, M, C), -inf where a chunk may not be judged. M <= BLOCK_M."""
     pid = tl.program_id(0)
@@ -149,8 +154,10 @@ def project_kernel(
 ):  # fmt: skip
     """Rows in fewer dimensions and bits: (state - mean) @ basis, over a step.
 
-    Rows m of block n and KV head h: query head h * (M // V) + m // V and voter m % V where GROUPED, else row m of (n, h).
-    basis (B, H, D, SHORT); offset (B, H, SHORT): the mean in the basis; BY_ROW: each row has its own step, found here, and
+    Rows m of block n and KV head h: query head h * (M // V) + m // V and voter m % V where GROUPED, else row m of
+    (n, h).
+    basis (B, H, D, SHORT); offset (B, H, SHORT): the mean in the basis; BY_ROW: each row has its own step, found
+    here, and
     factor (N, H, M) gets step * scale * step_ptr[row, h]; else step_ptr (B, H) is the step. MOST: largest number kept.
     """
     pid = tl.program_id(0)
@@ -166,9 +173,7 @@ def project_kernel(
         place = block * state_block + (head * (M // V) + m // V) * state_head + (m % V) * state_row
     else:
         place = block * state_block + head * state_head + m.to(tl.int64) * state_row
-    state = tl.load(
-        state_ptr + place[:, None] + column[None, :], mask=live[:, None] & (column < D)[None, :], other=0.0
-    )
+    state = tl.load(state_ptr + place[:, None] + column[None, :], mask=live[:, None] & (column < D)[None, :], other=0.0)
     basis = tl.load(
         basis_ptr + ((row * heads + head) * D + column)[:, None] * SHORT + short[None, :],
         mask=(column < D)[:, None] & (short < SHORT)[None, :], other=0.0,
@@ -184,7 +189,9 @@ def project_kernel(
         found = tl.minimum(tl.maximum((found - offset[None, :]) / step, -2.0 * MOST), 2.0 * MOST)
     target = block * short_block + head * short_head + m.to(tl.int64) * short_row
     tl.store(
-        short_ptr + target[:, None] + short[None, :], found.to(short_ptr.dtype.element_ty), mask=live[:, None] & (short < SHORT)[None, :]
+        short_ptr + target[:, None] + short[None, :],
+        found.to(short_ptr.dtype.element_ty),
+        mask=live[:, None] & (short < SHORT)[None, :],
     )
 
 
@@ -195,8 +202,8 @@ def select_kernel(
 ):  # fmt: skip
     """The sink and the K best chunks between sink and window, sorted by place: one program per block and head.
 
-    score_ptr (N, H, chunks), none negative; opened_ptr (N, H, 1+K), -1 at the end. The K-th best score is found bit by bit; among
-    equals the earliest win.
+    score_ptr (N, H, chunks), none negative; opened_ptr (N, H, 1+K), -1 at the end. The K-th best score is found bit
+    by bit; among equals the earliest win.
     """
     pair = tl.program_id(0).to(tl.int64)
     window = tl.load(window_ptr + pair // heads)
@@ -259,4 +266,6 @@ def split_kernel(
         count += tl.sum(number, 0)
     for first in tl.range(count // BLOCK * BLOCK, room, BLOCK):
         place = first + tl.arange(0, BLOCK)
-        tl.store(list_ptr + pair * room + place, tl.full((BLOCK,), -1, tl.int64), mask=(place >= count) & (place < room))
+        tl.store(
+            list_ptr + pair * room + place, tl.full((BLOCK,), -1, tl.int64), mask=(place >= count) & (place < room)
+        )

@@ -16,8 +16,14 @@ from triton.tools.tensor_descriptor import TensorDescriptor
 from mgam.cover import Cover, summaries_at_most
 from mgam.levels import Levels
 from mgam.policies.asked import Asked
-from mgam.policies.search_kernels import logits_kernel, mass_kernel, normaliser_kernel, project_kernel, select_kernel, split_kernel
-
+from mgam.policies.search_kernels import (
+    logits_kernel,
+    mass_kernel,
+    normaliser_kernel,
+    project_kernel,
+    select_kernel,
+    split_kernel,
+)
 
 SELECT_AT_MOST = 1 << 15
 """Chunks that one program can rank."""
@@ -51,7 +57,8 @@ def scores(asked: Asked, chunks: int, tiles: SearchTiles | None = None) -> Tenso
         logits = torch.empty(count, heads, voters, chunks, dtype=torch.float32, device=found.device)
         cut = triton.cdiv(chunks, 64)
         logits_kernel[(cut * count * heads,)](
-            asked.queries, asked.factor, logits, asked.search, asked.row, asked.visible, count, heads, cut, chunks, *steps,
+            asked.queries, asked.factor, logits, asked.search, asked.row, asked.visible, count, heads, cut, chunks,
+            *steps,
             M=voters, S=places, D=dim, BLOCK_M=16, BLOCK_C=64, BLOCK_D=width, num_warps=4, num_stages=4,
         )  # fmt: skip
         mass = torch.softmax(logits * math.log(2.0), -1).nan_to_num(0.0)
@@ -64,12 +71,14 @@ def scores(asked: Asked, chunks: int, tiles: SearchTiles | None = None) -> Tenso
     normaliser = torch.empty(count, heads, voters, dtype=torch.float32, device=found.device)
     row_tiles, chunk_tiles = triton.cdiv(voters, tiles.rows), triton.cdiv(chunks, tiles.chunks)
     normaliser_kernel[(row_tiles * count * heads,)](
-        asked.queries, asked.factor, normaliser, asked.search, asked.row, asked.visible, count, heads, row_tiles, chunks, *steps,
+        asked.queries, asked.factor, normaliser, asked.search, asked.row, asked.visible, count, heads, row_tiles,
+        chunks, *steps,
         desc, M=voters, S=places, D=dim, BLOCK_M=tiles.rows, BLOCK_C=tiles.chunks, BLOCK_D=width, COPY=copies,
         num_warps=tiles.warps, num_stages=tiles.stages, maxnreg=tiles.registers,
     )  # fmt: skip
     mass_kernel[(chunk_tiles * count * heads,)](
-        asked.queries, asked.factor, normaliser, asked.search, asked.row, asked.visible, live, found, count, heads, chunk_tiles,
+        asked.queries, asked.factor, normaliser, asked.search, asked.row, asked.visible, live, found, count, heads,
+        chunk_tiles,
         chunks, *steps, desc, M=voters, V=live.shape[1], S=places, D=dim, BLOCK_M=tiles.rows, BLOCK_C=tiles.chunks,
         BLOCK_D=width, COPY=copies, num_warps=tiles.warps, num_stages=tiles.stages, maxnreg=tiles.registers,
     )  # fmt: skip
@@ -77,8 +86,9 @@ def scores(asked: Asked, chunks: int, tiles: SearchTiles | None = None) -> Tenso
 
 
 def shorten_queries(queries: Tensor, row: Tensor, basis: Tensor, step: Tensor, scale: float) -> tuple[Tensor, Tensor]:
-    """Voters (N, H*G, V, D) in the basis (B, H, D, d), eight bits a number; and factors (N, H, G*V) that hold `scale`."""
-    count, query_heads, votes, dim = queries.shape
+    """Voters (N, H*G, V, D) in the basis (B, H, D, d), eight bits a number; and factors (N, H, G*V) that hold
+    `scale`."""
+    count, query_heads, votes, _ = queries.shape
     heads, width = basis.shape[1], basis.shape[3]
     voters = query_heads // heads * votes
     short = torch.empty(count, heads, voters, width, dtype=torch.float8_e4m3fn, device=queries.device)
@@ -89,7 +99,8 @@ def shorten_queries(queries: Tensor, row: Tensor, basis: Tensor, step: Tensor, s
 
 
 def shorten_keys(keys: Tensor, basis: Tensor, mean: Tensor, step: Tensor) -> Tensor:
-    """Search keys (B, H, S, n, D), less their mean (B, H, D), in the basis (B, H, D, d), in steps (B, H), eight bits a number."""
+    """Search keys (B, H, S, n, D), less their mean (B, H, D), in the basis (B, H, D, d), in steps (B, H), eight bits
+    a number."""
     batch, _, places, count, _ = keys.shape
     short = torch.empty(*keys.shape[:4], basis.shape[3], dtype=torch.float8_e4m3fn, device=keys.device)
     offset = (mean[..., None, :] @ basis)[..., 0, :].contiguous()
@@ -100,8 +111,16 @@ def shorten_keys(keys: Tensor, basis: Tensor, mean: Tensor, step: Tensor) -> Ten
 
 
 def _project(
-    states: Tensor, row: Tensor, basis: Tensor, offset: Tensor, step: Tensor, short: Tensor, factor: Tensor | None, scale: float,
-    rows: int, votes: int,
+    states: Tensor,
+    row: Tensor,
+    basis: Tensor,
+    offset: Tensor,
+    step: Tensor,
+    short: Tensor,
+    factor: Tensor | None,
+    scale: float,
+    rows: int,
+    votes: int,
 ) -> None:
     """States (N, heads, m, D) by strides into short (N, H, rows, d) by strides."""
     count, dim, width = states.shape[0], states.shape[3], basis.shape[3]
@@ -110,8 +129,10 @@ def _project(
     if not count or not rows:
         return
     project_kernel[(tiles * count * heads,)](
-        states, basis.contiguous(), offset, step.contiguous(), short, short if factor is None else factor, row.contiguous(), heads, tiles,
-        scale, *states.stride()[:3], *short.stride()[:3], M=rows, V=votes, GROUPED=factor is not None, D=dim, SHORT=width,
+        states, basis.contiguous(), offset, step.contiguous(), short, short if factor is None else factor,
+        row.contiguous(), heads, tiles,
+        scale, *states.stride()[:3], *short.stride()[:3], M=rows, V=votes, GROUPED=factor is not None, D=dim,
+        SHORT=width,
         BLOCK_M=128, BLOCK_D=max(16, triton.next_power_of_2(dim)), BLOCK_S=max(16, triton.next_power_of_2(width)),
         BY_ROW=factor is not None, MOST=224.0, num_warps=8,
     )  # fmt: skip
@@ -124,7 +145,9 @@ def tiles_for(voters: int, bytes_each: int) -> SearchTiles:
     return SearchTiles(128, 64, 4, 4 if bytes_each == 1 else 3)
 
 
-def cover(found: Tensor, start: Tensor, levels: Levels, most: int, *, rest: str = "summaries", mass: float = 1.0) -> Cover:
+def cover(
+    found: Tensor, start: Tensor, levels: Levels, most: int, *, rest: str = "summaries", mass: float = 1.0
+) -> Cover:
     """The cover that opens the sink and the `most` best of the chunks between sink and window.
 
     Shapes: found (N, H, C) as from `scores`, start (N,) first token of the window. The lists come out sorted.
@@ -132,7 +155,13 @@ def cover(found: Tensor, start: Tensor, levels: Levels, most: int, *, rest: str 
     count, heads, chunks = found.shape
     device = found.device
     most = min(most, max(chunks - 1, 0))
-    if chunks and most and chunks <= SELECT_AT_MOST and found.stride(2) == 1 and found.stride(0) == heads * found.stride(1):
+    if (
+        chunks
+        and most
+        and chunks <= SELECT_AT_MOST
+        and found.stride(2) == 1
+        and found.stride(0) == heads * found.stride(1)
+    ):
         opened = torch.empty(count, heads, 1 + most, dtype=torch.int64, device=device)
         size = max(64, triton.next_power_of_2(chunks))
         select_kernel[(count * heads,)](
@@ -150,7 +179,9 @@ def cover(found: Tensor, start: Tensor, levels: Levels, most: int, *, rest: str 
     return Cover(levels, start, opened, summaries(opened, start, levels, chunks, rest), mass)
 
 
-def summaries(opened: Tensor, start: Tensor, levels: Levels, chunks: int, rest: str = "summaries") -> tuple[Tensor, ...]:
+def summaries(
+    opened: Tensor, start: Tensor, levels: Levels, chunks: int, rest: str = "summaries"
+) -> tuple[Tensor, ...]:
     """Sorted lists, per level 1 and up, of the summaries that complete a partition (`mgam.cover.refine`)."""
     count, heads, width = opened.shape
     if rest == "drop" or not chunks:
@@ -172,4 +203,8 @@ def _copyable(search: Tensor) -> bool:
     if search.is_cuda and torch.cuda.get_device_capability(search.device) < (9, 0):
         return False
     size = search.element_size()
-    return search.stride(4) == 1 and all(step * size % 16 == 0 for step in search.stride()[:4]) and search.data_ptr() % 16 == 0
+    return (
+        search.stride(4) == 1
+        and all(step * size % 16 == 0 for step in search.stride()[:4])
+        and search.data_ptr() % 16 == 0
+    )

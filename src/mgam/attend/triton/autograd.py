@@ -17,7 +17,7 @@ class Read(torch.autograd.Function):
     """Forward and backward of reading a cover. The selection is kept, not made again."""
 
     @staticmethod
-    def forward(  # type: ignore[override]
+    def forward(
         ctx: Any, queries: Tensor, lists: Lists, turn: Turn, scale: float, softcap: float | None, *states: Tensor
     ) -> Tensor:
         half = len(states) // 2
@@ -31,6 +31,14 @@ class Read(torch.autograd.Function):
         queries, out, lse, *states = ctx.saved_tensors
         half = len(states) // 2
         dq, dks, dvs = gradients(
-            grads[0], Part(out, lse), queries, ctx.lists, states[:half], states[half:], ctx.scale, turn=ctx.turn, softcap=ctx.softcap
+            grads[0],
+            Part(out, lse),
+            queries,
+            ctx.lists,
+            states[:half],
+            states[half:],
+            ctx.scale,
+            turn=ctx.turn,
+            softcap=ctx.softcap,
         )
         return dq, None, None, None, None, *dks, *dvs

@@ -41,7 +41,13 @@ def refuse(queries: Tensor) -> list[str]:
 
 
 def attend(
-    queries: Tensor, blocks: Blocks, cover: Cover, pyramid: Pyramid, positions: Positions, scale: float, softcap: float | None = None
+    queries: Tensor,
+    blocks: Blocks,
+    cover: Cover,
+    pyramid: Pyramid,
+    positions: Positions,
+    scale: float,
+    softcap: float | None = None,
 ) -> Tensor:
     """One softmax over each block's cover. Shapes: queries (N, H*G, Q, D); returns the same shape. Differentiable.
 
@@ -61,19 +67,28 @@ def attend(
         if positions.kind == "granular" and not lists.bare:
             positions.check(int(cover.entries().max()))
     turn = Turn.of(positions, lists, pyramid.tokens, queries.device, queries.dtype)
-    return Read.apply(queries, lists, turn, scale, softcap, *pyramid.keys, *pyramid.values)  # type: ignore[no-untyped-call]
+    return Read.apply(queries, lists, turn, scale, softcap, *pyramid.keys, *pyramid.values)
 
 
 def _fit(queries: Tensor, blocks: Blocks, cover: Cover, pyramid: Pyramid, scale: float) -> None:
     keys, values = pyramid.keys, pyramid.values
     heads, dim = keys[0].shape[1], keys[0].shape[3]
     wrong = []
-    if queries.ndim != 4 or queries.shape[0] != len(blocks) or queries.shape[2] < blocks.size or queries.shape[3] != dim:
-        wrong.append(f"queries {tuple(queries.shape)} do not hold {len(blocks)} blocks of {blocks.size} queries of {dim}")
+    if (
+        queries.ndim != 4
+        or queries.shape[0] != len(blocks)
+        or queries.shape[2] < blocks.size
+        or queries.shape[3] != dim
+    ):
+        wrong.append(
+            f"queries {tuple(queries.shape)} do not hold {len(blocks)} blocks of {blocks.size} queries of {dim}"
+        )
     elif queries.shape[1] % heads:
         wrong.append(f"{queries.shape[1]} query heads do not divide among {heads} KV heads")
     if cover.opened.shape[:2] != (len(blocks), heads):
-        wrong.append(f"a cover of {tuple(cover.opened.shape[:2])} blocks and heads for {len(blocks)} blocks and {heads} heads")
+        wrong.append(
+            f"a cover of {tuple(cover.opened.shape[:2])} blocks and heads for {len(blocks)} blocks and {heads} heads"
+        )
     if len(keys) != cover.levels.top + 1:
         wrong.append(f"a pyramid of {len(keys)} levels for a cover of {cover.levels.top + 1}")
     if any(states.dtype != queries.dtype for states in (*keys, *values)):

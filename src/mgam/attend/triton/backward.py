@@ -1,6 +1,7 @@
 """Gradients of reading a cover.
 
-Gradients of queries walk the cover as the forward pass does. Gradients of keys and values walk the inverted lists: for each chunk
+Gradients of queries walk the cover as the forward pass does. Gradients of keys and values walk the inverted lists:
+for each chunk
 (or tile of summaries) of a row and KV head, the blocks that read it, in order. Every number is written by one program,
 which sums in a fixed order: no atomics, the same bits every time.
 """
@@ -41,7 +42,8 @@ def _row_sums(lse_ptr, delta_ptr, slot, live):
 
 @triton.jit
 def _query_tile(
-    d0, d1, d2, q0, q1, q2, grad, lse, delta, own, j, end, key_ptr, value_ptr, key_step, value_step, list_ptr, rank_ptr, window,
+    d0, d1, d2, q0, q1, q2, grad, lse, delta, own, j, end, key_ptr, value_ptr, key_step, value_step, list_ptr,
+    rank_ptr, window,
     anchor, cos_ptr, sin_ptr, limit, scale, bias, cap,
     KIND: tl.constexpr, CHUNK: tl.constexpr, D: tl.constexpr, R: tl.constexpr, BLOCK_N: tl.constexpr,
     BLOCK_D: tl.constexpr, BLOCK_R: tl.constexpr, BLOCK_P: tl.constexpr, CAP: tl.constexpr, PRECISION: tl.constexpr,
@@ -49,9 +51,7 @@ def _query_tile(
     index, rank, live = entries(j, end, list_ptr, rank_ptr, window, anchor, KIND, CHUNK, BLOCK_N, R)
     if R > 0:
         rank = tl.minimum(tl.maximum(rank, 0), limit)
-    k0, k1, k2 = states(
-        key_ptr, index * key_step, live, rank, cos_ptr, sin_ptr, D, R, BLOCK_D, BLOCK_R, BLOCK_P, True
-    )
+    k0, k1, k2 = states(key_ptr, index * key_step, live, rank, cos_ptr, sin_ptr, D, R, BLOCK_D, BLOCK_R, BLOCK_P, True)
     value = rows(value_ptr, index * value_step, live, 0, D, BLOCK_D, True)
     seen = live[None, :]
     if KIND == WINDOW:
@@ -68,13 +68,15 @@ def _query_tile(
 
 @triton.jit
 def query_grad_kernel(
-    q_ptr, grad_ptr, lse_ptr, delta_ptr, dq_ptr, block_ptr, count_ptr, keys, values, key_strides, value_strides, lists, ranks, widths,
+    q_ptr, grad_ptr, lse_ptr, delta_ptr, dq_ptr, block_ptr, count_ptr, keys, values, key_strides, value_strides,
+    lists, ranks, widths,
     cos_ptr, sin_ptr, limit, anchor, scale, cap, biases, blocks, heads, tiles, q_block, q_head, q_row,
     G: tl.constexpr, Q: tl.constexpr, CHUNK: tl.constexpr, TOP: tl.constexpr, D: tl.constexpr, R: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_R: tl.constexpr, BLOCK_P: tl.constexpr,
     CAP: tl.constexpr, BARE: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """Gradients of queries, one program per tile of rows. grad, dq (N, H*G, Q, D) and lse, delta (N, H*G, Q) contiguous."""
+    """Gradients of queries, one program per tile of rows. grad, dq (N, H*G, Q, D) and lse, delta (N, H*G, Q)
+    contiguous."""
     pid = tl.program_id(0)
     block = pid // tiles % blocks
     head = pid // tiles // blocks
@@ -113,7 +115,8 @@ def query_grad_kernel(
                     key_strides[level][2], value_strides[level][2],
                     lists[level] + pair * widths[level], ranks[level] + pair * widths[level], window, base,
                     cos_ptr, sin_ptr, limit, scale, biases[level], cap,
-                    OPENED if level == 0 else SUMMARIES, CHUNK, D, R, BLOCK_N, BLOCK_D, BLOCK_R, BLOCK_P, CAP, PRECISION,
+                    OPENED if level == 0 else SUMMARIES, CHUNK, D, R, BLOCK_N, BLOCK_D, BLOCK_R, BLOCK_P, CAP,
+                    PRECISION,
                 )  # fmt: skip
     end = (start + length - window).to(tl.int32)
     for j in tl.range(0, end, BLOCK_N):
@@ -121,12 +124,11 @@ def query_grad_kernel(
             d0, d1, d2, q0, q1, q2, grad, lse, delta, own, j, end,
             keys[0] + row * key_strides[0][0] + head.to(tl.int64) * key_strides[0][1],
             values[0] + row * value_strides[0][0] + head.to(tl.int64) * value_strides[0][1],
-            key_strides[0][2], value_strides[0][2], lists[0], ranks[0], window, base, cos_ptr, sin_ptr, limit, scale, 0.0, cap,
+            key_strides[0][2], value_strides[0][2], lists[0], ranks[0], window, base, cos_ptr, sin_ptr, limit,
+            scale, 0.0, cap,
             WINDOW, CHUNK, D, R, BLOCK_N, BLOCK_D, BLOCK_R, BLOCK_P, CAP, PRECISION,
         )  # fmt: skip
-    _store_parts(
-        dq_ptr, slot * D, there, d0, d1, d2, place, cos_ptr, sin_ptr, D, R, BLOCK_D, BLOCK_R, BLOCK_P
-    )
+    _store_parts(dq_ptr, slot * D, there, d0, d1, d2, place, cos_ptr, sin_ptr, D, R, BLOCK_D, BLOCK_R, BLOCK_P)
 
 
 @triton.jit
@@ -167,15 +169,20 @@ def entry_grad_kernel(
     q_ptr, grad_ptr, lse_ptr, delta_ptr, key_ptr, value_ptr, dk_ptr, dv_ptr, block_ptr, begin_ptr, end_ptr, order_ptr,
     list_ptr, rank_ptr, cos_ptr, sin_ptr, limit, anchor, scale, cap, bias, blocks, heads, units, count, width,
     key_row, key_head, key_step, value_row, value_head, value_step, q_block, q_head, q_row,
-    G: tl.constexpr, Q: tl.constexpr, KIND: tl.constexpr, OPENED_WIDTH: tl.constexpr, UNIT: tl.constexpr, SUBS: tl.constexpr,
-    D: tl.constexpr, R: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_R: tl.constexpr,
+    G: tl.constexpr, Q: tl.constexpr, KIND: tl.constexpr, OPENED_WIDTH: tl.constexpr, UNIT: tl.constexpr,
+    SUBS: tl.constexpr,
+    D: tl.constexpr, R: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr,
+    BLOCK_R: tl.constexpr,
     BLOCK_P: tl.constexpr, CAP: tl.constexpr, BARE: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     """Gradients of keys and values of one level, one program per (row, KV head, unit, part of the unit).
 
-    A unit is UNIT neighbours: a chunk of tokens (KIND OPENED) or a tile of summaries (KIND SUMMARIES). order_ptr[p] names a
-    place (block, head, slot) in a list (N, H, width) that reads the unit, for p in [begin, end) of the unit. Slots of an
-    opened list from OPENED_WIDTH on are window chunks. rank_ptr, of the list's shape, gives the rank of each slot's first entry.
+    A unit is UNIT neighbours: a chunk of tokens (KIND OPENED) or a tile of summaries (KIND SUMMARIES). order_ptr[p]
+    names a
+    place (block, head, slot) in a list (N, H, width) that reads the unit, for p in [begin, end) of the unit. Slots
+    of an
+    opened list from OPENED_WIDTH on are window chunks. rank_ptr, of the list's shape, gives the rank of each slot's
+    first entry.
     """
     pid = tl.program_id(0)
     sub = pid % SUBS
@@ -238,7 +245,9 @@ def entry_grad_kernel(
                     place = tl.minimum(place, limit)
                 line = pair * (G * Q) + m
                 q_offset = block * q_block + (head * G + m // Q).to(tl.int64) * q_head + query * q_row
-                q0, q1, q2 = states(q_ptr, q_offset, asks, place, cos_ptr, sin_ptr, D, R, BLOCK_D, BLOCK_R, BLOCK_P, True)
+                q0, q1, q2 = states(
+                    q_ptr, q_offset, asks, place, cos_ptr, sin_ptr, D, R, BLOCK_D, BLOCK_R, BLOCK_P, True
+                )
                 grad = rows(grad_ptr, line * D, asks, 0, D, BLOCK_D, True)
                 lse, delta = _row_sums(lse_ptr, delta_ptr, line, asks)
                 seen = there[None, :] & asks[:, None]
@@ -254,7 +263,10 @@ def entry_grad_kernel(
                 else:
                     cos, sin = half_tables(cos_ptr, sin_ptr, rank, R, BLOCK_R)
                     back0, back1 = _turned_back(
-                        tl.dot(slope_t, q0, input_precision=PRECISION), tl.dot(slope_t, q1, input_precision=PRECISION), cos, sin
+                        tl.dot(slope_t, q0, input_precision=PRECISION),
+                        tl.dot(slope_t, q1, input_precision=PRECISION),
+                        cos,
+                        sin,
                     )
                     d0 += back0
                     d1 += back1

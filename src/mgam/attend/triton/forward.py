@@ -53,8 +53,8 @@ class Turn:
     ) -> Turn:
         """Tables that reach every rank; dense attention takes true positions and so needs `tokens` of them.
 
-        Angles are worked out in float32 at least; for half-precision keys the tables are then kept in float16, whose error is
-        an eighth of what rounding a rotated bfloat16 key costs, and which halves what each tile loads.
+        Angles are worked out in float32 at least; for half-precision keys the tables are then kept in float16, whose
+        error is an eighth of what rounding a rotated bfloat16 key costs, and which halves what each tile loads.
         """
         if positions.kind != "granular":
             none = torch.empty(1, dtype=torch.float32, device=device)
@@ -81,14 +81,23 @@ def tiles_for(rows: int, dim: int, turned: bool, entries: int, programs: int) ->
 
 
 def read(
-    queries: Tensor, lists: Lists, keys: Sequence[Tensor], values: Sequence[Tensor], scale: float, *, turn: Turn,
-    softcap: float | None = None, tiles: Tiles | None = None, out: Tensor | None = None,
+    queries: Tensor,
+    lists: Lists,
+    keys: Sequence[Tensor],
+    values: Sequence[Tensor],
+    scale: float,
+    *,
+    turn: Turn,
+    softcap: float | None = None,
+    tiles: Tiles | None = None,
+    out: Tensor | None = None,
 ) -> Part:
     """One softmax over each block's cover, without any wait for the device.
 
-    Shapes: queries (N, H*G, Q, D), rows beyond a block's length give zeros; keys[l], values[l] (B, H, n_l, D) with any strides
-    but the last; out like queries (written where `out` says, if given, by its strides), lse (N, H*G, Q) float32, -inf where
-    nothing may be read.
+    Shapes: queries (N, H*G, Q, D), rows beyond a block's length give zeros; keys[l], values[l] (B, H, n_l, D) with
+    any strides
+    but the last; out like queries (written where `out` says, if given, by its strides), lse (N, H*G, Q) float32,
+    -inf where nothing may be read.
     """
     count, query_heads, size, dim = queries.shape
     heads = keys[0].shape[1]
@@ -125,7 +134,8 @@ def read(
         buffer = torch.empty(count, heads, extent, dim, dtype=queries.dtype, device=queries.device)
         turn_kernel[(extent // tiles.entries * count * heads,)](
             buffer, lists.blocks, lists.counts, tuple(keys), strides(keys), lists.index, lists.ranks,
-            tuple(part.shape[-1] for part in lists.index), offsets, turn.cos, turn.sin, turn.cos.shape[0] - 1, turn.anchor, heads,
+            tuple(part.shape[-1] for part in lists.index), offsets, turn.cos, turn.sin, turn.cos.shape[0] - 1,
+            turn.anchor, heads,
             extent // tiles.entries, extent,
             CHUNK=lists.levels.chunk, TOP=top, D=dim, R=turn.pairs, BLOCK_N=tiles.entries, num_warps=4,
         )  # fmt: skip
@@ -134,13 +144,15 @@ def read(
         key_desc = described(keys[0], tiles.entries, block(turn.pairs or dim))
         value_desc = described(values[0], tiles.entries, block(dim))
     read_kernel[(row_tiles * count * heads, tiles.splits)](
-        queries, part_out, part_lse, lists.blocks, lists.counts, key_desc, value_desc, ready_desc, offsets, tuple(keys), tuple(values), strides(keys), strides(values),
+        queries, part_out, part_lse, lists.blocks, lists.counts, key_desc, value_desc, ready_desc, offsets,
+        tuple(keys), tuple(values), strides(keys), strides(values),
         lists.index, lists.ranks, tuple(part.shape[-1] for part in lists.index),
         turn.cos, turn.sin, turn.cos.shape[0] - 1, turn.anchor, scale, softcap or 1.0, biases(lists),
         count, heads, row_tiles, queries.stride(0), queries.stride(1), queries.stride(2), *part_out.stride()[:4],
         G=group, Q=size, CHUNK=lists.levels.chunk, TOP=top, D=dim, R=turn.pairs,
         BLOCK_M=tiles.rows, BLOCK_N=tiles.entries, BLOCK_D=block(dim), BLOCK_R=block(turn.pairs), BLOCK_P=block(rest),
-        CAP=softcap is not None, BARE=lists.bare, SPLITS=tiles.splits, PRECISION=precision(queries.dtype), COPY=copies, READY=ready,
+        CAP=softcap is not None, BARE=lists.bare, SPLITS=tiles.splits, PRECISION=precision(queries.dtype),
+        COPY=copies, READY=ready,
         num_warps=tiles.warps, num_stages=tiles.stages, maxnreg=tiles.registers,
     )  # fmt: skip
     if tiles.splits > 1:

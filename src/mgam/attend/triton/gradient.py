@@ -20,9 +20,11 @@ TILE = 16
 
 @dataclass(frozen=True)
 class Inverse:
-    """Who reads what: for unit u of (row, head), `order[begin:end]` are the places in a list (N, H, width) that read it.
+    """Who reads what: for unit u of (row, head), `order[begin:end]` are the places in a list (N, H, width) that read
+    it.
 
-    Shapes: begin, end (B*H*units,), order (N*H*width,), sorted by unit and then by place, so that sums have a fixed order.
+    Shapes: begin, end (B*H*units,), order (N*H*width,), sorted by unit and then by place, so that sums have a fixed
+    order.
     """
 
     begin: Tensor
@@ -42,8 +44,16 @@ class Inverse:
 
 
 def gradients(
-    grad: Tensor, part: Part, queries: Tensor, lists: Lists, keys: Sequence[Tensor], values: Sequence[Tensor], scale: float, *,
-    turn: Turn, softcap: float | None = None,
+    grad: Tensor,
+    part: Part,
+    queries: Tensor,
+    lists: Lists,
+    keys: Sequence[Tensor],
+    values: Sequence[Tensor],
+    scale: float,
+    *,
+    turn: Turn,
+    softcap: float | None = None,
 ) -> tuple[Tensor, list[Tensor], list[Tensor]]:
     """Gradients of queries (N, H*G, Q, D), and of keys and values (B, H, n_l, D) per level."""
     grad = grad.contiguous()
@@ -55,7 +65,20 @@ def gradients(
         reads = _token_reads(lists, turn) if level == 0 else _summary_reads(lists, level)
         if reads is not None:
             _entry_grads(
-                level, reads, grad, delta, part.lse, queries, lists, keys[level], values[level], dks[level], dvs[level], scale, turn, softcap
+                level,
+                reads,
+                grad,
+                delta,
+                part.lse,
+                queries,
+                lists,
+                keys[level],
+                values[level],
+                dks[level],
+                dvs[level],
+                scale,
+                turn,
+                softcap,
             )
     return dq, dks, dvs
 
@@ -100,8 +123,16 @@ def _summary_reads(lists: Lists, level: int) -> _Reads | None:
 
 
 def _query_grads(
-    grad: Tensor, delta: Tensor, lse: Tensor, queries: Tensor, lists: Lists, keys: Sequence[Tensor], values: Sequence[Tensor],
-    scale: float, turn: Turn, softcap: float | None,
+    grad: Tensor,
+    delta: Tensor,
+    lse: Tensor,
+    queries: Tensor,
+    lists: Lists,
+    keys: Sequence[Tensor],
+    values: Sequence[Tensor],
+    scale: float,
+    turn: Turn,
+    softcap: float | None,
 ) -> Tensor:
     count, query_heads, size, dim = queries.shape
     heads = keys[0].shape[1]
@@ -110,21 +141,35 @@ def _query_grads(
     tile = _row_tile(group * size, dim)
     tiles = triton.cdiv(group * size, tile)
     query_grad_kernel[(tiles * count * heads,)](
-        queries, grad, lse, delta, dq, lists.blocks, lists.counts, tuple(keys), tuple(values), strides(keys), strides(values),
+        queries, grad, lse, delta, dq, lists.blocks, lists.counts, tuple(keys), tuple(values), strides(keys),
+        strides(values),
         lists.index, lists.ranks, tuple(part.shape[-1] for part in lists.index),
         turn.cos, turn.sin, turn.cos.shape[0] - 1, turn.anchor, scale, softcap or 1.0, biases(lists),
         count, heads, tiles, queries.stride(0), queries.stride(1), queries.stride(2),
         G=group, Q=size, CHUNK=lists.levels.chunk, TOP=lists.levels.top, D=dim, R=turn.pairs,
         BLOCK_M=tile, BLOCK_N=64 if dim <= 128 else 32, BLOCK_D=block(dim), BLOCK_R=block(turn.pairs),
-        BLOCK_P=block(dim - 2 * turn.pairs), CAP=softcap is not None, BARE=lists.bare, PRECISION=precision(queries.dtype),
+        BLOCK_P=block(dim - 2 * turn.pairs), CAP=softcap is not None, BARE=lists.bare,
+        PRECISION=precision(queries.dtype),
         num_warps=8 if tile == 128 else 4, num_stages=2,
     )  # fmt: skip
     return dq
 
 
 def _entry_grads(
-    level: int, reads: _Reads, grad: Tensor, delta: Tensor, lse: Tensor, queries: Tensor, lists: Lists, keys: Tensor,
-    values: Tensor, dk: Tensor, dv: Tensor, scale: float, turn: Turn, softcap: float | None,
+    level: int,
+    reads: _Reads,
+    grad: Tensor,
+    delta: Tensor,
+    lse: Tensor,
+    queries: Tensor,
+    lists: Lists,
+    keys: Tensor,
+    values: Tensor,
+    dk: Tensor,
+    dv: Tensor,
+    scale: float,
+    turn: Turn,
+    softcap: float | None,
 ) -> None:
     _, query_heads, size, dim = queries.shape
     rows, heads, count, _ = keys.shape
@@ -137,13 +182,16 @@ def _entry_grads(
     subs = triton.cdiv(reads.size, across)
     entry_grad_kernel[(subs * rows * heads * units,)](
         queries, grad, lse, delta, keys, values, dk, dv, lists.blocks, inverse.begin, inverse.end, inverse.order,
-        reads.index, reads.ranks, turn.cos, turn.sin, turn.cos.shape[0] - 1, turn.anchor, scale, softcap or 1.0, biases(lists)[level],
+        reads.index, reads.ranks, turn.cos, turn.sin, turn.cos.shape[0] - 1, turn.anchor, scale, softcap or 1.0,
+        biases(lists)[level],
         lists.blocks.shape[1], heads, units, count, reads.unit.shape[-1],
         keys.stride(0), keys.stride(1), keys.stride(2), values.stride(0), values.stride(1), values.stride(2),
         queries.stride(0), queries.stride(1), queries.stride(2),
         G=group, Q=size, KIND=0 if level == 0 else 1, OPENED_WIDTH=lists.index[0].shape[-1], UNIT=reads.size, SUBS=subs,
-        D=dim, R=turn.pairs, BLOCK_M=_row_tile(group * size, dim, 64), BLOCK_N=across, BLOCK_D=block(dim), BLOCK_R=block(turn.pairs),
-        BLOCK_P=block(dim - 2 * turn.pairs), CAP=softcap is not None, BARE=lists.bare, PRECISION=precision(queries.dtype),
+        D=dim, R=turn.pairs, BLOCK_M=_row_tile(group * size, dim, 64), BLOCK_N=across, BLOCK_D=block(dim),
+        BLOCK_R=block(turn.pairs),
+        BLOCK_P=block(dim - 2 * turn.pairs), CAP=softcap is not None, BARE=lists.bare,
+        PRECISION=precision(queries.dtype),
         num_warps=8 if across == 64 else 4, num_stages=2,
     )  # fmt: skip
 

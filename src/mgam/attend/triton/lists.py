@@ -21,7 +21,8 @@ from mgam.schedule import Blocks
 class Lists:
     """What N blocks read, per KV head. Level 0 stands for the opened chunks, level l for summaries.
 
-    Shapes: blocks (4, N) int64: row, start, length, window start; index[l] and ranks[l] (N, H, M_l) int64; counts (N, H, 1+L).
+    Shapes: blocks (4, N) int64: row, start, length, window start; index[l] and ranks[l] (N, H, M_l) int64; counts
+    (N, H, 1+L).
     """
 
     levels: Levels
@@ -46,7 +47,9 @@ class Lists:
 
     def __getitem__(self, part: slice) -> Lists:
         index, ranks = (tuple(level[part] for level in levels) for levels in (self.index, self.ranks))
-        return replace(self, blocks=self.blocks[:, part].contiguous(), index=index, counts=self.counts[part], ranks=ranks)
+        return replace(
+            self, blocks=self.blocks[:, part].contiguous(), index=index, counts=self.counts[part], ranks=ranks
+        )
 
     @property
     def bare(self) -> bool:
@@ -59,7 +62,8 @@ class Lists:
 
 
 def places(index: Sequence[Tensor], levels: Levels, granular: bool) -> tuple[Tensor, tuple[Tensor, ...]]:
-    """Counts (N, H, 1+L) of entries that are not padding, and ranks of the lists' shapes (the lists where not granular)."""
+    """Counts (N, H, 1+L) of entries that are not padding, and ranks of the lists' shapes (the lists where not
+    granular)."""
     count, heads = index[0].shape[:2]
     device = index[0].device
     counts = torch.zeros(count, heads, len(index), dtype=torch.int32, device=device)
@@ -80,7 +84,8 @@ def places(index: Sequence[Tensor], levels: Levels, granular: bool) -> tuple[Ten
 @triton.jit
 def place_kernel(
     lists, rank_ptr, count_ptr, widths, steps,
-    LEVEL: tl.constexpr, LEVELS: tl.constexpr, CHUNK: tl.constexpr, RANKS: tl.constexpr, BLOCK: tl.constexpr, BLOCK_OTHER: tl.constexpr,
+    LEVEL: tl.constexpr, LEVELS: tl.constexpr, CHUNK: tl.constexpr, RANKS: tl.constexpr, BLOCK: tl.constexpr,
+    BLOCK_OTHER: tl.constexpr,
 ):  # fmt: skip
     """Counts one list of one block and head, and ranks its entries among all lists (`Cover.ranks`)."""
     pair = tl.program_id(0).to(tl.int64)
@@ -124,7 +129,9 @@ def check(lists: Lists, rows: int, tokens: int) -> None:
     row, start, length, window = lists.blocks
     rules = {
         f"rows must be 0 ... {rows - 1}": ((row < 0) | (row >= rows)).any(),
-        f"blocks must lie in the {tokens} tokens that the pyramid holds": ((start < 0) | (start + length > tokens)).any(),
+        f"blocks must lie in the {tokens} tokens that the pyramid holds": (
+            (start < 0) | (start + length > tokens)
+        ).any(),
         f"blocks hold at most {lists.size} queries": ((length < 0) | (length > lists.size)).any(),
         "a window must start between 0 and its block": ((window < 0) | (window > start)).any(),
     }

@@ -1,8 +1,9 @@
 """Read, forward: every block of queries reads its cover in one pass, with one online softmax.
 
-The query heads of a KV head and the queries of a block form one tile of rows, so that an entry is loaded once for all of them.
-Entries come as opened chunks, summaries level by level, then the window. With `splits` above 1 the cover is divided among that
-many programs, whose parts are merged after (decode).
+The query heads of a KV head and the queries of a block form one tile of rows, so that an entry is loaded once for
+all of them.
+Entries come as opened chunks, summaries level by level, then the window. With `splits` above 1 the cover is divided
+among that many programs, whose parts are merged after (decode).
 """
 
 from __future__ import annotations
@@ -27,9 +28,11 @@ from mgam.attend.triton.tiles import (
 
 @triton.jit
 def _tile(
-    acc, peak, total, q0, q1, q2, own, j, end, key_desc, value_desc, ready_desc, ready_row, ready_head, ready_at, row, head, key_ptr, value_ptr, key_step, value_step, list_ptr, rank_ptr, window, anchor,
+    acc, peak, total, q0, q1, q2, own, j, end, key_desc, value_desc, ready_desc, ready_row, ready_head, ready_at,
+    row, head, key_ptr, value_ptr, key_step, value_step, list_ptr, rank_ptr, window, anchor,
     cos_ptr, sin_ptr, limit, scale, bias, cap,
-    KIND: tl.constexpr, MASKED: tl.constexpr, CHUNK: tl.constexpr, D: tl.constexpr, R: tl.constexpr, BLOCK_N: tl.constexpr,
+    KIND: tl.constexpr, MASKED: tl.constexpr, CHUNK: tl.constexpr, D: tl.constexpr, R: tl.constexpr,
+    BLOCK_N: tl.constexpr,
     BLOCK_D: tl.constexpr, BLOCK_R: tl.constexpr, BLOCK_P: tl.constexpr, CAP: tl.constexpr, PRECISION: tl.constexpr,
     COPY: tl.constexpr, READY: tl.constexpr,
 ):  # fmt: skip
@@ -81,7 +84,8 @@ def _tile(
 
 @triton.jit
 def _run(
-    acc, peak, total, q0, q1, q2, own, begin, safe, end, key_desc, value_desc, ready_desc, ready_row, ready_head, ready_at, row, head, key_ptr, value_ptr, key_step, value_step, list_ptr, rank_ptr, window,
+    acc, peak, total, q0, q1, q2, own, begin, safe, end, key_desc, value_desc, ready_desc, ready_row, ready_head,
+    ready_at, row, head, key_ptr, value_ptr, key_step, value_step, list_ptr, rank_ptr, window,
     anchor, cos_ptr, sin_ptr, limit, scale, bias, cap,
     KIND: tl.constexpr, CHUNK: tl.constexpr, D: tl.constexpr, R: tl.constexpr, BLOCK_N: tl.constexpr,
     BLOCK_D: tl.constexpr, BLOCK_R: tl.constexpr, BLOCK_P: tl.constexpr, CAP: tl.constexpr, PRECISION: tl.constexpr,
@@ -93,15 +97,19 @@ def _run(
     STAGES: tl.constexpr = 1 if KIND == WINDOW and R > 0 else None
     for j in tl.range(begin, middle, BLOCK_N, num_stages=STAGES):
         acc, peak, total = _tile(
-            acc, peak, total, q0, q1, q2, own, j, end, key_desc, value_desc, ready_desc, ready_row, ready_head, ready_at, row, head, key_ptr, value_ptr, key_step, value_step, list_ptr, rank_ptr, window,
-            anchor, cos_ptr, sin_ptr, limit, scale, bias, cap, KIND, False, CHUNK, D, R, BLOCK_N, BLOCK_D, BLOCK_R, BLOCK_P,
+            acc, peak, total, q0, q1, q2, own, j, end, key_desc, value_desc, ready_desc, ready_row, ready_head,
+            ready_at, row, head, key_ptr, value_ptr, key_step, value_step, list_ptr, rank_ptr, window,
+            anchor, cos_ptr, sin_ptr, limit, scale, bias, cap, KIND, False, CHUNK, D, R, BLOCK_N, BLOCK_D, BLOCK_R,
+            BLOCK_P,
             CAP, PRECISION, COPY, READY,
         )  # fmt: skip
     if not (KIND == OPENED and CHUNK % BLOCK_N == 0):
         for j in tl.range(middle, end, BLOCK_N, num_stages=1):
             acc, peak, total = _tile(
-                acc, peak, total, q0, q1, q2, own, j, end, key_desc, value_desc, ready_desc, ready_row, ready_head, ready_at, row, head, key_ptr, value_ptr, key_step, value_step, list_ptr, rank_ptr,
-                window, anchor, cos_ptr, sin_ptr, limit, scale, bias, cap, KIND, True, CHUNK, D, R, BLOCK_N, BLOCK_D, BLOCK_R,
+                acc, peak, total, q0, q1, q2, own, j, end, key_desc, value_desc, ready_desc, ready_row, ready_head,
+                ready_at, row, head, key_ptr, value_ptr, key_step, value_step, list_ptr, rank_ptr,
+                window, anchor, cos_ptr, sin_ptr, limit, scale, bias, cap, KIND, True, CHUNK, D, R, BLOCK_N,
+                BLOCK_D, BLOCK_R,
                 BLOCK_P, CAP, PRECISION, False, READY,
             )  # fmt: skip
     return acc, peak, total
@@ -119,18 +127,21 @@ def _share(count, part, SPLITS: tl.constexpr, STEP: tl.constexpr):
 
 @triton.jit
 def read_kernel(
-    q_ptr, out_ptr, lse_ptr, block_ptr, count_ptr, key_desc, value_desc, ready_desc, offsets, keys, values, key_strides, value_strides, lists, ranks, widths,
+    q_ptr, out_ptr, lse_ptr, block_ptr, count_ptr, key_desc, value_desc, ready_desc, offsets, keys, values,
+    key_strides, value_strides, lists, ranks, widths,
     cos_ptr, sin_ptr, limit, anchor, scale, cap, biases, blocks, heads, tiles, q_block, q_head, q_row,
     out_part, out_block, out_head, out_row,
     G: tl.constexpr, Q: tl.constexpr, CHUNK: tl.constexpr, TOP: tl.constexpr, D: tl.constexpr, R: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_R: tl.constexpr, BLOCK_P: tl.constexpr,
-    CAP: tl.constexpr, BARE: tl.constexpr, SPLITS: tl.constexpr, PRECISION: tl.constexpr, COPY: tl.constexpr, READY: tl.constexpr,
+    CAP: tl.constexpr, BARE: tl.constexpr, SPLITS: tl.constexpr, PRECISION: tl.constexpr, COPY: tl.constexpr,
+    READY: tl.constexpr,
 ):  # fmt: skip
     """One program: BLOCK_M rows (query heads of one group x queries of one block) over one part of the block's cover.
 
-    Shapes: queries (N, H*G, Q, D) and out (SPLITS, N, H*G, Q, D) by strides; lse (SPLITS, N, H*G, Q) contiguous; block_ptr
-    (4, N): row, start, length, window start; count_ptr (N, H, 1+TOP); lists[l], ranks[l] (N, H, widths[l]). READY: keys before the
-    window come rotated from ready_desc (N, H, room, D), the list of level l from offsets[l] on.
+    Shapes: queries (N, H*G, Q, D) and out (SPLITS, N, H*G, Q, D) by strides; lse (SPLITS, N, H*G, Q) contiguous;
+    block_ptr
+    (4, N): row, start, length, window start; count_ptr (N, H, 1+TOP); lists[l], ranks[l] (N, H, widths[l]). READY:
+    keys before the window come rotated from ready_desc (N, H, room, D), the list of level l from offsets[l] on.
     """
     pid = tl.program_id(0)
     part = tl.program_id(1)
@@ -167,13 +178,15 @@ def read_kernel(
                     count = count * CHUNK
                 begin, end = _share(count, part, SPLITS, BLOCK_N)
                 acc, peak, total = _run(
-                    acc, peak, total, q0, q1, q2, own, begin, end, end, key_desc, value_desc, ready_desc, block, head, offsets[level], row.to(tl.int32), head,
+                    acc, peak, total, q0, q1, q2, own, begin, end, end, key_desc, value_desc, ready_desc, block,
+                    head, offsets[level], row.to(tl.int32), head,
                     keys[level] + row * key_strides[level][0] + head.to(tl.int64) * key_strides[level][1],
                     values[level] + row * value_strides[level][0] + head.to(tl.int64) * value_strides[level][1],
                     key_strides[level][2], value_strides[level][2],
                     lists[level] + pair * widths[level], ranks[level] + pair * widths[level], window, base,
                     cos_ptr, sin_ptr, limit, scale, biases[level], cap,
-                    OPENED if level == 0 else SUMMARIES, CHUNK, D, R, BLOCK_N, BLOCK_D, BLOCK_R, BLOCK_P, CAP, PRECISION,
+                    OPENED if level == 0 else SUMMARIES, CHUNK, D, R, BLOCK_N, BLOCK_D, BLOCK_R, BLOCK_P, CAP,
+                    PRECISION,
                     COPY and level == 0 and CHUNK % BLOCK_N == 0, READY,
                 )  # fmt: skip
         begin, end = _share((start + length - window).to(tl.int32), part, SPLITS, BLOCK_N)
@@ -182,7 +195,8 @@ def read_kernel(
             key_desc, value_desc, ready_desc, block, head, 0, row.to(tl.int32), head,
             keys[0] + row * key_strides[0][0] + head.to(tl.int64) * key_strides[0][1],
             values[0] + row * value_strides[0][0] + head.to(tl.int64) * value_strides[0][1],
-            key_strides[0][2], value_strides[0][2], lists[0], ranks[0], window, base, cos_ptr, sin_ptr, limit, scale, 0.0, cap,
+            key_strides[0][2], value_strides[0][2], lists[0], ranks[0], window, base, cos_ptr, sin_ptr, limit,
+            scale, 0.0, cap,
             WINDOW, CHUNK, D, R, BLOCK_N, BLOCK_D, BLOCK_R, BLOCK_P, CAP, PRECISION, COPY, False,
         )  # fmt: skip
 
@@ -217,7 +231,9 @@ def merge_kernel(
     total = tl.sum(weight, 0)
     share = weight / tl.where(total > 0, total, 1.0)
     value = tl.load(
-        part_ptr + place[:, None] * D + column[None, :], mask=(part < SPLITS)[:, None] & (column < D)[None, :], other=0.0
+        part_ptr + place[:, None] * D + column[None, :],
+        mask=(part < SPLITS)[:, None] & (column < D)[None, :],
+        other=0.0,
     )
     out = tl.sum(share[:, None] * value, 0)
     tl.store(out_ptr + line * D + column, out.to(out_ptr.dtype.element_ty), mask=column < D)

@@ -50,7 +50,8 @@ def half_tables(cos_ptr, sin_ptr, rank, R: tl.constexpr, BLOCK_R: tl.constexpr):
 @triton.jit
 def states(
     base, offset, live, rank, cos_ptr, sin_ptr,
-    D: tl.constexpr, R: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_R: tl.constexpr, BLOCK_P: tl.constexpr, MASKED: tl.constexpr,
+    D: tl.constexpr, R: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_R: tl.constexpr, BLOCK_P: tl.constexpr,
+    MASKED: tl.constexpr,
 ):  # fmt: skip
     """Rows of D columns in up to three parts: first and second rotated half, and the part that passes unchanged.
 
@@ -65,7 +66,7 @@ def states(
         cos, sin = half_tables(cos_ptr, sin_ptr, rank, R, BLOCK_R)
         turned = (first * cos - second * sin).to(first.dtype)
         turned_too = (second * cos + first * sin).to(first.dtype)
-        if 2 * R < D:
+        if 2 * R < D:  # noqa: SIM108  (a constant of the kernel: the other branch must not be compiled)
             passed = rows(base, offset, live, 2 * R, D - 2 * R, BLOCK_P, MASKED)
         else:
             passed = turned
@@ -77,7 +78,8 @@ def described(
     desc, row, head, first, rank, cos_ptr, sin_ptr,
     R: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_R: tl.constexpr,
 ):  # fmt: skip
-    """The same parts as `states` for BLOCK_N neighbours from `first` on, by the copy engine; columns beyond D are zero."""
+    """The same parts as `states` for BLOCK_N neighbours from `first` on, by the copy engine; columns beyond D are
+    zero."""
     if R == 0:
         whole = desc.load([row, head, first, 0]).reshape(BLOCK_N, BLOCK_D)
         return whole, whole, whole

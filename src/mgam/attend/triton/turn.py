@@ -1,4 +1,5 @@
-"""Turn: keys of a cover, rotated by their ranks once for all the rows of a block, into a buffer that the read kernel takes.
+"""Turn: keys of a cover, rotated by their ranks once for all the rows of a block, into a buffer that the read kernel
+takes.
 
 A block's rows fill several tiles; without this each of them would rotate every key again.
 """
@@ -13,10 +14,12 @@ from mgam.attend.triton.tiles import OPENED, SUMMARIES, entries, states
 
 @triton.jit
 def turn_kernel(
-    ready_ptr, row_ptr, count_ptr, keys, key_strides, lists, ranks, widths, offsets, cos_ptr, sin_ptr, limit, anchor, heads, tiles, room,
+    ready_ptr, row_ptr, count_ptr, keys, key_strides, lists, ranks, widths, offsets, cos_ptr, sin_ptr, limit,
+    anchor, heads, tiles, room,
     CHUNK: tl.constexpr, TOP: tl.constexpr, D: tl.constexpr, R: tl.constexpr, BLOCK_N: tl.constexpr,
 ):  # fmt: skip
-    """One program: BLOCK_N entries of one block and KV head. ready_ptr (N, H, room, D); the list of level l begins at offsets[l].
+    """One program: BLOCK_N entries of one block and KV head. ready_ptr (N, H, room, D); the list of level l begins
+    at offsets[l].
 
     Only halves that rotate whole are served: D == 2 R, a power of two.
     """
@@ -37,7 +40,8 @@ def turn_kernel(
                 )  # fmt: skip
                 rank = tl.minimum(tl.maximum(rank, 0), limit)
                 k0, k1, _ = states(
-                    keys[level] + row * key_strides[level][0] + head * key_strides[level][1], index * key_strides[level][2],
+                    keys[level] + row * key_strides[level][0] + head * key_strides[level][1],
+                    index * key_strides[level][2],
                     live, rank, cos_ptr, sin_ptr, D, R, 2 * R, R, 16, True,
                 )  # fmt: skip
                 column = tl.arange(0, R)
