@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import random
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -77,15 +76,7 @@ def contents(folder: Path) -> dict[str, bytes]:
     return {file.name: file.read_bytes() for file in sorted(folder.iterdir()) if file.name != "writer.lock"}
 
 
-def main() -> None:
-    """Digests a text of `length` bytes, for tests that stop it: python -m tests.documents.tiny FOLDER LENGTH."""
+def run(folder: str, length: int) -> None:
+    """Digests a text of `length` bytes: what tests that kill a writer start."""
     torch.set_num_threads(1)
-    folder, length = sys.argv[1], int(sys.argv[2])
-    Document.digest(
-        make_model(), make_tokenizer(), [source(length)], folder, **GRID,
-        on_progress=lambda done, total: print(done, flush=True),
-    )  # fmt: skip
-
-
-if __name__ == "__main__":
-    main()
+    Document.digest(make_model(), make_tokenizer(), [source(length)], folder, **GRID)

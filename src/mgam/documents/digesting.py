@@ -90,7 +90,12 @@ def digest(
         if _has_manifest(path):
             manifest = _go_on(path, model, tokenizer, sources, append=append)
         else:
-            manifest = _begin(path, model, tokenizer, sources, applied, eight_bits, (grid or Grid()).fitted(applied))
+            shape = shape_of(model, applied, eight_bits)
+            manifest = _new(model, tokenizer, sources, applied, shape, (grid or Grid()).fitted(applied))
+            _check_memory(manifest, memory, room, model.device)
+            texts_kept = tuple(write_text(path, n, source.name, source.text) for n, source in enumerate(sources))
+            manifest = manifest.with_(texts=texts_kept)
+            manifest.write(path)
         if manifest.complete:
             return manifest
         texts = [Source(text.name, Store(path, manifest).text(n)) for n, text in enumerate(manifest.texts)]
@@ -157,6 +162,12 @@ def check_model(manifest: Manifest, model: Any, tokenizer: Any, path: Path) -> N
             f"{path} was made in {manifest.shape.dtype}, the model is in {str(model.dtype).removeprefix('torch.')}; "
             f"load it with --dtype {manifest.shape.dtype}"
         )
+    config, shape = model.config.get_text_config(decoder=True), manifest.shape
+    if (shape.layers, shape.query_heads) != (config.num_hidden_layers, config.num_attention_heads):
+        raise DigestError(
+            f"{path} has {shape.layers} layers of {shape.query_heads} heads, the model {config.num_hidden_layers} of "
+            f"{config.num_attention_heads}; load {named}, or digest again"
+        )
     if fingerprint.of_model(model) != manifest.model["fingerprint"]:
         raise DigestError(
             f"{path} was made with {named}, and other weights were given; load that model, or digest again"
@@ -198,12 +209,9 @@ def _is_ours(name: str) -> bool:
     return plain in (LOCK_NAME, MANIFEST_NAME) or plain.startswith(("text-", "segment-"))
 
 
-def _begin(
-    path: Path, model: Any, tokenizer: Any, sources: Sequence[Source], applied: Applied, eight_bits: bool, grid: Grid
-) -> Manifest:
-    shape = shape_of(model, applied, eight_bits)
-    tokens = len(tokens_of(tokenizer, sources))
-    manifest = Manifest(
+def _new(model: Any, tokenizer: Any, sources: Sequence[Source], applied: Applied, shape: Shape, grid: Grid) -> Manifest:
+    """The manifest of a digest of which nothing is written yet."""
+    return Manifest(
         model={"name": getattr(model, "name_or_path", "") or "", "fingerprint": fingerprint.of_model(model)},
         tokenizer=fingerprint.of_tokenizer(tokenizer),
         shape=shape,
@@ -211,14 +219,25 @@ def _begin(
         dense_until=applied.reading.dense_until,
         call=grid.call,
         grid=grid.segment,
-        tokens=tokens,
-        texts=tuple(write_text(path, number, source.name, source.text) for number, source in enumerate(sources)),
+        tokens=len(tokens_of(tokenizer, sources)),
+        texts=(),
         segments=(),
         complete=False,
         made_with=fingerprint.versions(),
     )
-    manifest.write(path)
-    return manifest
+
+
+def _check_memory(manifest: Manifest, memory: int | None, room: int, device: torch.device) -> int:
+    """Slots of a pool for digesting, and then asking, within a bound.
+
+    Raises:
+        SettingError: the method reads all of a layer at once.
+        MemoryBudgetError: the bound is below the floor.
+    """
+    if memory is not None and manifest.settings.method == "dense":
+        raise SettingError("a memory bound needs a method that chooses what it reads; dense reads all of every layer")
+    live = max(manifest.grid + manifest.call, room)  # what is asked later must fit the same bound
+    return slots_for(manifest.shape, manifest.tokens, live, memory, device)
 
 
 def _go_on(path: Path, model: Any, tokenizer: Any, sources: Sequence[Source], *, append: bool) -> Manifest:
@@ -283,10 +302,6 @@ class _Builder:
             raise DigestError(
                 f"the tokenizer makes {len(tokens):,} tokens of the stored texts, {manifest.tokens:,} were counted"
             )
-        if memory is not None and applied.settings.method == "dense":
-            raise SettingError(
-                "a memory bound needs a method that chooses what it reads; dense reads all of every layer"
-            )
         self.path, self.model, self.applied, self.tokens = path, model, applied, tokens
         self.manifest = manifest
         self.shape = manifest.shape
@@ -332,8 +347,7 @@ class _Builder:
             for layer in self.cache.pyramids.values():
                 layer.pyramid.reserve(total)
             return None
-        live = max(self.manifest.grid + self.manifest.call, room)  # what is asked later must fit the same bound
-        pool = Pool(self.shape, slots_for(self.shape, total, live, memory, device), device)
+        pool = Pool(self.shape, _check_memory(self.manifest, memory, room, device), device)
         pool.fetch = self.store.read_pages
         pool.reserve(-(-total // self.shape.levels.chunk))
         for number, layer in self.cache.pyramids.items():

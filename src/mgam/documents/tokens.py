@@ -106,6 +106,8 @@ def tokens_of(tokenizer: Any, sources: Sequence[Source]) -> Tokens:
         raise DocumentError(
             "the tokenizer cannot tell where in a text its tokens stand; use a fast one (tokenizer.json)"
         )
+    for source in sources:
+        _refuse_surrogates(source)
     frame = Frame.of(tokenizer)
     ids: list[Numbers] = []
     texts: list[Numbers] = []
@@ -152,6 +154,13 @@ def check_equal(stored: TokenPart, now: TokenPart) -> None:
             "the tokenizer now makes other tokens of the stored texts than when they were digested; digest them again, "
             "or use the versions named by `mgam info`"
         )
+
+
+def _refuse_surrogates(source: Source) -> None:
+    try:
+        source.text.encode()
+    except UnicodeEncodeError as error:
+        raise DocumentError(f"{source.name} holds a lone surrogate at {error.start}, which is no character") from error
 
 
 def _asked(text: str) -> str:

@@ -146,7 +146,7 @@ class Manifest:
         if not isinstance(found, dict) or found.get("format") != FORMAT:
             raise DigestError(f"{folder} is not a digest: its {NAME} is of another program")
         version = found.get("version")
-        if version != VERSION or isinstance(version, bool):
+        if type(version) is not int or version != VERSION:
             older = isinstance(version, int) and version < VERSION
             raise DigestError(
                 f"{folder} has format {version!r}, this mgam reads {VERSION}: {_OLDER if older else _NEWER}"

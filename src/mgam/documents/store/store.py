@@ -156,10 +156,7 @@ def damaged_page(path: Path, offset: int, length: int, layer: int, chunk: int, h
 
 def write_text(folder: Path, number: int, name: str, text: str) -> Text:
     """Keeps a text with its digest."""
-    try:
-        data = text.encode()
-    except UnicodeEncodeError as error:
-        raise DigestError(f"{name} holds a character that is none (a lone surrogate at {error.start})") from error
+    data = text.encode()
     files.write_small(folder, Text.file_of(number), data)
     return Text(name, Text.file_of(number), len(data), hashlib.sha256(data).hexdigest())
 

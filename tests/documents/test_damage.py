@@ -1,0 +1,70 @@
+"""Damaged digests are refused or stopped with a clear error; never a crash, never a wrong answer."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from mgam.documents.document import Document
+from mgam.errors import DigestError
+
+from . import tiny
+from .damage import QUESTION, Scene
+
+TRIALS = 300
+
+
+@pytest.fixture(scope="module")
+def scene(tmp_path_factory: pytest.TempPathFactory, tokenizer: Any) -> Scene:
+    folder = tmp_path_factory.mktemp("scene")
+    return make_scene(folder, tokenizer)
+
+
+def make_scene(folder: Path, tokenizer: Any) -> Scene:
+    model = tiny.make_model()
+    whole, foreign = folder / "whole.mgam", folder / "foreign.mgam"
+    with_answer = Document.digest(model, tokenizer, [tiny.source(400)], whole, **tiny.GRID)
+    answer = with_answer.ask(QUESTION, max_new_tokens=3).answer
+    Document.digest(tiny.make_model(1), tokenizer, [tiny.source(400, 1)], foreign, **tiny.GRID)
+    return Scene(model, tokenizer, whole, foreign, answer)
+
+
+@pytest.mark.parametrize("part", range(6))
+def test_damaged_digests(scene: Scene, tmp_path: Path, part: int) -> None:
+    outcomes = [scene.trial(tmp_path / "it.mgam", seed) for seed in range(part * TRIALS // 6, (part + 1) * TRIALS // 6)]
+    assert sum(outcome.startswith("refused") for outcome in outcomes) > len(outcomes) // 2
+
+
+def test_a_damaged_page_stops_the_answer_and_is_named(scene: Scene, tmp_path: Path) -> None:
+    document = Document.open(scene.whole, scene.model, scene.tokenizer, room=64)
+    document.ask(QUESTION, max_new_tokens=3)
+    layer, head, chunk = 0, 0, 0  # the sink is always read
+    layout = document.manifest.layout(document.manifest.segments[0])
+    offset = layout.page(layer, chunk, head)
+
+    shutil.copytree(scene.whole, tmp_path / "it.mgam")
+    file = tmp_path / "it.mgam" / document.manifest.segments[0].file
+    data = bytearray(file.read_bytes())
+    data[offset + 7] ^= 16
+    file.write_bytes(data)
+    damaged = Document.open(tmp_path / "it.mgam", scene.model, scene.tokenizer, room=64)
+    with pytest.raises(DigestError, match=rf"segment-000000\.safetensors is damaged between byte {offset:,}") as caught:
+        damaged.ask(QUESTION, max_new_tokens=3)
+    assert "layer 0, KV head 0, chunk 0" in str(caught.value)
+    file.write_bytes(scene.whole.joinpath(file.name).read_bytes())
+    assert damaged.ask(QUESTION, max_new_tokens=3).answer == scene.answer  # and the next question is answered
+
+
+def test_an_older_and_a_newer_format_say_so(scene: Scene, tmp_path: Path) -> None:
+
+    for version, said in ((0, "older mgam"), (2, "newer mgam")):
+        folder = tmp_path / f"{version}.mgam"
+        shutil.copytree(scene.whole, folder)
+        body = json.loads((folder / "manifest.json").read_bytes())
+        (folder / "manifest.json").write_text(json.dumps({**body, "version": version}))
+        with pytest.raises(DigestError, match=said):
+            Document.open(folder, scene.model, scene.tokenizer)

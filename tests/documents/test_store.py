@@ -1,0 +1,213 @@
+"""The store keeps what it was given through kills, full disks, second writers and read-only folders."""
+
+from __future__ import annotations
+
+import multiprocessing
+import os
+import random
+import resource
+import shutil
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from mgam.documents.document import Document
+from mgam.documents.store import Manifest, verify
+from mgam.documents.store.lock import WriterLock
+from mgam.documents.tiers import parse_memory
+from mgam.errors import DigestError, DocumentError, MgamError, SettingError, UnsupportedModelError
+
+from . import tiny
+from .conftest import Make
+from .tiny import contents, source
+
+LENGTH = 2500
+WRITERS = multiprocessing.get_context("forkserver")
+WRITERS.set_forkserver_preload(["tests.documents.tiny"])
+
+
+def start(folder: Path) -> Any:
+    """A process that digests; its libraries are loaded when it starts."""
+    process = WRITERS.Process(target=tiny.run, args=(str(folder), LENGTH))
+    process.start()
+    return process
+
+
+def finish(folder: Path) -> float:
+    """Lets a process digest, and returns the seconds it took."""
+    began = time.perf_counter()
+    process = start(folder)
+    process.join()
+    assert process.exitcode == 0
+    return time.perf_counter() - began
+
+
+def resumes(folder: Path, whole: Path, choice: random.Random, seconds: float, times: int) -> int:
+    """Kills a digest at random moments, then lets it finish: nothing is lost but the open segment."""
+    running = done = 0
+    for _ in range(times):
+        process = start(folder)
+        time.sleep(choice.random() * seconds)
+        running += process.is_alive()
+        process.kill()
+        process.join()
+        if (folder / "manifest.json").exists():
+            assert Manifest.read(folder).done >= done
+            done = Manifest.read(folder).done
+            assert not verify(folder)
+    finish(folder)
+    assert contents(folder) == contents(whole)
+    return running
+
+
+@pytest.fixture(scope="module")
+def through(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, float]:
+    """A digest that ran through, and the seconds it took."""
+    folder = tmp_path_factory.mktemp("through")
+    finish(folder / "warm.mgam")
+    return folder / "book.mgam", finish(folder / "book.mgam")
+
+
+def test_kill_and_resume(through: tuple[Path, float], tmp_path: Path) -> None:
+    assert resumes(tmp_path / "book.mgam", through[0], random.Random(1), through[1], 5)
+
+
+@pytest.mark.slow
+def test_kill_at_fifty_moments_and_resume(through: tuple[Path, float], tmp_path: Path) -> None:
+    running = 0
+    for number in range(25):
+        running += resumes(tmp_path / f"{number}.mgam", through[0], random.Random(number), through[1], 2)
+    assert running > 25
+
+
+def test_a_second_writer_is_refused_and_readers_are_not(
+    digest: Make, model: Any, tokenizer: Any, tmp_path: Path
+) -> None:
+    document = digest(source(400))
+    with WriterLock(tmp_path / "book.mgam"):
+        with pytest.raises(DigestError, match="being written by another process"):
+            digest(source(100, 1), append=True)
+        other = Document.open(tmp_path / "book.mgam", model, tokenizer)
+        assert other.ask("who?", max_new_tokens=3).answer == document.ask("who?", max_new_tokens=3).answer
+
+
+@pytest.fixture
+def small_files() -> Iterator[None]:
+    """No file may have more than 40 kB, as on a disk that is full."""
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+    yield
+    resource.setrlimit(resource.RLIMIT_FSIZE, before)
+
+
+def test_a_full_disk_is_said_and_nothing_is_lost(
+    digest: Make, tmp_path: Path, small_files: None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    digest(source(900), name="whole.mgam")
+    sizes = [len(data) for name, data in contents(tmp_path / "whole.mgam").items() if name.startswith("segment")]
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+
+    def fill(done: int, total: int) -> None:
+        if done >= 300:
+            resource.setrlimit(resource.RLIMIT_FSIZE, (max(sizes) // 2, limits[1]))
+
+    with pytest.raises(DigestError, match="no room to write"):
+        digest(source(900), on_progress=fill)
+    resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+    manifest = Manifest.read(tmp_path / "book.mgam")
+    assert manifest.done == 256
+    assert not verify(tmp_path / "book.mgam")
+    assert not list((tmp_path / "book.mgam").glob("*.part"))
+    digest(source(900))
+    assert contents(tmp_path / "book.mgam") == contents(tmp_path / "whole.mgam")
+
+
+def test_too_little_room_is_said_before_anything_is_read(digest: Make, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(shutil, "disk_usage", lambda path: shutil._ntuple_diskusage(10, 10, 0))  # type: ignore[attr-defined]
+    with pytest.raises(DigestError, match=r"takes about .* free where"):
+        digest(source(400))
+
+
+@pytest.mark.skipif(os.geteuid() == 0, reason="root may write everywhere")
+def test_a_read_only_folder_is_said(digest: Make, tmp_path: Path) -> None:
+    (tmp_path / "book.mgam").mkdir(mode=0o500)
+    with pytest.raises(DigestError, match="may not be written by you"):
+        digest(source(400))
+
+
+def test_a_folder_that_refuses_writing_is_said(digest: Make, monkeypatch: pytest.MonkeyPatch) -> None:
+    real = os.open
+
+    def refuse(path: Any, flags: int, *rest: Any, **more: Any) -> int:
+        if flags & os.O_CREAT:
+            raise PermissionError(13, "Permission denied")
+        return real(path, flags, *rest, **more)
+
+    monkeypatch.setattr(os, "open", refuse)
+    with pytest.raises(DigestError, match="may not be written by you"):
+        digest(source(400))
+
+
+def test_a_read_only_digest_can_be_asked(digest: Make, model: Any, tokenizer: Any, tmp_path: Path) -> None:
+    digest(source(400))
+    for file in (tmp_path / "book.mgam").iterdir():
+        file.chmod(0o400)
+    (tmp_path / "book.mgam").chmod(0o500)
+    assert Document.open(tmp_path / "book.mgam", model, tokenizer).ask("who?", max_new_tokens=2).tokens["answer"] > 0
+    (tmp_path / "book.mgam").chmod(0o700)
+
+
+def test_another_model_tokenizer_or_number_format_is_refused(digest: Make, model: Any, tmp_path: Path) -> None:
+    import torch
+
+    digest(source(300))
+    path, tokenizer = tmp_path / "book.mgam", tiny.make_tokenizer()
+    with pytest.raises(DigestError, match="made with tiny, and other weights"):
+        Document.open(path, tiny.make_model(1), tokenizer)
+    with pytest.raises(DigestError, match="was made in float32, the model is in bfloat16"):
+        Document.open(path, tiny.make_model(dtype=torch.bfloat16), tokenizer)
+    with pytest.raises(DigestError, match="made with another tokenizer"):
+        Document.open(path, model, tiny.make_tokenizer(template=False))
+    with pytest.raises(DigestError, match="begun with other settings"):
+        digest(model=tiny.make_model(budget=32))
+
+
+def test_a_source_that_changed_is_said(digest: Make) -> None:
+    digest(source(300))
+    with pytest.raises(DigestError, match="text 0 as it was, and it has changed since"):
+        digest(tiny.Source("text 0", "Something else."))
+    with pytest.raises(DigestError, match="holds other texts; add these with --append"):
+        digest(source(300, 1))
+
+
+def test_folders_that_are_no_digests(digest: Make, model: Any, tokenizer: Any, tmp_path: Path) -> None:
+    (tmp_path / "book.mgam").mkdir()
+    (tmp_path / "book.mgam" / "mine.txt").write_text("keep me")
+    with pytest.raises(DigestError, match=r"holds other files \(mine.txt\)"):
+        digest(source(300))
+    digest(source(300), name="real.mgam")
+    (tmp_path / "link.mgam").symlink_to(tmp_path / "real.mgam")
+    for name, said in (("link.mgam", "symbolic link"), ("none.mgam", "does not exist"), ("book.mgam", "not a digest")):
+        with pytest.raises(DigestError, match=said):
+            Document.open(tmp_path / name, model, tokenizer)
+    with pytest.raises(DigestError, match="symbolic link"):
+        digest(source(300), name="link.mgam")
+    with pytest.raises(DocumentError, match="no text"):
+        digest(name="empty.mgam")
+
+
+def test_what_a_digest_cannot_hold_is_refused(digest: Make) -> None:
+    with pytest.raises(UnsupportedModelError, match="keeps more than keys, values and summaries"):
+        digest(source(300), model=tiny.make_model(method="quest"))
+    with pytest.raises(SettingError, match="needs a method that chooses"):
+        digest(source(300), model=tiny.make_model(method="dense"), memory="1GiB")
+    with pytest.raises(MgamError, match="lone surrogate"):
+        digest(tiny.Source("odd", "a\ud800b"))
+
+
+def test_sizes_of_memory() -> None:
+    assert [parse_memory(text) for text in ("2GiB", "1.5 mb", "7", 9, None)] == [2 << 30, 3 << 19, 7, 9, None]
+    with pytest.raises(SettingError, match="is no size"):
+        parse_memory("-2GiB")
