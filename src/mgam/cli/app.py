@@ -8,6 +8,7 @@ from typing import Annotated
 import typer
 
 from mgam.cli.ask import ask
+from mgam.cli.bench import register as register_bench
 from mgam.cli.chat import register as register_chat
 from mgam.cli.digest import register as register_digest
 from mgam.cli.env import env
@@ -24,6 +25,7 @@ app = typer.Typer(
     context_settings={"help_option_names": ["-h", "--help"]},
 )
 app.command("ask")(ask)
+register_bench(app)
 register_digest(app)
 register_chat(app)
 register_info(app)

@@ -285,7 +285,7 @@ def _positions(
     """Positions of each multi-granular layer; layers of one kind share their tables."""
     found: dict[int, Positions] = {}
     shared: dict[str, Positions] = {}
-    span = settings.window + settings.pyramid_levels.chunk + settings.block
+    span = settings.window + settings.pyramid_levels.chunk + max(settings.block, settings.question_block)
     for index, layer in layers.items():
         if layer.window is not None:
             continue
