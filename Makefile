@@ -1,6 +1,7 @@
 # Everything that a fresh machine needs is set up by the targets themselves; only Python 3.11 or later must be there.
 #   make demo   set up, then ask a question of a long text that is shipped with the project
 #   make test   set up, then lint, type-check and test
+#   make test-oldest   set up a second environment with the oldest transformers that is accepted, then test models and battery
 
 PYTHON ?= python3
 VENV   := .venv
@@ -11,7 +12,11 @@ MADE       := $(VENV)/.made
 USER_READY := $(VENV)/.ready-user
 DEV_READY  := $(VENV)/.ready-dev
 
-.PHONY: demo test lint format types clean help
+# A second environment: the oldest versions that are accepted, and what the tests need.
+OLDEST       := .venv-oldest
+OLDEST_READY := $(OLDEST)/.ready
+
+.PHONY: demo test test-oldest docs lint format types clean help
 .DEFAULT_GOAL := help
 
 help:
@@ -31,7 +36,7 @@ $(USER_READY): $(MADE) pyproject.toml constraints.txt
 	@touch $@
 
 $(DEV_READY): $(USER_READY)
-	$(BIN)/python -m pip install --quiet -c constraints.txt -e '.[gguf,documents,dev]'
+	$(BIN)/python -m pip install --quiet -c constraints.txt -e '.[gguf,documents,train,dev]'
 	@touch $@
 
 demo: $(USER_READY)
@@ -42,6 +47,20 @@ test: $(DEV_READY)
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 	$(BIN)/python -m pytest
+
+$(OLDEST_READY): pyproject.toml constraints-oldest.txt
+	$(PYTHON) -m venv --clear $(OLDEST)
+	@echo "installing the oldest versions that mgam accepts into $(OLDEST) (once; some minutes on a slow line)"
+	$(OLDEST)/bin/python -m pip install --quiet -c constraints-oldest.txt -e '.[train]' pytest hypothesis packaging
+	@touch $@
+
+test-oldest: $(OLDEST_READY)
+	$(OLDEST)/bin/python -m pytest -p no:cacheprovider tests/models tests/battery -k "not reference"
+
+docs: $(DEV_READY)
+	$(BIN)/python scripts/models_table.py --write
+	$(BIN)/python -m pip install --quiet mkdocs
+	$(BIN)/python -m mkdocs build
 
 lint: $(DEV_READY)
 	$(BIN)/ruff check .
@@ -55,4 +74,4 @@ format: $(DEV_READY)
 	$(BIN)/ruff format .
 
 clean:
-	rm -rf $(VENV) build dist .mypy_cache .pytest_cache .ruff_cache
+	rm -rf $(VENV) $(OLDEST) build dist site .mypy_cache .pytest_cache .ruff_cache

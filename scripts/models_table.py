@@ -76,7 +76,7 @@ def _page(cells: dict[tuple[str, str], str], reasons: list[str]) -> str:
     lines += [f"- {', '.join(names)}: {reason}" for reason, names in by_reason.items()]
     lines += [
         "- models that read images or sound too, encoders and encoder-decoders, and models whose every layer slides",
-        "- any other model type: the message names the row to add ([how to](contributing.md))",
+        "- any other model type: the message names the row to add (CONTRIBUTING.md, 'Add a model')",
         "",
         "Checkpoints are loaded by transformers, so packed GGUF, 8-bit and 4-bit weights should work where "
         "transformers can compute with them: attention sees queries, keys and values only. They are not in the table, "

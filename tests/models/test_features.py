@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import pytest
 
 from .features import FEATURES
@@ -19,3 +21,14 @@ def test_feature(name: str, feature: str) -> None:
     reason = FEATURES[feature](BY_NAME[name])
     if reason is not None:
         pytest.skip(reason)
+
+
+def test_the_table_of_the_docs_is_whole() -> None:
+    """`scripts/models_table.py --write` makes it."""
+    lines = (Path(__file__).parents[2] / "docs" / "models.md").read_text(encoding="utf-8").splitlines()
+    rows = [[cell.strip() for cell in line.strip("|").split("|")] for line in lines if line.startswith("|")]
+    assert ["feature", *NAMES] in rows
+    for feature in FEATURES:
+        [row] = [row for row in rows if row[0] == feature]
+        assert len(row) == 1 + len(NAMES)
+        assert all(cell == "✓" or f"{cell} " in "".join(f"{line[:4]} " for line in lines) for cell in row[1:]), row

@@ -1,0 +1,34 @@
+"""The Python in docs/how-to runs."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+
+import pytest
+import torch
+
+from .features import batch, texts
+from .zoo import BY_NAME, tokens
+
+FOLDER = Path(__file__).parents[2] / "docs" / "how-to"
+
+
+@pytest.mark.filterwarnings("ignore::UserWarning")
+@pytest.mark.parametrize("page", sorted(FOLDER.glob("*.md")), ids=lambda page: page.stem)
+def test_page(page: Path, tmp_path: Path) -> None:
+    model = BY_NAME["llama"].make(torch.float32, max_position_embeddings=4096)
+    padded, mask = batch(texts(), "left")
+    names = {
+        "model": model,
+        "ids": tokens(1, 50),
+        "batch": padded,
+        "mask": mask,
+        "prompt": tokens(1, 40),
+        "questions": [tokens(1, 5, seed=9), tokens(1, 7, seed=10)],
+        "folder": str(tmp_path),
+    }
+    blocks = re.findall(r"^```python\n(.*?)^```", page.read_text(encoding="utf-8"), re.DOTALL | re.MULTILINE)
+    assert blocks
+    for block in blocks:
+        exec(compile(block, str(page), "exec"), names)
