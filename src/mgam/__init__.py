@@ -6,7 +6,8 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from mgam.documents.reading import reader
-    from mgam.integrations.transformers import PyramidCache, applied, apply, remove
+    from mgam.integrations.transformers.apply import applied, apply, remove
+    from mgam.integrations.transformers.cache import PyramidCache
     from mgam.settings import Settings
 
 __version__ = "0.1.0"
