@@ -9,7 +9,7 @@ import pytest
 import torch
 from safetensors import safe_open
 
-from mgam.documents import tiers
+from mgam.documents import digesting, tiers
 from mgam.documents.document import Document
 from mgam.documents.sources import Source
 from mgam.documents.tokens import Frame, encode
@@ -110,6 +110,20 @@ def test_any_memory_bound_gives_the_same(
     for one in (bound, tight, Document.open(tmp_path / "ample.mgam", model, tokenizer, tier="host")):
         assert one.ask(asked, max_new_tokens=8).answer == ample.ask(asked, max_new_tokens=8).answer
     assert tight.counts.fetched > ample.counts.fetched
+
+
+@pytest.mark.parametrize("eight_bits", [False, True])
+def test_a_digest_made_in_memory_has_the_same_bytes(
+    digest: Make, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, eight_bits: bool
+) -> None:
+    texts = [source(600), source(300, 1)]
+    digest(*texts, name="paged.mgam", eight_bits=eight_bits)
+    monkeypatch.setattr(digesting, "_paged", lambda device, memory: False)
+    digest(*texts, name="memory.mgam", eight_bits=eight_bits)
+    digest(texts[0], name="appended.mgam", eight_bits=eight_bits)
+    digest(texts[1], name="appended.mgam", eight_bits=eight_bits, append=True)
+    assert contents(tmp_path / "memory.mgam") == contents(tmp_path / "paged.mgam")
+    assert contents(tmp_path / "appended.mgam") == contents(tmp_path / "paged.mgam")
 
 
 def floor_of(digest: Make, name: str) -> int:

@@ -285,6 +285,11 @@ def _differs(given: list[tuple[str, str]], known: list[tuple[str, str]]) -> str:
     return "holds other texts; add these with --append, or name a new folder"
 
 
+def _paged(device: torch.device, memory: int | None) -> bool:
+    """Whether pages go through a pool; else all stays on the GPU, where kernels read it in place."""
+    return device.type != "cuda" or memory is not None
+
+
 class _Builder:
     """One run of the model over what is not digested yet."""
 
@@ -343,7 +348,7 @@ class _Builder:
     def _pool(self, memory: int | None, room: int) -> Pool | None:
         """A pool of pages, or none where everything stays on the device."""
         device, total = self.model.device, len(self.tokens)
-        if device.type == "cuda" and memory is None:
+        if not _paged(device, memory):
             for layer in self.cache.pyramids.values():
                 layer.pyramid.reserve(total)
             return None

@@ -81,7 +81,7 @@ class Store:
         """
         text = self.manifest.texts[number]
         data = files.read_small(self.folder, text.file, text.bytes)
-        if hashlib.sha256(data).hexdigest() != text.sha256:
+        if len(data) != text.bytes or hashlib.sha256(data).hexdigest() != text.sha256:
             raise DigestError(
                 f"{self.folder / text.file}, the text of {text.name}, is damaged: its checksum does not fit"
             )

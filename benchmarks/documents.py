@@ -1,0 +1,352 @@
+"""Digests in figures: reading, asking and fetching, with memory, time and disk.
+
+    python benchmarks/documents.py digest --tokens 256000 --memory 2GiB
+    python benchmarks/documents.py ask --tokens 256000 --memory 2GiB
+    python benchmarks/documents.py bits --tokens 16000
+    python benchmarks/documents.py fetch --tokens 500000              on a GPU: host tier against moving whole layers
+
+Each is a cell: done once, kept with its conditions in benchmarks/results/documents.<device>.json, and made anew with
+--again. A digest that was stopped goes on. Digests are kept in --folder; `ask` and `bits` make the one they need.
+The text is shipped prose, repeated, with ten pass keys at ten depths; every question asks for one of them.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import random
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+HERE = Path(__file__).parent
+NEEDLES = 10
+CITIES = ("Aran", "Bergen", "Cork", "Delft", "Evora", "Faro", "Ghent", "Hvar", "Izmir", "Jena")
+
+app = typer.Typer(help=__doc__, no_args_is_help=True)
+
+Tokens = Annotated[int, typer.Option(help="Tokens of the text, about.")]
+Memory = Annotated[str | None, typer.Option(help="Bound of keys, values, summaries and search keys.")]
+Model = Annotated[str | None, typer.Option(help="Hub id, folder or GGUF file.")]
+Device = Annotated[str, typer.Option()]
+Folder = Annotated[Path, typer.Option(help="Where digests are kept.")]
+Eight = Annotated[bool, typer.Option("--eight-bits", help="Pages in 8 bits.")]
+Again = Annotated[bool, typer.Option("--again", help="Make the cell anew.")]
+Budget = Annotated[int, typer.Option(help="Tokens that a query may read in full.")]
+
+
+@dataclass(frozen=True)
+class Cell:
+    """What a digest is made of."""
+
+    tokens: int
+    memory: str | None
+    model: str | None
+    device: str
+    folder: Path
+    eight_bits: bool
+    budget: int = 1024
+
+    @property
+    def path(self) -> Path:
+        """The digest's folder; the memory bound changes no byte of it."""
+        name = f"{Path(self.model or 'default').stem}-{self.device}-{self.tokens}-{self.budget}"
+        return self.folder / f"{name}{'-8bit' if self.eight_bits else ''}.mgam"
+
+
+@app.command()
+def digest(
+    tokens: Tokens = 32_000, memory: Memory = None, model: Model = None, device: Device = "auto",
+    folder: Folder = Path("digests"), eight_bits: Eight = False, budget: Budget = 1024, again: Again = False,
+) -> None:  # fmt: skip
+    """Seconds, peak memory of the process and bytes on disk of digesting."""
+    cell = Cell(tokens, memory, model, device, folder, eight_bits, budget)
+    _keep("digest", cell, again, lambda: _apart("digest", cell))
+
+
+@app.command()
+def ask(
+    tokens: Tokens = 32_000, memory: Memory = None, model: Model = None, device: Device = "auto",
+    folder: Folder = Path("digests"), eight_bits: Eight = False, budget: Budget = 1024, again: Again = False,
+) -> None:  # fmt: skip
+    """Opening (with cold and warm file caches), first token of 20 questions, hits by depth, peak memory."""
+    cell = Cell(tokens, memory, model, device, folder, eight_bits, budget)
+    if not (cell.path / "manifest.json").exists():
+        _keep("digest", cell, again, lambda: _apart("digest", cell))
+    _keep("ask", cell, again, lambda: {"cold": _apart("ask cold", cell), "warm": _apart("ask", cell)})
+
+
+@app.command()
+def bits(
+    tokens: Tokens = 16_000, memory: Memory = None, model: Model = None, device: Device = "auto",
+    folder: Folder = Path("digests"), budget: Budget = 1024, again: Again = False,
+) -> None:  # fmt: skip
+    """What 8-bit pages change: bytes on disk, logits of questions, answers."""
+    cell = Cell(tokens, memory, model, device, folder, False, budget)
+    _keep("bits", cell, again, lambda: _apart("bits", cell))
+
+
+@app.command()
+def fetch(
+    tokens: Tokens = 500_000, layers: int = 32, held: int = 8, query_chunks: int = 17, window: int = 640,
+    steps: int = 20, again: Again = False,
+) -> None:  # fmt: skip
+    """Fetching for one token of an 8B-shaped model from pinned host memory, against moving whole layers; needs CUDA.
+
+    `held` layers are kept in host memory and read in turn, so that a token still touches `layers` of them.
+    """
+    cell = Cell(tokens, None, f"{layers}x8x128", "cuda", Path(), False)
+    _keep("fetch", cell, again, lambda: _fetch(tokens, layers, held, query_chunks, window // 64, steps))
+
+
+@app.command(hidden=True)
+def run(kind: str, spec: str) -> None:
+    """One part in a process of its own, so that its peak memory is its own."""
+    values = json.loads(spec)
+    cell = Cell(**{**values, "folder": Path(values["folder"])})
+    make = {"digest": _digest, "ask": _ask, "ask cold": _ask_cold, "bits": _bits}[kind]
+    print(json.dumps(make(cell)))
+
+
+def _keep(kind: str, cell: Cell, again: bool, make: Callable[[], dict[str, Any]]) -> None:
+    from mgam.evaluation.machine import conditions
+
+    path = HERE / "results" / f"documents.{cell.device}.json"
+    cells: dict[str, Any] = json.loads(path.read_text()) if path.exists() else {}
+    bound = cell.memory or "any memory"
+    key = f"{kind}, {cell.path.stem}, {bound}"
+    if key not in cells or again:
+        print(f"{key} ...", file=sys.stderr, flush=True)
+        cells[key] = {**make(), "conditions": conditions(_torch_device(cell.device))}
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text(json.dumps(cells, indent=1) + "\n")
+    print(json.dumps({key: cells[key]}, indent=1))
+
+
+def _torch_device(device: str) -> str:
+    import torch
+
+    return "cuda" if device == "auto" and torch.cuda.is_available() else device
+
+
+def _apart(kind: str, cell: Cell) -> dict[str, Any]:
+    spec = json.dumps({**cell.__dict__, "folder": str(cell.folder)})
+    paths = os.pathsep.join(filter(None, [str(HERE.parent / "src"), os.environ.get("PYTHONPATH")]))
+    done = subprocess.run(
+        [sys.executable, __file__, "run", kind, spec],
+        stdout=subprocess.PIPE, text=True, check=True, env={**os.environ, "PYTHONPATH": paths},
+    )  # fmt: skip
+    found: dict[str, Any] = json.loads(done.stdout.splitlines()[-1])
+    return found
+
+
+def _load(cell: Cell) -> tuple[Any, Any]:
+    import mgam
+    from mgam.integrations.loading import load
+
+    loaded = load(cell.model, device=cell.device)
+    mgam.apply(loaded.model, budget=cell.budget)
+    return loaded.model, loaded.tokenizer
+
+
+def _text(tokenizer: Any, tokens: int) -> str:
+    """Shipped prose of about so many tokens, a pass key at each of ten depths."""
+    from mgam.evaluation.texts import TextLibrary
+
+    sentences: list[str] = []
+    count = 0
+    for sentence in TextLibrary().prose(random.Random(0)):
+        sentences.append(sentence)
+        count += len(tokenizer(sentence, add_special_tokens=False).input_ids)
+        if count >= tokens:
+            break
+    for number, city in reversed(list(enumerate(CITIES))):
+        place = int((number + 0.5) / NEEDLES * len(sentences))
+        sentences.insert(place, f"The pass key of {city} is {_pass_key(number)}.")
+    return " ".join(sentences)
+
+
+def _pass_key(number: int) -> int:
+    return 10_000 + random.Random(number).randrange(90_000)
+
+
+def _digest(cell: Cell) -> dict[str, Any]:
+    from mgam.documents.digesting import digest as make
+    from mgam.documents.sources import Source
+    from mgam.documents.tiers import parse_memory
+    from mgam.integrations.memory import peak_memory_bytes
+
+    model, tokenizer = _load(cell)
+    source = Source("prose", _text(tokenizer, cell.tokens))
+    first: list[int] = []
+    began = time.perf_counter()
+    manifest = make(
+        model, tokenizer, [source], cell.path, memory=parse_memory(cell.memory), eight_bits=cell.eight_bits, room=2048,
+        on_progress=lambda done, total: first.append(done),
+    )  # fmt: skip
+    seconds = time.perf_counter() - began
+    size = sum(file.stat().st_size for file in cell.path.iterdir())
+    read = manifest.tokens - (first[0] if first else manifest.tokens)
+    return {
+        "tokens": manifest.tokens,
+        "tokens_read_in_this_run": read,
+        "seconds": round(seconds, 1),
+        "tokens_per_second": round(read / seconds, 1),
+        "peak_memory_bytes": peak_memory_bytes(),
+        "disk_bytes_per_token": round(size / manifest.tokens, 1),
+        "resident_bytes_per_token": round(manifest.shape.resident_bytes_per_token, 1),
+        "settings": manifest.settings.as_dict(),
+    }
+
+
+def _ask_cold(cell: Cell) -> dict[str, Any]:
+    """With the digest's files dropped from the system's cache."""
+    for file in cell.path.iterdir():
+        descriptor = os.open(file, os.O_RDONLY)
+        os.fsync(descriptor)
+        os.posix_fadvise(descriptor, 0, 0, os.POSIX_FADV_DONTNEED)
+        os.close(descriptor)
+    return _ask(cell, questions=1)
+
+
+def _ask(cell: Cell, questions: int = 2 * NEEDLES) -> dict[str, Any]:
+    from mgam.documents.document import Document
+    from mgam.integrations.memory import peak_memory_bytes
+
+    model, tokenizer = _load(cell)
+    began = time.perf_counter()
+    document = Document.open(cell.path, model, tokenizer, memory=cell.memory)
+    opened = time.perf_counter() - began
+    rows = []
+    for trial in range(questions):
+        number = trial % NEEDLES
+        before = document.counts.fetched
+        answer = document.ask(f"What is the pass key of {CITIES[number]}?", max_new_tokens=12)
+        rows.append(
+            {
+                "depth": round((number + 0.5) / NEEDLES, 2),
+                "hit": str(_pass_key(number)) in answer.answer,
+                "seconds_to_first_token": answer.seconds["to the first token"],
+                "seconds": answer.seconds["answering"],
+                "pages_fetched": document.counts.fetched - before,
+            }
+        )
+    return {
+        "tokens": len(document.tokens),
+        "seconds_to_open": round(opened, 2),
+        "first_token_median": sorted(row["seconds_to_first_token"] for row in rows)[len(rows) // 2],
+        "first_token_worst": max(row["seconds_to_first_token"] for row in rows),
+        "hits": sum(row["hit"] for row in rows[:NEEDLES]),
+        "of": len(rows[:NEEDLES]),
+        "peak_memory_bytes": peak_memory_bytes(),
+        "pool_pages": document.pool.slots,
+        "page_bytes_in_memory": document.pool.keys[0].nbytes * 2,
+        "questions": rows,
+        "settings": document.manifest.settings.as_dict(),
+    }
+
+
+def _bits(cell: Cell) -> dict[str, Any]:
+    import torch
+
+    from mgam.documents.document import Document
+    from mgam.documents.sources import Source
+    from mgam.documents.tokens import Frame
+
+    model, tokenizer = _load(cell)
+    source = Source("prose", _text(tokenizer, cell.tokens))
+    logits: dict[bool, list[Any]] = {}
+    found: dict[str, Any] = {}
+    for eight in (False, True):
+        path = Cell(**{**cell.__dict__, "eight_bits": eight}).path
+        document = Document.digest(model, tokenizer, [source], path, memory=cell.memory, eight_bits=eight)
+        logits[eight] = []
+        hits = 0
+        for number, city in enumerate(CITIES):
+            question = f"What is the pass key of {city}?"
+            asked = Frame.of(tokenizer).question(tokenizer, question)
+            cache, count = document.start(len(asked)), len(document.tokens)
+            with torch.no_grad():
+                ids = torch.tensor([asked], device=model.device)
+                places = torch.arange(count, count + len(asked), device=model.device)[None]
+                out = model(ids, position_ids=places, past_key_values=cache, use_cache=True)
+            logits[eight].append(out.logits[0].float().cpu())
+            hits += str(_pass_key(number)) in document.ask(question, max_new_tokens=12).answer
+        name = "eight" if eight else "full"
+        size = sum(file.stat().st_size for file in path.iterdir())
+        found[name] = {"hits": hits, "of": NEEDLES, "disk_bytes_per_token": round(size / len(document.tokens), 1)}
+    pairs = list(zip(logits[False], logits[True], strict=True))
+    found["largest_logit_difference"] = round(max(float((a - b).abs().max()) for a, b in pairs), 5)
+    found["mean_kl_nats"] = sum(_kl(full, small) for full, small in pairs) / len(pairs)
+    found["same_best_token"] = sum(float((a.argmax(-1) == b.argmax(-1)).float().mean()) for a, b in pairs) / len(pairs)
+    return found
+
+
+def _kl(full: Any, small: Any) -> float:
+    """Nats that a question's tokens lose, on average."""
+    import torch
+
+    return float(
+        torch.nn.functional.kl_div(
+            small.log_softmax(-1), full.log_softmax(-1), reduction="batchmean", log_target=True
+        )
+    )
+
+
+def _fetch(tokens: int, layers: int, held: int, opened: int, window: int, steps: int) -> dict[str, Any]:
+    import numpy as np
+    import torch
+
+    from mgam.documents.pool import Pool
+    from mgam.documents.store.layout import Shape
+    from mgam.documents.tiers import HostPages
+    from mgam.levels import Levels
+
+    heads, dim, levels = 8, 128, Levels()
+    shape = Shape(held, 32, heads, dim, "bfloat16", levels, 0, 16)
+    chunks, device = tokens // levels.chunk, torch.device("cuda")
+    host = HostPages([
+        torch.empty(chunks, heads, shape.page_bytes, dtype=torch.uint8, pin_memory=True).fill_(layer)
+        for layer in range(held)
+    ])  # fmt: skip
+    per_layer = heads * (opened + window)
+    pool = Pool(shape, 2 * per_layer, device, host.fetch)  # so small that nothing is found again
+    pool.reserve(chunks)
+    rng = np.random.default_rng(0)
+
+    def token() -> None:
+        for layer in range(layers):
+            chosen = np.stack([rng.choice(chunks, opened + window, replace=False) for _ in range(heads)]).reshape(-1)
+            slots = pool.slots_of(layer % held, np.repeat(np.arange(heads), opened + window), chosen)
+            pool.keys.index_select(0, slots)
+            pool.values.index_select(0, slots)
+
+    def whole() -> None:
+        for layer in range(layers):
+            host.layers[layer % held].to(device, non_blocking=True)
+
+    def seconds(what: Callable[[], None], count: int) -> float:
+        what()
+        torch.cuda.synchronize()
+        began = time.perf_counter()
+        for _ in range(count):
+            what()
+        torch.cuda.synchronize()
+        return (time.perf_counter() - began) / count
+
+    chosen, moved = seconds(token, steps), seconds(whole, 2)
+    return {
+        "tokens": tokens, "layers": layers, "layers_held": held, "pages_a_layer": per_layer,
+        "seconds_a_token_chosen_pages": round(chosen, 4), "seconds_a_token_whole_layers": round(moved, 4),
+        "times_faster": round(moved / chosen, 1), "found_in_pool": 1 - pool.counts.fetched / pool.counts.asked,
+    }  # fmt: skip
+
+
+if __name__ == "__main__":
+    app()
