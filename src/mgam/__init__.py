@@ -5,13 +5,14 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from mgam.documents.document import Document
     from mgam.documents.reading import reader
     from mgam.integrations.transformers.apply import applied, apply, remove
     from mgam.integrations.transformers.cache import PyramidCache
     from mgam.settings import Settings
 
 __version__ = "0.1.0"
-__all__ = ["PyramidCache", "Settings", "__version__", "applied", "apply", "reader", "remove"]
+__all__ = ["Document", "PyramidCache", "Settings", "__version__", "applied", "apply", "reader", "remove"]
 
 
 def __getattr__(name: str) -> Any:
@@ -20,6 +21,10 @@ def __getattr__(name: str) -> Any:
         from mgam.settings import Settings
 
         return Settings
+    if name == "Document":
+        from mgam.documents.document import Document
+
+        return Document
     if name == "reader":
         from mgam.documents.reading import reader
 
