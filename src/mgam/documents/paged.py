@@ -74,7 +74,7 @@ class PagedPyramid(Pyramid):
         first = -(-self.lengths[0] // self.levels.chunk)
         self.pool.forget(self.layer, first)
 
-    def select(self, rows: Tensor) -> None:
+    def select(self, rows: Tensor, shared: int = 0) -> None:
         """Keeps its one row.
 
         Raises:
