@@ -179,8 +179,14 @@ class Pyramid:
         self._floor = list(floor)
         self.derived.clear()
 
-    def select(self, rows: Tensor) -> None:
-        """Keeps, repeats or reorders rows by index."""
+    def select(self, rows: Tensor, shared: int = 0) -> None:
+        """Keeps, repeats or reorders rows by index.
+
+        `shared`: tokens in which every row equals the one that takes its place (beams share their prompt): they are not
+        copied. It counts only where rows stay as many as they are, and nothing was evicted.
+        """
+        if rows.tolist() == list(range(len(self.lengths))):
+            return
         index = rows.to(self.keys[0].device)
         self.derived.clear()
         for kept in self.carried.values():
@@ -189,6 +195,14 @@ class Pyramid:
         self.gone, self._floor = (
             [kept[row] for row in rows.tolist()] if kept else [] for kept in (self.gone, self._floor)
         )
+        if shared and len(rows) == self.keys[0].shape[0] and not self.gone and self.search is not None:
+            for level, size in enumerate(self.levels.sizes):
+                span = slice(shared // size, self.tokens // size)
+                for states in (self.keys[level], self.values[level]):
+                    states[:, :, span] = states[:, :, span].index_select(0, index)
+            span = slice(shared // self.levels.chunk, self.tokens // self.levels.chunk)
+            self.search[:, :, :, span] = self.search[:, :, :, span].index_select(0, index)
+            return
         self.keys = [states.index_select(0, index) for states in self.keys]
         self.values = [states.index_select(0, index) for states in self.values]
         if self.search is not None:

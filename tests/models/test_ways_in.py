@@ -204,3 +204,24 @@ def test_one_line(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     assert [source.text for source in both] == ["This is one.txt.", "This is two.txt."]
     assert options["max_new_tokens"] == 3
     assert applied_to(model).settings.budget == 16
+
+
+def test_beams_share_their_prompt(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Reordering copies what was generated, not the prompt, and gives what copying everything gives."""
+    from mgam.pyramid import Pyramid
+
+    select, shared = Pyramid.select, []
+
+    def watched(self: Pyramid, rows: torch.Tensor, common: int = 0) -> None:
+        shared.append(common)
+        select(self, rows, common)
+
+    monkeypatch.setattr(Pyramid, "select", watched)
+    ids = tokens(2, 50)
+    for options in ({}, {"prefill_chunk_size": 16}):
+        found = produce(applied(LLAMA), ids, 12, num_beams=3, **options)
+        assert {50, 32 if options else 50} & set(shared)
+        monkeypatch.setattr(Pyramid, "select", lambda self, rows, common=0: select(self, rows))
+        assert torch.equal(produce(applied(LLAMA), ids, 12, num_beams=3, **options), found)
+        monkeypatch.setattr(Pyramid, "select", watched)
+        shared.clear()

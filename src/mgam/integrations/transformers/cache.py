@@ -163,6 +163,7 @@ class PyramidLayer(RowsLayer):
             self.pyramid.reserve(self.reserve)
         self.schedules: list[Schedule] = list(self.given or [])
         self._votes = Tail()
+        self._beams: tuple[int, list[int]] | None = None
         self.columns = 0
         self.ahead, self.next_position = [], []
         self.is_initialized = False
@@ -188,6 +189,7 @@ class PyramidLayer(RowsLayer):
                 raise UnsupportedModelError(f"a cache for {len(self.schedules)} rows was given {rows}")
             repeats = rows // len(self.schedules)
             self.schedules = [schedule for schedule in self.schedules for _ in range(repeats)]
+            self._beams = (repeats, list(counts)) if repeats > 1 else None
         self.pyramid.append(keys, values, counts)
         return before
 
@@ -212,9 +214,26 @@ class PyramidLayer(RowsLayer):
             self.pyramid.crop([remove] * len(self.pyramid.lengths))
             self._votes.crop(remove)
             self._forget_columns(remove)
+            if self._beams is not None:
+                self._beams = self._beams[0], list(map(min, self._beams[1], self.pyramid.lengths))
+
+    def batch_repeat_interleave(self, repeats: int) -> None:
+        """Repeats every row."""
+        super().batch_repeat_interleave(repeats)
+        self._beams = (repeats, list(self.pyramid.lengths)) if self.pyramid.lengths else None
 
     def _select(self, rows: Tensor) -> None:
-        self.pyramid.select(rows)
+        chosen, shared = rows.tolist(), 0
+        if self._beams is not None:
+            group, lengths = self._beams
+            if len(chosen) == len(lengths) and all(row // group == place // group for place, row in enumerate(chosen)):
+                shared = min(lengths)
+            else:
+                self._beams = None
+        if shared:
+            self.pyramid.select(rows, shared)
+        else:
+            self.pyramid.select(rows)
         self.schedules = [self.schedules[row] for row in rows.tolist()]
         self._votes.select(rows)
 
