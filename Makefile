@@ -59,7 +59,7 @@ test-oldest: $(OLDEST_READY)
 
 docs: $(DEV_READY)
 	$(BIN)/python scripts/models_table.py --write
-	$(BIN)/python -m pip install --quiet mkdocs
+	$(BIN)/python -m pip install --quiet 'mkdocs>=1.6,<2'
 	$(BIN)/python -m mkdocs build
 
 lint: $(DEV_READY)
