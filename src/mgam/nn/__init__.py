@@ -1,0 +1,37 @@
+"""Trainable attention modules: published methods, full attention and multi-granular attention behind one interface."""
+
+from mgam.nn.base import SelfAttention, State
+from mgam.nn.bigbird import BigBirdAttention
+from mgam.nn.cca import CoreContextAttention
+from mgam.nn.dga import DynamicGroupAttention
+from mgam.nn.full import FullAttention
+from mgam.nn.granular import MultiGranularAttention
+from mgam.nn.linformer import LinformerAttention
+from mgam.nn.local import LocalAttention
+from mgam.nn.longformer import LongformerAttention
+from mgam.nn.moba import MobaAttention
+from mgam.nn.models import Decoder, Encoder
+from mgam.nn.nsa import NativeSparseAttention
+from mgam.nn.performer import PerformerAttention
+from mgam.nn.reformer import ReformerAttention
+from mgam.nn.sparse import window_of
+
+__all__ = [
+    "BigBirdAttention",
+    "CoreContextAttention",
+    "Decoder",
+    "DynamicGroupAttention",
+    "Encoder",
+    "FullAttention",
+    "LinformerAttention",
+    "LocalAttention",
+    "LongformerAttention",
+    "MobaAttention",
+    "MultiGranularAttention",
+    "NativeSparseAttention",
+    "PerformerAttention",
+    "ReformerAttention",
+    "SelfAttention",
+    "State",
+    "window_of",
+]

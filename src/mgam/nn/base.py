@@ -1,0 +1,184 @@
+"""What every trainable attention module shares: projections, positions, padding, and a streaming state."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from dataclasses import dataclass, field
+from typing import ClassVar
+
+import torch
+from torch import Tensor, nn
+
+from mgam.errors import SettingError
+from mgam.positions import Rotary, rotate
+
+# Shape letters: B rows, T tokens so far, L new tokens, H query heads, K KV heads, G = H/K, D head dim.
+
+TABLE = 4096
+"""The rotary table grows by so many positions."""
+
+
+@dataclass(frozen=True)
+class Seen:
+    """What a module attends with: new queries, and keys and values of all tokens so far.
+
+    Shapes: states (B, L, width); q (B, H, L, D); k, v (B, K, T, D); more: what `extra` made, of all tokens so far.
+    """
+
+    states: Tensor
+    q: Tensor
+    k: Tensor
+    v: Tensor
+    more: dict[str, Tensor]
+
+    @property
+    def first(self) -> int:
+        """Position of the first new query."""
+        return self.k.shape[2] - self.q.shape[2]
+
+    @property
+    def own(self) -> Tensor:
+        """Positions of the new queries (L,)."""
+        return torch.arange(self.first, self.k.shape[2], device=self.q.device)
+
+
+@dataclass
+class State:
+    """What a causal module keeps from call to call: keys, values and more of the tokens so far, or sums over them."""
+
+    kept: dict[str, Tensor] = field(default_factory=dict)
+    tokens: int = 0
+
+
+class SelfAttention(nn.Module, ABC):
+    """Self-attention over hidden states (B, T, width), causal or bidirectional.
+
+    Args:
+        width: size of hidden states.
+        heads: query heads.
+        kv_heads: KV heads, a divisor of `heads`; None for as many.
+        causal: whether a token sees only its past.
+        rotary: whether queries and keys are rotated by their positions.
+
+    Raises:
+        SettingError: for sizes that do not divide, and for a direction that the method does not have.
+    """
+
+    CAUSAL: ClassVar[bool] = True
+    """Whether the method has a causal form."""
+    BIDIRECTIONAL: ClassVar[bool] = True
+    """Whether the method has a bidirectional form."""
+    LEAK: ClassVar[str] = ""
+    """How later tokens reach earlier outputs of the causal form, as published; empty where they do not."""
+
+    def __init__(
+        self, width: int, heads: int, kv_heads: int | None = None, *, causal: bool = True, rotary: bool = True
+    ) -> None:
+        super().__init__()
+        kv_heads = heads if kv_heads is None else kv_heads
+        if heads < 1 or width % heads or (width // heads) % 2:
+            raise SettingError(f"width={width} must be an even multiple of heads={heads}")
+        if kv_heads < 1 or heads % kv_heads:
+            raise SettingError(f"kv_heads={kv_heads} must divide heads={heads}")
+        self._check_direction(causal)
+        self.heads, self.kv_heads, self.dim, self.causal = heads, kv_heads, width // heads, causal
+        self.scale = self.dim**-0.5
+        self.query = nn.Linear(width, width, bias=False)
+        self.key = nn.Linear(width, kv_heads * self.dim, bias=False)
+        self.value = nn.Linear(width, kv_heads * self.dim, bias=False)
+        self.out = nn.Linear(width, width, bias=False)
+        self.rotary = Rotary.plain(self.dim, TABLE) if rotary else None
+
+    def _check_direction(self, causal: bool) -> None:
+        if self.CAUSAL if causal else self.BIDIRECTIONAL:
+            return
+        able = sorted(
+            kind.__name__ for kind in SelfAttention.__subclasses__() if (kind.CAUSAL if causal else kind.BIDIRECTIONAL)
+        )
+        raise SettingError(
+            f"{type(self).__name__} has no {'causal' if causal else 'bidirectional'} form; choose causal={not causal}, "
+            f"or one of {', '.join(able)}"
+        )
+
+    def forward(self, states: Tensor, mask: Tensor | None = None) -> Tensor:
+        """Attention over whole texts.
+
+        Shapes: states (B, T, width); mask (B, T), True for tokens. A row's tokens may be padded on either side, and are
+        read as if the row were alone; columns of padding give zeros. Returns the shape of `states`.
+
+        Raises:
+            SettingError: when a row's tokens do not stand together.
+        """
+        if mask is None or bool(mask.all()):
+            return self._whole(states)
+        out = torch.zeros_like(states)
+        for row, live in enumerate(mask.bool()):
+            place = live.nonzero().flatten()
+            if len(place):
+                first, last = int(place[0]), int(place[-1]) + 1
+                if last - first != len(place):
+                    raise SettingError(f"the mask of row {row} has holes; a row's tokens must stand together")
+                out[row, first:last] = self._whole(states[row : row + 1, first:last])[0]
+        return out
+
+    def step(self, states: Tensor, state: State | None = None) -> tuple[Tensor, State]:
+        """The next tokens (B, L, width) of texts that were read up to `state` (None: nothing yet).
+
+        Returns their outputs, equal to what `forward` gives for the whole text, and the new state.
+
+        Raises:
+            SettingError: for a bidirectional module.
+        """
+        if not self.causal:
+            name = type(self).__name__
+            raise SettingError(f"this {name} is bidirectional and cannot stream; make it with causal=True")
+        state = state or State()
+        q, new = self._project(states, state.tokens)
+        kept = {name: torch.cat((state.kept[name], part), 2) if state.kept else part for name, part in new.items()}
+        out = self.attend(Seen(states, q, kept["k"], kept["v"], kept))
+        return self._merge(out), State(kept, state.tokens + states.shape[1])
+
+    @abstractmethod
+    def attend(self, seen: Seen) -> Tensor:
+        """Attention of the new queries: (B, H, L, D)."""
+
+    def extra(self, states: Tensor, q: Tensor, first: int) -> dict[str, Tensor]:
+        """What must be known of every token besides keys and values, by name: (B, any, L, any)."""
+        return {}
+
+    def _whole(self, states: Tensor) -> Tensor:
+        if not states.shape[1]:
+            return states.clone()
+        q, new = self._project(states, 0)
+        return self._merge(self.attend(Seen(states, q, new["k"], new["v"], new)))
+
+    def _project(self, states: Tensor, first: int) -> tuple[Tensor, dict[str, Tensor]]:
+        q = self.turned(self.split(self.query(states)), first)
+        k = self.turned(self.split(self.key(states)), first)
+        new = {"k": k, "v": self.split(self.value(states))}
+        return q, {**new, **self.extra(states, q, first)}
+
+    def split(self, states: Tensor) -> Tensor:
+        """(B, L, n*D) -> (B, n, L, D)."""
+        return states.unflatten(2, (-1, self.dim)).transpose(1, 2)
+
+    def turned(self, states: Tensor, first: int) -> Tensor:
+        """States (B, n, L, D) rotated by their positions from `first` on."""
+        if self.rotary is None:
+            return states
+        last = first + states.shape[2]
+        cos, sin = self.rotary.table(states.device, states.dtype, max(last, TABLE))
+        return rotate(states, cos[first:last], sin[first:last])
+
+    def _merge(self, heads: Tensor) -> Tensor:
+        return self.out(heads.transpose(1, 2).flatten(2))
+
+
+def above(name: str, value: int, least: int) -> None:
+    """Refuses a number that is too small.
+
+    Raises:
+        SettingError: naming the range.
+    """
+    if value < least:
+        raise SettingError(f"{name}={value} must be {least} or more")

@@ -1,0 +1,91 @@
+"""Local kinds of attention, with one window convention: `window` keys on a side, the query's own included."""
+
+from __future__ import annotations
+
+from typing import Any, Literal
+
+import torch
+from torch import Tensor
+
+from mgam.errors import SettingError
+from mgam.nn.base import Seen, SelfAttention, above
+from mgam.nn.sparse import See, by_blocks, over_entries, spans
+
+Kind = Literal["sliding", "strided", "dilated", "blockwise"]
+BLOCK = 64
+"""Queries that gather their keys together; it changes nothing in the result."""
+
+
+class LocalAttention(SelfAttention):
+    """Attention to a neighbourhood.
+
+    Args:
+        kind: `sliding`: the window. `strided`: the window and every `stride`-th token of the text (Child et al. 2019,
+            arXiv 1904.10509). `dilated`: `window` tokens at distances of 0, `stride`, 2 `stride`, ... . `blockwise`:
+            the query's block of `window` tokens and the `exchange` nearest tokens of its neighbours (causal: of the past).
+        window: keys on a side, the query's own included; `mgam.nn.window_of` converts other conventions.
+        global_tokens: leading tokens that all read. Bidirectional ones read all; causal ones read their past.
+    """
+
+    def __init__(
+        self,
+        width: int,
+        heads: int,
+        kv_heads: int | None = None,
+        *,
+        kind: Kind = "sliding",
+        window: int = 64,
+        stride: int = 8,
+        exchange: int = 0,
+        global_tokens: int = 0,
+        **base: Any,
+    ) -> None:
+        super().__init__(width, heads, kv_heads, **base)
+        if kind not in ("sliding", "strided", "dilated", "blockwise"):
+            raise SettingError(f"kind={kind!r} is unknown; choose sliding, strided, dilated or blockwise")
+        above("window", window, 1)
+        above("stride", stride, 1)
+        above("global_tokens", global_tokens, 0)
+        if not 0 <= exchange <= window:
+            raise SettingError(
+                f"exchange={exchange} must lie between 0 (plain blocks) and window={window} (neighbours)"
+            )
+        self.kind, self.window, self.stride, self.exchange = kind, window, stride, exchange
+        self.global_tokens = global_tokens
+
+    def sees(self, query: Tensor, key: Tensor) -> Tensor:
+        """Which query position reads which key position."""
+        back, size = query - key, self.window
+        if self.kind == "blockwise":
+            begin = query // size * size
+            near = (key >= begin - self.exchange) & (key < begin + size + self.exchange)
+        elif self.kind == "dilated":
+            near = (back.abs() % self.stride == 0) & (back.abs() // self.stride < size)
+        else:
+            near = back.abs() < size
+            if self.kind == "strided":
+                near = near | (key % self.stride == 0)
+        near = near | (key < self.global_tokens)
+        return near & (back >= 0) if self.causal else near
+
+    def attend(self, seen: Seen) -> Tensor:
+        """Blocks of queries over what any of them may read; global queries over everything."""
+        out = self.local(seen, self.sees, seen.q)
+        if self.causal or not self.global_tokens:
+            return out
+        count = min(self.global_tokens, out.shape[2])
+        every = torch.ones(count, seen.k.shape[2], dtype=torch.bool, device=out.device)
+        full = over_entries(seen.q[:, :, :count], seen.k, seen.v, every, self.scale).out
+        return torch.cat((full, out[:, :, count:]), 2)
+
+    def local(self, seen: Seen, see: See, q: Tensor) -> Tensor:
+        """What the pattern reads, for queries at the places of the new ones."""
+        tokens, device = seen.k.shape[2], q.device
+        reach = {"blockwise": self.window + self.exchange, "dilated": self.window * self.stride}
+        far = min(reach.get(self.kind, self.window), tokens)
+        index = spans(seen.first, q.shape[2], BLOCK, far, 0 if self.causal else far, device)
+        besides = [torch.arange(min(self.global_tokens, tokens), device=device)]
+        if self.kind == "strided":
+            besides.append(torch.arange(0, tokens, self.stride, device=device))
+        index = torch.cat((index, torch.cat(besides).expand(len(index), -1)), 1)
+        return by_blocks(q, seen.k, seen.v, seen.first, BLOCK, index, see, self.scale).out

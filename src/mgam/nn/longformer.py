@@ -1,0 +1,68 @@
+"""Longformer: a window, and global tokens with projections of their own (Beltagy et al. 2020, arXiv 2004.05150)."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from mgam.nn.base import Seen
+from mgam.nn.local import LocalAttention
+from mgam.nn.sparse import over_entries
+
+
+class LongformerAttention(LocalAttention):
+    """Window (dilated where `stride` > 1) and leading global tokens.
+
+    A global query reads all tokens (its past, if causal) through global projections of queries, keys and values, which
+    begin as copies of the ordinary ones. Others read global tokens by their ordinary keys.
+    """
+
+    def __init__(
+        self,
+        width: int,
+        heads: int,
+        kv_heads: int | None = None,
+        *,
+        window: int = 64,
+        stride: int = 1,
+        global_tokens: int = 1,
+        **base: Any,
+    ) -> None:
+        kind: Any = "dilated" if stride > 1 else "sliding"
+        super().__init__(
+            width, heads, kv_heads, kind=kind, window=window, stride=stride, global_tokens=global_tokens, **base
+        )
+        self.global_query = nn.Linear(width, width, bias=False)
+        self.global_key = nn.Linear(width, self.kv_heads * self.dim, bias=False)
+        self.global_value = nn.Linear(width, self.kv_heads * self.dim, bias=False)
+        self.copy_projections()
+
+    def copy_projections(self) -> None:
+        """Makes the global projections copies of the ordinary ones: call it after weights were loaded into those."""
+        pairs = ((self.global_query, self.query), (self.global_key, self.key), (self.global_value, self.value))
+        for own, ordinary in pairs:
+            own.load_state_dict(ordinary.state_dict())
+
+    def extra(self, states: Tensor, q: Tensor, first: int) -> dict[str, Tensor]:
+        """Keys and values for global queries; causal ones read no token but themselves."""
+        if self.causal:
+            states = states[:, : max(0, self.global_tokens - first)]
+        return {
+            "global_k": self.turned(self.split(self.global_key(states)), first),
+            "global_v": self.split(self.global_value(states)),
+        }
+
+    def attend(self, seen: Seen) -> Tensor:
+        """Local queries by the window, global ones by their own projections."""
+        out = self.local(seen, self.sees, seen.q)
+        count = min(max(0, self.global_tokens - seen.first), out.shape[2])
+        if not count:
+            return out
+        q = self.turned(self.split(self.global_query(seen.states[:, :count])), seen.first)
+        k, v = seen.more["global_k"], seen.more["global_v"]
+        read = torch.ones(count, k.shape[2], dtype=torch.bool, device=out.device)
+        if self.causal:
+            read = torch.arange(k.shape[2], device=out.device) <= seen.own[:count, None]
+        return torch.cat((over_entries(q, k, v, read, self.scale).out, out[:, :, count:]), 2)

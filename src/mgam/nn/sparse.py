@@ -1,0 +1,108 @@
+"""Softmax over parts of a text, without a matrix of all pairs: by blocks of queries, by lists, over summaries."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import torch
+from torch import Tensor
+
+from mgam.merge import Part
+
+# Shape letters: B rows, T tokens, L queries, H query heads, K KV heads, G = H/K, N blocks of b queries, M entries, D.
+
+See = Callable[[Tensor, Tensor], Tensor]
+"""Positions of queries and of keys, broadcast -> whether the one reads the other."""
+
+ELEMENTS = 1 << 24
+"""Elements of one gathered tensor at a time."""
+
+
+def window_of(convention: str, size: int) -> int:
+    """Our window (keys that a query reads, its own included, on one side) from that of other code.
+
+    `keys`: the same (i-W+1 ... i). `before`: keys i-W ... i. `both`: the whole width of a bidirectional window, of
+    which half lies on either side.
+
+    Raises:
+        ValueError: for another convention.
+    """
+    known = {"keys": size, "before": size + 1, "both": size // 2 + 1}
+    if convention not in known:
+        raise ValueError(f"convention={convention!r} is unknown; choose one of {', '.join(known)}")
+    return known[convention]
+
+
+def softmax(logits: Tensor, seen: Tensor, values: Tensor) -> Part:
+    """Softmax of logits (..., Q, M) where `seen`, over values (..., M, D); zeros and -inf where nothing is seen."""
+    masked = logits.masked_fill(~seen, -torch.inf)
+    any_seen = seen.any(-1, keepdim=True).expand(*logits.shape[:-1], 1)
+    weights = torch.softmax(torch.where(any_seen, masked, torch.zeros_like(masked)), -1)
+    out = (weights * any_seen) @ values
+    lse = torch.logsumexp(torch.where(any_seen, masked, torch.zeros_like(masked)), -1)
+    return Part(out, lse.masked_fill(~any_seen[..., 0], -torch.inf))
+
+
+def over_entries(q: Tensor, k: Tensor, v: Tensor, seen: Tensor, scale: float) -> Part:
+    """Each query over the same entries: q (B, H, L, D), k and v (B, K, M, D), seen (L, M)."""
+    heads = k.shape[1]
+    grouped = q.unflatten(1, (heads, -1))
+    part = softmax(scale * grouped @ k[:, :, None].transpose(-1, -2), seen, v[:, :, None])
+    return Part(part.out.flatten(1, 2), part.lse.flatten(1, 2))
+
+
+def by_blocks(q: Tensor, k: Tensor, v: Tensor, first: int, block: int, index: Tensor, see: See, scale: float) -> Part:
+    """Blocks of queries that share a list of keys.
+
+    Shapes: q (B, H, L, D) from position `first` on; k, v (B, K, T, D); index (N, M): positions that any query of a
+    block may read, in any order, twice or out of range where there is nothing; a query reads those that it sees.
+    """
+    length, tokens, heads = q.shape[2], k.shape[2], k.shape[1]
+    index = index.sort(-1).values
+    again = torch.cat((torch.zeros_like(index[:, :1], dtype=torch.bool), index[:, 1:] == index[:, :-1]), 1)
+    fine = (index >= 0) & (index < tokens) & ~again
+    padded = torch.nn.functional.pad(q, (0, 0, 0, len(index) * block - length))
+    blocks = padded.unflatten(1, (heads, -1)).unflatten(3, (len(index), block)).movedim(3, 2)
+    own = first + torch.arange(len(index) * block, device=q.device).view(-1, block)
+    step = max(1, ELEMENTS // max(1, k.shape[0] * heads * index.shape[1] * (k.shape[3] + block * blocks.shape[3])))
+    parts = []
+    for low in range(0, len(index), step):
+        part = slice(low, low + step)
+        place = index[part].clamp(0, tokens - 1)
+        seen = see(own[part, :, None], place[:, None]) & fine[part, None]
+        near_k, near_v = (states[:, :, place][:, :, :, None] for states in (k, v))
+        logits = scale * blocks[:, :, part] @ near_k.transpose(-1, -2)
+        parts.append(softmax(logits, seen[:, None], near_v))
+    out = torch.cat([part.out for part in parts], 2).movedim(2, 3).flatten(3, 4).flatten(1, 2)
+    lse = torch.cat([part.lse for part in parts], 2).movedim(2, 3).flatten(3, 4).flatten(1, 2)
+    return Part(out[:, :, :length], lse[:, :, :length])
+
+
+def by_lists(q: Tensor, k: Tensor, v: Tensor, first: int, index: Tensor, scale: float) -> Part:
+    """Each query over its own list of keys, of which those in its future are left out.
+
+    Shapes: q (B, H, L, D); k, v (B, K, T, D); index (B, K or H, L, M), -1 where there is nothing.
+    """
+    rows, heads, length, dim = q.shape
+    choosers, wide = index.shape[1], k.shape[1]
+    own = first + torch.arange(length, device=q.device)
+    step = max(1, ELEMENTS // max(1, rows * choosers * index.shape[3] * dim))
+    row = torch.arange(rows, device=q.device)[:, None, None, None]
+    head = (torch.arange(choosers, device=q.device) // (choosers // wide))[None, :, None, None]
+    outs, sums = [], []
+    for low in range(0, length, step):
+        part = slice(low, low + step)
+        place = index[:, :, part].clamp(0, k.shape[2] - 1)
+        seen = (index[:, :, part] >= 0) & (index[:, :, part] <= own[part, None])
+        asked = q[:, :, part].unflatten(1, (choosers, heads // choosers)).transpose(2, 3)
+        logits = scale * asked @ k[row, head, place].transpose(-1, -2)
+        found = softmax(logits, seen[:, :, :, None], v[row, head, place])
+        outs.append(found.out.transpose(2, 3).flatten(1, 2))
+        sums.append(found.lse.transpose(2, 3).flatten(1, 2))
+    return Part(torch.cat(outs, 2), torch.cat(sums, 2))
+
+
+def spans(first: int, length: int, block: int, before: int, after: int, device: torch.device) -> Tensor:
+    """Positions (N, M) from `before` tokens before each block of queries to `after` tokens after it."""
+    start = first + torch.arange(0, length, block, device=device)
+    return start[:, None] + torch.arange(-before, block + after, device=device)
