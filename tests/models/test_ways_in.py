@@ -169,6 +169,8 @@ def test_a_cache_of_transformers_is_taken_up() -> None:
 
 
 def test_long_prompts_are_read_in_calls(monkeypatch: pytest.MonkeyPatch) -> None:
+    from transformers import GenerationConfig
+
     from mgam.integrations.transformers import prefill
 
     model, ids = applied(GEMMA, lookahead="block"), tokens(2, 120)
@@ -180,8 +182,13 @@ def test_long_prompts_are_read_in_calls(monkeypatch: pytest.MonkeyPatch) -> None
         lambda module, args, kwargs: seen.append(kwargs["input_ids"].shape[1]), with_kwargs=True
     )
     assert torch.equal(produce(model, ids), whole)
-    hook.remove()
     assert seen[:5] == [24, 24, 24, 24, 24]
+    seen.clear()
+    monkeypatch.setattr(prefill, "LONG_PROMPT", 4096)
+    configured = GenerationConfig(max_new_tokens=6, do_sample=False, suppress_tokens=[0], prefill_chunk_size=40)
+    assert torch.equal(model.generate(ids, generation_config=configured)[:, 120:], whole)
+    hook.remove()
+    assert seen[:3] == [40, 40, 40]
 
 
 def test_one_line(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

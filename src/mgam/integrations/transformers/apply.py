@@ -51,7 +51,7 @@ class Applied:
     _readings: dict[Any, Reading] = field(default_factory=dict)
     _known: list[tuple[tuple[Any, ...], Any]] = field(default_factory=list)
 
-    @property
+    @functools.cached_property
     def turned(self) -> set[int]:
         """Layers whose module gets the identity rotation, since reading rotates by rank."""
         return {index for index, place in self.positions.items() if place.kind == "granular"}

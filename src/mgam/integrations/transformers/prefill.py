@@ -46,7 +46,10 @@ def prepare(model: Any, applied: Applied, args: tuple[Any, ...], kwargs: dict[st
     schedules = [of_prompt(applied.settings, length) for length in lengths]
     cache = PyramidCache(model, schedules)
     kwargs["past_key_values"] = cache
-    size = kwargs.pop("prefill_chunk_size", None) or (PREFILL if ids.shape[1] > LONG_PROMPT else None)
+    size = _option(model, kwargs, "prefill_chunk_size") or (PREFILL if ids.shape[1] > LONG_PROMPT else None)
+    kwargs.pop("prefill_chunk_size", None)
+    if _option(model, kwargs, "prefill_chunk_size") is not None:
+        kwargs["prefill_chunk_size"] = None  # said in a configuration: it is seen to here
     if size is not None and not (applied.stretched and not applied.ranked):
         repeats = max(_option(model, kwargs, "num_beams") or 1, _option(model, kwargs, "num_return_sequences") or 1)
         documents = [max(0, length - min(applied.settings.question_block, length)) for length in lengths]
