@@ -22,7 +22,8 @@ class LocalAttention(SelfAttention):
     Args:
         kind: `sliding`: the window. `strided`: the window and every `stride`-th token of the text (Child et al. 2019,
             arXiv 1904.10509). `dilated`: `window` tokens at distances of 0, `stride`, 2 `stride`, ... . `blockwise`:
-            the query's block of `window` tokens and the `exchange` nearest tokens of its neighbours (causal: of the past).
+            the query's block of `window` tokens and the `exchange` nearest tokens of its neighbours (causal: of the
+            past).
         window: keys on a side, the query's own included; `mgam.nn.window_of` converts other conventions.
         global_tokens: leading tokens that all read. Bidirectional ones read all; causal ones read their past.
     """
