@@ -3,8 +3,8 @@
     python benchmarks/damaged_stores.py --trials 10000 --out damaged.json
 
 Each trial damages a copy of a small digest (bits flipped, files cut, swapped, foreign, links, forged manifests with
-huge sizes or names that lead out, ...), verifies it, opens it and asks a question. The address space is bounded, so that
-memory taken for a declared size is seen as a crash.
+huge sizes or names that lead out, ...), verifies it, opens it and asks a question. The address space is bounded, so
+that memory taken for a declared size is seen as a crash.
 """
 
 from __future__ import annotations
