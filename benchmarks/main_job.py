@@ -3,6 +3,7 @@
     python benchmarks/main_job.py                     everything, on the device at hand
     python benchmarks/main_job.py --quick             what two cores can do: short needles, few trials
     python benchmarks/main_job.py --parts reading     one part: reading, hits, loss
+    python benchmarks/main_job.py --sampled           dense reading beyond 32k from four calls in sixteen, marked as such
 
 Cells that are done stay done: a killed run goes on where it stopped. Dense is read by the same calls in the same run.
 Results with their conditions go to benchmarks/results/main_job.<device>.json.
@@ -31,18 +32,20 @@ def main(
     device: Annotated[str, typer.Option()] = "auto",
     parts: Annotated[str, typer.Option(help="Of reading, hits, loss; commas between.")] = "reading,hits,loss",
     quick: Annotated[bool, typer.Option("--quick", help="Needles at 2k and 8k only, 5 trials.")] = False,
+    sampled: Annotated[bool, typer.Option("--sampled", help="Dense beyond 32k: time four calls and sum up.")] = False,
     results: Annotated[Path | None, typer.Option(help="Where finished cells are kept.")] = None,
     cell: Annotated[str | None, typer.Option(hidden=True)] = None,
 ) -> None:
     """Makes the missing cells, then prints all."""
     if cell is not None:
-        print(json.dumps(_read_cell(model, device, **json.loads(cell))))
+        spec = json.loads(cell)
+        print(json.dumps((_sample_cell if spec.pop("sampled", False) else _read_cell)(model, device, **spec)))
         return
     name = Path(model or "embedded").stem
     path = results or HERE / "results" / f"main_job.{device}.{name}.json"
     cells: dict[str, Any] = json.loads(path.read_text()) if path.exists() else {}
     wanted = parts.split(",")
-    for key, make in _cells(model, device, wanted, quick):
+    for key, make in _cells(model, device, wanted, quick, sampled):
         if key in cells:
             continue
         begin = time.perf_counter()
@@ -53,12 +56,14 @@ def main(
     _print(cells)
 
 
-def _cells(model: str | None, device: str, parts: list[str], quick: bool) -> Any:
+def _cells(model: str | None, device: str, parts: list[str], quick: bool, sampled: bool) -> Any:
     """Each cell's key and the function that makes it."""
     if "reading" in parts:
         for length in READING_LENGTHS:
             for method in ("dense", "mgam"):
                 spec = {"length": length, "method": method}
+                if sampled and method == "dense" and length > 32768:
+                    spec["sampled"] = True
                 yield f"reading {method} {length}", lambda spec=spec: _in_a_process(model, device, spec)
     trials = {"passkey": 10, "needle_prose": 5 if quick else 20}
     lengths = {"passkey": "16k,32k", "needle_prose": "2k,8k" if quick else "2k,8k,32k"}
@@ -107,6 +112,50 @@ def _read_cell(model: str | None, device: str, length: int, method: str) -> dict
         "tokens": answer.tokens["document"],
         "entries_per_level": answer.entries_per_level,
         "settings": answer.settings,
+        "conditions": conditions(str(loaded.device)),
+    }
+
+
+def _sample_cell(model: str | None, device: str, length: int, method: str) -> dict[str, Any]:
+    """Dense reading from four of its calls: a call's cost grows linearly with its position, so midpoints sum up exactly.
+
+    The cache is filled with random keys and values, which cost what real ones cost; the peak is that of the last call.
+    """
+    import torch
+    from transformers import DynamicCache
+
+    from mgam.documents.asking import CALL
+    from mgam.evaluation.machine import conditions
+    from mgam.integrations.loading import load
+    from mgam.integrations.memory import peak_memory_bytes
+
+    loaded = load(model, device=device)[0]
+    config = loaded.config.get_text_config(decoder=True)
+    heads, dim = config.num_key_value_heads, config.hidden_size // config.num_attention_heads
+    calls = length // CALL
+    seconds = []
+    for part in range(4):
+        place = int((part + 0.5) * calls / 4) * CALL - CALL // 2
+        cache = DynamicCache(config=config)
+        for layer in range(config.num_hidden_layers):
+            cache.update(torch.randn(1, heads, place, dim), torch.randn(1, heads, place, dim), layer)
+        ids = torch.zeros(1, CALL, dtype=torch.long)
+        begin = time.perf_counter()
+        with torch.no_grad():
+            loaded.get_decoder()(
+                input_ids=ids,
+                position_ids=torch.arange(place, place + CALL)[None],
+                past_key_values=cache,
+                use_cache=True,
+            )
+        seconds.append(time.perf_counter() - begin)
+        del cache
+    return {
+        "reading_seconds": round(sum(seconds) / 4 * calls, 1),
+        "sampled_calls": [round(one, 2) for one in seconds],
+        "peak_memory_bytes": peak_memory_bytes(),
+        "tokens": length,
+        "settings": {"method": method},
         "conditions": conditions(str(loaded.device)),
     }
 
