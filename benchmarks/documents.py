@@ -293,9 +293,7 @@ def _kl(full: Any, small: Any) -> float:
     import torch
 
     return float(
-        torch.nn.functional.kl_div(
-            small.log_softmax(-1), full.log_softmax(-1), reduction="batchmean", log_target=True
-        )
+        torch.nn.functional.kl_div(small.log_softmax(-1), full.log_softmax(-1), reduction="batchmean", log_target=True)
     )
 
 

@@ -3,7 +3,7 @@
     python benchmarks/main_job.py                     everything, on the device at hand
     python benchmarks/main_job.py --quick             what two cores can do: short needles, few trials
     python benchmarks/main_job.py --parts reading     one part: reading, hits, loss
-    python benchmarks/main_job.py --sampled           dense reading beyond 32k from four calls in sixteen, marked as such
+    python benchmarks/main_job.py --sampled           dense reading beyond 32k from four of its calls, marked as such
 
 Cells that are done stay done: a killed run goes on where it stopped. Dense is read by the same calls in the same run.
 Results with their conditions go to benchmarks/results/main_job.<device>.json.
@@ -117,7 +117,7 @@ def _read_cell(model: str | None, device: str, length: int, method: str) -> dict
 
 
 def _sample_cell(model: str | None, device: str, length: int, method: str) -> dict[str, Any]:
-    """Dense reading from four of its calls: a call's cost grows linearly with its position, so midpoints sum up exactly.
+    """Dense reading from four of its calls: a call's cost grows linearly with its position, so midpoints sum up.
 
     The cache is filled with random keys and values, which cost what real ones cost; the peak is that of the last call.
     """
