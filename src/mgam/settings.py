@@ -44,8 +44,8 @@ class Settings:
     """What happens to chunks that are not opened: read as summaries, or dropped."""
 
     mass: float = 0.5
-    """How far a summary counts for its tokens, from 0 (as one entry) to 1 (as many times as it has tokens). With granular
-    positions far summaries stand close, so an unmodified model reads too much into them at 1 (docs/figures.md)."""
+    """How far a summary counts for its tokens, from 0 (as one entry) to 1 (as many times as it has tokens).
+    With granular positions far summaries stand close, so an unmodified model reads too much into them at 1 (docs/figures.md)."""
 
     positions: PositionKind = "granular"
     """`granular`: an entry stands at its rank in the cover, so that any length fits the trained window."""
@@ -54,8 +54,8 @@ class Settings:
     """Queries before this position read everything in full. None: 2048, or the trained window where that is smaller."""
 
     lookahead: Lookahead = "block"
-    """Who decides a block's cover while a given text is read by `generate` and `ask`: all its queries (`block`), or only
-    queries up to its first (`none`). Plain forward passes and generated tokens always use `none`."""
+    """Who decides a block's cover while a given text is read by `generate` and `ask`: all its queries (`block`), or
+    only queries up to its first (`none`). Plain forward passes and generated tokens always use `none`."""
 
     block: int = 128
     """Queries that share one cover while a document is read."""
@@ -116,7 +116,8 @@ class Settings:
         try:
             values = json.loads(path.read_text(encoding="utf-8"))
         except (OSError, ValueError) as error:
-            raise SettingError(f"{path} cannot be read as settings ({error}); write it with Settings.save_pretrained") from error
+            said = f"{path} cannot be read as settings ({error}); write it with Settings.save_pretrained"
+            raise SettingError(said) from error
         return cls().with_(**values)
 
 

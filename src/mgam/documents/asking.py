@@ -53,7 +53,7 @@ def ask(
 ) -> Answer:
     """Answers a question from some texts, greedily.
 
-    A model that `mgam.apply` was called on reads multi-granularly and gives evidence; any other model reads densely, by the
+    A model that `mgam.apply` was called on reads multi-granularly and gives evidence; any other reads densely, by the
     same calls, and gives none.
 
     Args:
@@ -77,16 +77,21 @@ def ask(
         past_key_values=cache,
         max_new_tokens=max_new_tokens,
         do_sample=False,
-        temperature=None, top_p=None, top_k=None,
+        temperature=None,
+        top_p=None,
+        top_k=None,
         pad_token_id=tokenizer.pad_token_id if tokenizer.pad_token_id is not None else tokenizer.eos_token_id,
         streamer=streamer,
     )
     answer_ids = produced[0, ids.shape[1] :]
     text = tokenizer.decode(answer_ids, skip_special_tokens=True).strip()
     done = time.perf_counter()
+    evidence: list[Evidence] = []
+    if applied and record:
+        evidence = find_evidence(record, prompt, applied.settings.pyramid_levels, evidence_count)
     return Answer(
         answer=text,
-        evidence=find_evidence(record, prompt, applied.settings.pyramid_levels, evidence_count) if applied and record else [],
+        evidence=evidence,
         entries_per_level=per_level(record, applied),
         tokens={"document": prompt.document, "question": prompt.question, "answer": int(answer_ids.shape[0])},
         seconds={"reading": round(read - begin, 3), "answering": round(done - read, 3)},
@@ -100,7 +105,11 @@ def _open_cache(model: Any, applied: Applied | None, prompt: Prompt, max_new_tok
         return DynamicCache(config=model.config.get_text_config(decoder=True)), None
     settings = applied.settings
     schedule = Schedule.reading(
-        prompt.document, prompt.question, block=settings.block, question_block=settings.question_block, lookahead=settings.lookahead
+        prompt.document,
+        prompt.question,
+        block=settings.block,
+        question_block=settings.question_block,
+        lookahead=settings.lookahead,
     )
     cache = PyramidCache(model, [schedule], reserve=len(prompt.ids) + max_new_tokens)
     record = Record(evidence_from=prompt.document)
@@ -131,9 +140,15 @@ def per_level(record: Record | None, applied: Applied | None) -> dict[str, float
 
 def settings_of(model: Any, applied: Applied | None) -> dict[str, Any]:
     """What an answer depends on, as plain values."""
-    values = {"method": "dense"} if applied is None else {**applied.settings.as_dict(), "dense_until": applied.reading.dense_until}
-    return {**values, "model": getattr(model, "name_or_path", ""), "dtype": str(model.dtype).removeprefix("torch."),
-            "device": str(model.device)}
+    values: dict[str, Any] = {"method": "dense"}
+    if applied is not None:
+        values = {**applied.settings.as_dict(), "dense_until": applied.reading.dense_until}
+    return {
+        **values,
+        "model": getattr(model, "name_or_path", ""),
+        "dtype": str(model.dtype).removeprefix("torch."),
+        "device": str(model.device),
+    }
 
 
 class Streamer(TextStreamer):

@@ -52,19 +52,22 @@ def build(tokenizer: Any, sources: Sequence[Source], question: str) -> Prompt:
         DocumentError: for an empty question or no text.
     """
     if not question.strip():
-        raise DocumentError("the question is empty; ask something, e.g. mgam ask book.txt \"Who is the captain?\"")
+        raise DocumentError('the question is empty; ask something, e.g. mgam ask book.txt "Who is the captain?"')
     if not sources:
         raise DocumentError("no text was given; name at least one file, or - for standard input")
     body, starts = _join(sources)
     content = BEFORE + body + AFTER + question.strip()
     if getattr(tokenizer, "chat_template", None):
-        text = tokenizer.apply_chat_template([{"role": "user", "content": content}], tokenize=False, add_generation_prompt=True)
+        messages = [{"role": "user", "content": content}]
+        text = tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
         special = False
     else:
         text, special = content + "\nAnswer:", True
     origin = text.find(body)
     if origin < 0:
-        raise DocumentError("the chat template changes the text, so places in it cannot be told; use a tokenizer without a template")
+        raise DocumentError(
+            "the chat template changes the text, so places in it cannot be told; use a tokenizer without a template"
+        )
     encoded = tokenizer(text, add_special_tokens=special, return_offsets_mapping=True)
     offsets = [tuple(pair) for pair in encoded["offset_mapping"]]
     border = origin + len(body)
