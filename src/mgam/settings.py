@@ -45,7 +45,7 @@ class Settings:
 
     mass: float = 0.5
     """How far a summary counts for its tokens, from 0 (as one entry) to 1 (as many times as it has tokens).
-    With granular positions far summaries stand close, so an unmodified model reads too much into them at 1 (docs/figures.md)."""
+    With granular positions far summaries stand close: an unmodified model reads too much into them at 1."""
 
     positions: PositionKind = "granular"
     """`granular`: an entry stands at its rank in the cover, so that any length fits the trained window."""
