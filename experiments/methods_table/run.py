@@ -20,7 +20,7 @@ from torch import Tensor
 from mgam import nn
 
 DECODER_METHODS = "mgam,streaming-llm,quest,longheads,snapkv,h2o,moba,sliding,strided,dilated,dyadic"
-DECODER_TASKS = "passkey,loss"
+DECODER_TASKS = "needle_prose,needle_keys,variables,facts_by_id,loss_shipped"
 VOCABULARY = 64
 
 MODULES: dict[str, Callable[[int, int], nn.SelfAttention]] = {
