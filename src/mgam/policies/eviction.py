@@ -92,8 +92,8 @@ class SnapKV(_Kept):
     def __post_init__(self) -> None:
         if self.capacity < self.recent + self.sink:
             raise SettingError(
-                f"budget={self.capacity}: snapkv always keeps the {self.sink} first and the {self.recent} last tokens of "
-                f"a prompt, so its budget starts at {self.recent + self.sink}"
+                f"budget={self.capacity}: snapkv always keeps the {self.sink} first and the {self.recent} last tokens "
+                f"of a prompt, so its budget starts at {self.recent + self.sink}"
             )
 
     def observe(self, heard: Heard, pyramid: Pyramid) -> None:

@@ -18,8 +18,8 @@ Pattern = Literal["none", "strided", "dilated"]
 
 @dataclass(frozen=True)
 class Local:
-    """Window at level 0, and by pattern: nothing, every `stride`-th chunk of the text, or chunks at distances of 1, 2, 4,
-    ... from the window. The rest is dropped.
+    """Window at level 0; by pattern besides: nothing, every `stride`-th chunk of the text, or chunks at distances of
+    1, 2, 4, ... from the window. The rest is dropped.
     """
 
     window: int = 512
