@@ -1,4 +1,4 @@
-"""The Python in docs/how-to runs."""
+"""The Python in the how-tos about models runs."""
 
 from __future__ import annotations
 
@@ -15,8 +15,9 @@ FOLDER = Path(__file__).parents[2] / "docs" / "how-to"
 
 
 @pytest.mark.filterwarnings("ignore::UserWarning")
-@pytest.mark.parametrize("page", sorted(FOLDER.glob("*.md")), ids=lambda page: page.stem)
-def test_page(page: Path, tmp_path: Path) -> None:
+@pytest.mark.parametrize("name", ["transformers", "batches", "training"])
+def test_page(name: str, tmp_path: Path) -> None:
+    page = FOLDER / f"{name}.md"
     model = BY_NAME["llama"].make(torch.float32, max_position_embeddings=4096)
     padded, mask = batch(texts(), "left")
     names = {
