@@ -11,6 +11,7 @@ from torch.utils._pytree import tree_leaves
 
 from mgam import engine
 from mgam.engine import Plan, read
+from mgam.policies import eviction
 from mgam.pyramid import Pyramid
 from mgam.schedule import Lookahead
 
@@ -65,6 +66,7 @@ def positions() -> str:
 def test_no_buffer_grows_with_the_square(trial: Trial, monkeypatch: pytest.MonkeyPatch) -> None:
     """Four times the text, at most about four times the largest tensor, where sixteen would be the square."""
     monkeypatch.setattr(engine, "CPU_ELEMENTS", 1 << 9)
+    monkeypatch.setattr(eviction, "ELEMENTS", 1 << 9)
     for dense_until, backward in ((0, True), (800, False)):
         short, long = (largest(trial, tokens, dense_until, backward=backward) for tokens in (200, 800))
         assert long <= 4.5 * short
