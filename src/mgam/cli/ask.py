@@ -159,8 +159,8 @@ def _answer(request: Request, *, silent: bool) -> Answer:
         return _ask_digest(request, silent=silent)
     if request.memory is not None:
         raise SettingError("--memory bounds the reading of digests; make one first: mgam digest FILE... -o NAME.mgam")
+    sources = [read_source(name) for name in request.files]  # before torch is imported: a wrong name is told at once
     _refuse_bad_settings(request)
-    sources = [read_source(name) for name in request.files]
     with Stage(silent=silent) as stage:
         started = time.perf_counter()
         loaded = _load(request, stage)
