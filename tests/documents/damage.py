@@ -249,7 +249,8 @@ def _sparse(folder: Path, choice: random.Random) -> None:
 
 
 def _nothing(folder: Path, choice: random.Random) -> None:
-    raise NotImplementedError
+    """Stands for damage that needs a second store; whoever applies it must take that path."""
+    raise AssertionError("this damage is made from another store, not in place")
 
 
 HARMS: dict[str, Harm] = {

@@ -37,10 +37,11 @@ class RowsLayer(CacheLayerMixin):
 
     @property
     def lengths(self) -> list[int]:
-        """Tokens that each row holds; empty before the first call."""
+        """Tokens that each row holds; empty before the first call. Each kind of layer says it in its own way."""
         raise NotImplementedError
 
     def _select(self, rows: Tensor) -> None:
+        """Keeps, repeats or reorders rows by index; each kind of layer does it in its own way."""
         raise NotImplementedError
 
     def lazy_initialization(self, key_states: Tensor, value_states: Tensor) -> None:
