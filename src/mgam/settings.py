@@ -51,7 +51,7 @@ class Settings:
     """`granular`: an entry stands at its rank in the cover, so that any length fits the trained window."""
 
     dense_until: int | None = None
-    """Queries before this position read everything in full. None: 2048, or the trained window where that is smaller."""
+    """Queries before this position read everything in full. None: 4096, or the trained window where that is smaller."""
 
     lookahead: Lookahead = "block"
     """Who decides a block's cover while a given text is read by `generate` and `ask`: all its queries (`block`), or
@@ -66,6 +66,13 @@ class Settings:
     backend: str | None = None
     """Attention backend; None picks the first that can serve."""
 
+    policy: str | None = None
+    """A learned policy: a folder that `mgam fit` wrote, or a hub id. None: the training-free search."""
+
+    recall: float | None = None
+    """Of a learned policy: the share of all attention that is to be read as tokens, as it predicts. Blocks that look
+    nearby then open less than the budget. None: every block spends its budget."""
+
     def __post_init__(self) -> None:
         levels = self.pyramid_levels
         if not isinstance(self.budget, int) or isinstance(self.budget, bool) or self.budget < levels.chunk:
@@ -78,6 +85,15 @@ class Settings:
                 raise SettingError(f"{name}={value!r} must be a whole number, 1 or more")
         if not 0 <= self.mass <= 1:
             raise SettingError(f"mass={self.mass!r} must lie between 0 (a summary counts once) and 1 (once per token)")
+        if self.recall is not None and (self.policy is None or not 0 < self.recall <= 1):
+            raise SettingError(
+                f"recall={self.recall!r} must lie above 0 and be at most 1, and needs a learned policy (policy=FOLDER)"
+            )
+        if self.policy is not None and self.positions != "granular":
+            raise SettingError(
+                f"a learned policy looks at keys before rotation, which positions={self.positions!r} do not keep; "
+                "leave positions at 'granular'"
+            )
         _one_of("rest", self.rest, ("summaries", "drop"))
         _one_of("positions", self.positions, ("absolute", "granular"))
         _one_of("lookahead", self.lookahead, ("none", "block"))
