@@ -99,7 +99,7 @@ def ask(
             parser=whole_number,
             metavar="TOKENS",
             help="Tokens before this position read everything in full.",
-            show_default="2048, at most the model's window",
+            show_default="4096, at most the model's window",
         ),
     ] = None,
     dtype: Annotated[

@@ -153,7 +153,7 @@ def apply(model: Model, method: str = "mgam", *, budget: int | None = None, **se
     layers = attention_layers(decoder, config)
     remove(model)
     window = row.trained_window(config)
-    dense_until = min(2048, window) if wanted.dense_until is None else wanted.dense_until
+    dense_until = min(4096, window) if wanted.dense_until is None else wanted.dense_until
     if dense_until > window and wanted.positions == "granular" and method != "dense":
         raise SettingError(
             f"dense_until={dense_until} is beyond the {window} positions that the model was trained for; "
