@@ -10,7 +10,8 @@ from pathlib import Path
 
 import pytest
 
-from mgam.documents.sources import Source, decode, read_source
+from mgam.documents.decoding import decode
+from mgam.documents.sources import Source, read_source
 from mgam.errors import DocumentError, MgamError
 
 

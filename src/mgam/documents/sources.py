@@ -1,73 +1,49 @@
-"""Text from files and standard input, as it will be cited: character offsets count in the decoded text."""
+"""Text from files and standard input, as it will be cited: places count characters of it."""
 
 from __future__ import annotations
 
-import codecs
 import os
 import stat
 import sys
 from dataclasses import dataclass
 from pathlib import Path
 
+from mgam.documents.decoding import decode
+from mgam.documents.formats import extract, format_of
 from mgam.errors import DocumentError
 
 STDIN = "-"
 MAX_BYTES = 1 << 30  # 1 GiB of text is some 250 million tokens: far beyond what one digest can hold today
 
-_BOMS = (
-    # UTF-32 first: its little-endian mark begins with that of UTF-16.
-    (codecs.BOM_UTF32_LE, "utf-32"),
-    (codecs.BOM_UTF32_BE, "utf-32"),
-    (codecs.BOM_UTF8, "utf-8-sig"),
-    (codecs.BOM_UTF16_LE, "utf-16"),
-    (codecs.BOM_UTF16_BE, "utf-16"),
-)
-_SNIFFED_BYTES = 65_536
-_MAX_CONTROL_SHARE = 0.01  # form feeds, bells and escapes occur in text, but are rare there
-_TEXT_CONTROLS = frozenset(b"\t\n\v\f\r\x1b")
-
 
 @dataclass(frozen=True)
 class Source:
-    """One text to read: what it is called in evidence, and its characters with newlines as they stand in the file."""
+    """One text to read: what it is called in evidence, and its characters, in which places of evidence count.
+
+    Of a plain file they are the file's, newlines included; of Markdown, HTML and PDF those of the text taken out of it.
+    """
 
     name: str
     text: str
 
 
 def read_source(path: str | os.PathLike[str], *, max_bytes: int = MAX_BYTES) -> Source:
-    """Read the text file at `path`, or standard input where `path` is `-`.
+    """Read the file at `path`, or standard input where `path` is `-`.
 
-    UTF-8, with or without a byte order mark, and UTF-16 or UTF-32 with one are understood. `max_bytes` is looked at
-    before anything is read.
+    Plain text in UTF-8, with or without a byte order mark, and in UTF-16 or UTF-32 with one; Markdown and HTML, which
+    names tell; PDF, which first bytes tell. `max_bytes` is looked at before anything is read.
 
     Raises:
-        DocumentError: missing, not a file, not permitted, empty, blank, binary, undecodable or too large.
+        DocumentError: missing, not a file, not permitted, empty, blank, binary, undecodable, encrypted, without text or
+            too large, or of a kind whose reader is not installed.
     """
-    if os.fspath(path) == STDIN:
-        return Source("<stdin>", decode(_read_stdin(max_bytes), "<stdin>"))
     name = os.fspath(path)
-    return Source(name, decode(_read_file(Path(name), max_bytes), name))
-
-
-def decode(data: bytes, name: str) -> str:
-    """Decode `data`, known to the user as `name`, into text.
-
-    Raises:
-        DocumentError: empty, blank, binary or undecodable.
-    """
-    if not data:
-        raise DocumentError(f"{name} is empty; give a file that holds text")
-    encoding = next((encoding for mark, encoding in _BOMS if data.startswith(mark)), "utf-8")
-    if encoding == "utf-8":
-        _refuse_binary(data[:_SNIFFED_BYTES], name)
-    try:
-        text = data.decode(encoding)
-    except UnicodeDecodeError as error:
-        raise DocumentError(_undecodable(data, name, encoding, error)) from error
-    if not text.strip():
-        raise DocumentError(f"{name} holds white space only; give a file that holds text")
-    return text
+    if name == STDIN:
+        name, data = "<stdin>", _read_stdin(max_bytes)
+    else:
+        data = _read_file(Path(name), max_bytes)
+    kind = format_of(name, data) if data else None
+    return Source(name, decode(data, name) if kind is None else extract(kind, data, name))
 
 
 def _read_stdin(max_bytes: int) -> bytes:
@@ -101,40 +77,6 @@ def _read_file(path: Path, max_bytes: int) -> bytes:
     if len(data) > max_bytes:
         raise DocumentError(f"{path} is larger than {_size(max_bytes)}, the most that is read; split it into parts")
     return data
-
-
-def _refuse_binary(head: bytes, name: str) -> None:
-    kind = next((kind for mark, kind in _MAGIC if head.startswith(mark)), None)
-    if kind is not None:
-        raise DocumentError(f"{name} is {kind}, not text; convert it to plain text first")
-    controls = sum(1 for byte in head if byte < 32 and byte not in _TEXT_CONTROLS)
-    if b"\0" in head or controls > _MAX_CONTROL_SHARE * len(head):
-        raise DocumentError(
-            f"{name} looks binary, not like text; convert it to plain text in UTF-8 first "
-            "(UTF-16 is understood when it starts with a byte order mark)"
-        )
-
-
-_MAGIC = (
-    (b"%PDF-", "a PDF"),
-    (b"PK\x03\x04", "a zip archive (docx, odt and epub are too)"),
-    (b"\x1f\x8b", "a gzip archive"),
-    (b"GGUF", "a model in GGUF format"),
-    (b"\x89PNG", "a picture"),
-    (b"\xff\xd8\xff", "a picture"),
-    (b"\x7fELF", "a program"),
-)
-
-
-def _undecodable(data: bytes, name: str, encoding: str, error: UnicodeDecodeError) -> str:
-    label = {"utf-8-sig": "UTF-8"}.get(encoding, encoding.upper())
-    # The decoder counts after a UTF-8 mark, people and hex viewers from the file's first byte.
-    offset = error.start + (len(codecs.BOM_UTF8) if encoding == "utf-8-sig" else 0)
-    found = f"byte 0x{data[offset]:02x}" if offset < len(data) else "the end of the data"
-    return (
-        f"{name} is not valid {label}: {found} at offset {offset} ({error.reason}); "
-        f"convert it to UTF-8, for instance with: iconv -f LATIN1 -t UTF-8 {name}"
-    )
 
 
 def _size(count: int) -> str:
