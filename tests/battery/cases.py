@@ -91,6 +91,22 @@ def within(budget: int) -> Callable[[int], int]:
     return lambda available: min(available, 1 + budget)
 
 
+def windowed(decide: int, window: int) -> int:
+    """First token that a window holds, before it is rounded to a chunk."""
+    return max(0, decide + 1 - window)
+
+
+def everything(decide: int, window: int) -> int:
+    """The window is the whole past."""
+    return 0
+
+
+def exchanging(decide: int, window: int) -> int:
+    """The end of the block before the one that a query stands in: blocks have three quarters of the window."""
+    size, exchange = window - window // 4, window // 4
+    return max(0, decide // size * size - exchange)
+
+
 @dataclass(frozen=True)
 class Case:
     """One way of reading, and the formula of what it reads."""
@@ -105,6 +121,8 @@ class Case:
     opens: Callable[[int], int] = sink
     """Chunks before the window -> chunks opened."""
     summaries: Summaries = coarsest
+    begins: Callable[[int, int], int] = windowed
+    """Where a block is decided, and the window -> first token that it must read there."""
     cover: str | None = None
     """What the settings make of the declared cover."""
     make: Callable[[Settings, float], Policy] | None = None
@@ -142,7 +160,7 @@ def compact(s: Settings, scale: float) -> Policy:
 
 
 CASES = [
-    Case("dense", "dense", opens=lambda available: 0, summaries=nothing),
+    Case("dense", "dense", opens=lambda available: 0, summaries=nothing, begins=everything),
     Case("streaming-llm", "streaming-llm", summaries=nothing),
     Case("dyadic", "dyadic", summaries=by_distance(32)),
     Case("dyadic-near", "dyadic", summaries=by_distance(2), make=lambda s, scale: Dyadic(s.window, reach=2)),
@@ -160,6 +178,9 @@ CASES = [
     Case("sliding", "sliding", opens=lambda available: 0, summaries=nothing),
     Case("strided", "strided", opens=lambda available: -(-available // 8), summaries=nothing),
     Case("dilated", "dilated", opens=int.bit_length, summaries=nothing),
+    Case("blockwise", "blockwise", opens=lambda available: 0, summaries=nothing, begins=exchanging),
+    Case("longformer", "longformer", opens=alone(2), summaries=nothing),
+    Case("bigbird", "bigbird", opens=within(2), summaries=nothing),
     Case("moba", "moba", {"budget": ENOUGH}, {}, alone(2), nothing),
     Case("mgam-tall", "mgam", {"budget": ENOUGH}, {"levels": (1, 2, 4, 12), "budget": 6}, within(3)),
 ]

@@ -51,8 +51,7 @@ def test_entries_follow_the_formula(trial: Trial) -> None:
     for blocks, cover in trial.covers(trial.states(TOKENS))[1]:
         totals, heads = [0.0] * len(trial_levels.sizes), cover.opened.shape[1]
         for _, start, stop, decide, _, number in blocks_of([(blocks, cover)]):
-            begin = max(0, decide + 1 - window) // trial_levels.chunk * trial_levels.chunk
-            begin = 0 if trial.case.name == "dense" else begin
+            begin = trial.case.begins(decide, window) // trial_levels.chunk * trial_levels.chunk
             assert int(cover.window_start[number]) == begin
             for head in range(cover.opened.shape[1]):
                 opened = set(cover.opened[number, head].tolist()) - {-1}

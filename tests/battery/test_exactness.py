@@ -26,7 +26,7 @@ def lookahead() -> Lookahead:
 
 
 def test_every_method_has_a_row() -> None:
-    assert {case.method for case in CASES} == set(methods.names())
+    assert {case.method for case in CASES} == {name for name in methods.names() if methods.get(name).form == "policy"}
 
 
 def test_enough_budget_is_dense(trial: Trial) -> None:

@@ -8,9 +8,14 @@ import pytest
 import torch
 from transformers import LlamaConfig, LlamaForCausalLM
 
+import mgam
 from mgam.documents import infiniretri
-from mgam.documents.infiniretri import Retrieval, Sentence, keep, parts, retrieve, scores, sentences
+from mgam.documents.infiniretri import Sentence, keep, parts, retrieve, scores, sentences
+from mgam.documents.sources import Source
 from mgam.errors import DocumentError, SettingError
+from mgam.evaluation.adapters import ModelReader
+from mgam.evaluation.reader import DoesNotFitError
+from mgam.methods.infiniretri import Retrieval
 
 TEXT = "".join(f"The number of box {n} is {n * 37 % 101}. " for n in range(40))
 
@@ -35,7 +40,8 @@ def model() -> Any:
 
 
 def test_enough_carries_everything(model: Any) -> None:
-    left = retrieve(model, Letters(), TEXT, "What is in box 7?", Retrieval(200, 10**6, 1, 10**6))
+    found = retrieve(model, Letters(), TEXT, "What is in box 7?", Retrieval(200, 10**6, 1, 10**6))
+    left = found.sentences
     assert [one for item in left for one in item.ids] == Letters()(TEXT)["input_ids"]
     assert left == sentences(TEXT, Letters(), 200)
 
@@ -47,7 +53,10 @@ def test_calls_are_short_and_order_is_kept(model: Any, monkeypatch: pytest.Monke
         lambda module, args, kwargs: lengths.append(kwargs["input_ids"].shape[1]), with_kwargs=True
     )
     before = model.config._attn_implementation
-    left = retrieve(model, Letters(), TEXT, "box 7?", Retrieval(200, 20, 3, 90))
+    found = retrieve(model, Letters(), TEXT, "box 7?", Retrieval(200, 20, 3, 90))
+    left = found.sentences
+    assert found.queries == sum(lengths)
+    assert found.entries == sum(length * (length + 1) // 2 for length in lengths)
     assert max(lengths) <= 200 + 90 + 8 + 1
     assert [item.start for item in left] == sorted({item.start for item in left})
     assert sum(len(item.ids) for item in left) <= 90
@@ -67,8 +76,8 @@ def test_a_planted_sentence_survives() -> None:
     context = [Sentence((1,) * 5, 10 * n, 10 * n + 5) for n in range(6)]
     score = torch.zeros(30)
     score[12], score[27] = 5, 3
-    assert [item.start for item in keep(context, score, Retrieval(topk=2))] == [20, 50]
-    assert [item.start for item in keep(context, score, Retrieval(topk=2, cap=7))] == [20]
+    assert keep(context, score, Retrieval(topk=2)) == {2: 5.0, 5: 3.0}
+    assert keep(context, score, Retrieval(topk=2, budget=7)) == {2: 5.0}
 
 
 def test_phrases() -> None:
@@ -89,3 +98,52 @@ def test_refused(model: Any) -> None:
         retrieve(model, Letters(), TEXT, "  ")
     with pytest.raises(SettingError, match="phrase=0"):
         Retrieval(phrase=0)
+
+
+class Tokenizer(Letters):
+    """The same with places, and ways back."""
+
+    chat_template = None
+    pad_token_id = eos_token_id = 0
+
+    def __call__(self, text: str, add_special_tokens: bool = True, return_offsets_mapping: bool = False) -> Any:
+        ids = super().__call__(text)["input_ids"]
+        return {"input_ids": ids, "offset_mapping": [(place, place + 1) for place in range(len(ids))]}
+
+    def decode(self, ids: Any, skip_special_tokens: bool = True) -> str:
+        return "".join(chr(int(one)) for one in ids)
+
+
+def test_asked_by_name(model: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    sources = [Source("a.txt", TEXT), Source("b.txt", "And this is another text. It has two sentences.")]
+    prompts = []
+    answer = infiniretri.asking.ask
+
+    def watched(model: Any, tokenizer: Any, given: Any, *args: Any, **more: Any) -> Any:
+        prompts.append(given[0].text)
+        return answer(model, tokenizer, given, *args, **more)
+
+    monkeypatch.setattr(infiniretri.asking, "ask", watched)
+    said = infiniretri.ask(model, Tokenizer(), sources, "box 7?", max_new_tokens=2, retrieval=Retrieval(200, 20, 3, 90))
+    assert len(prompts[0]) <= 90
+    for one in said.evidence:
+        whole = next(source.text for source in sources if source.name == one.file)
+        assert one.text == whole[one.start : one.end]
+        assert one.text.strip() in prompts[0]
+    assert said.settings["method"] == "infini-retri"
+    assert said.settings["topk"] == 20
+    assert 0 < said.entries_per_level["1"] < 400
+
+
+def test_measured_by_name(model: Any) -> None:
+    reader = ModelReader(model, Tokenizer(), "infini-retri:window=200:budget=90:topk=20", name="tiny")
+    assert reader.settings["budget"] == 90
+    reading = reader.read(TEXT, "box 7?", 2)
+    assert reading.evidence
+    assert reader.read_batch([TEXT], ["box 7?"], 2)[0].answer == reading.answer
+    with pytest.raises(DoesNotFitError, match="no loss"):
+        reader.losses(TEXT)
+    with pytest.raises(SettingError, match="has no setting levels; it has window"):
+        _ = ModelReader(model, Tokenizer(), "infini-retri:levels=1/64", name="tiny").settings
+    with pytest.raises(SettingError, match="loop around a model"):
+        mgam.apply(model, "infini-retri")

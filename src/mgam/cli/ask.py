@@ -201,7 +201,7 @@ def _refuse_bad_settings(request: Request) -> None:
     """Before a model is loaded for nothing."""
     from mgam import methods
 
-    methods.get(request.method).settings(**request.settings)
+    methods.get(request.method).checked(**request.settings)
 
 
 def _load(request: Request, stage: Stage) -> Loaded:
@@ -224,18 +224,20 @@ def _count_and_check(loaded: Loaded, sources: Sequence[Source]) -> int:
 
 def _read_and_answer(request: Request, loaded: Loaded, sources: Sequence[Source], stage: Stage) -> Answer:
     import mgam
-    from mgam.documents import asking
+    from mgam import methods
+    from mgam.documents import asking, infiniretri
 
+    method = methods.get(request.method)
+    how: dict[str, Any] = {
+        "max_new_tokens": request.max_new_tokens,
+        "on_progress": stage.advance,
+        "on_text": stage.write,
+    }
+    if method.form == "loop":
+        how["retrieval"] = method.checked(**request.settings)
+        return infiniretri.ask(loaded.model, loaded.tokenizer, sources, request.question, **how)
     model = mgam.apply(loaded.model, request.method, **request.settings)
-    return asking.ask(
-        model,
-        loaded.tokenizer,
-        sources,
-        request.question,
-        max_new_tokens=request.max_new_tokens,
-        on_progress=stage.advance,
-        on_text=stage.write,
-    )
+    return asking.ask(model, loaded.tokenizer, sources, request.question, **how)
 
 
 def _print_json(request: Request, answer: Answer) -> None:

@@ -18,6 +18,7 @@ USUAL_LENGTHS = "2k,4k,8k"
 def register(app: typer.Typer) -> None:
     """Adds `eval` and `data` to the command line."""
     app.command("eval")(evaluate)
+    app.command("report")(report_of)
     app.command("leaderboard")(leaderboard)
     data = typer.Typer(help="Real texts for evaluation.", no_args_is_help=True)
     data.command("fetch")(fetch)
@@ -94,6 +95,19 @@ def evaluate(
         from mgam.evaluation.table import print_rows
 
         print_rows(Console(), outcome.rows)
+
+
+def report_of(
+    files: Annotated[list[Path], typer.Argument(help="Files of trials that mgam eval --results wrote.")],
+    to: Annotated[Path, typer.Option(help="The page; JSON and CSV beside it.")] = Path("report.html"),
+) -> None:
+    """Make one page of several runs: parts that were measured apart, or a run that was cut."""
+    from mgam.evaluation.report import write_report
+    from mgam.evaluation.session import gather
+
+    notes = Console(stderr=True)
+    for path in write_report(to, gather(files, notes)):
+        notes.print(f"[green]wrote[/] {path}", highlight=False)
 
 
 def leaderboard(

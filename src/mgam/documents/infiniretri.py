@@ -7,9 +7,11 @@ and never looked for again in a string.
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator, Sequence
+import time
+from bisect import bisect_right
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass, replace
 from typing import Any
 
 import torch
@@ -18,29 +20,16 @@ from transformers import AttentionInterface
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import AttentionMaskInterface, sdpa_mask
 
-from mgam.errors import DocumentError, SettingError
+from mgam.documents import asking
+from mgam.documents.evidence import Evidence
+from mgam.documents.prompt import joined
+from mgam.documents.sources import Source
+from mgam.errors import DocumentError
+from mgam.integrations.transformers.apply import remove
+from mgam.methods.infiniretri import Retrieval
 
 NAME = "mgam-question-rows"
 SENTENCE = re.compile(r".+?(?:[.!?。！？]+(?=\s|$)|\n\s*\n|$)\s*", re.DOTALL)
-
-
-@dataclass(frozen=True)
-class Retrieval:
-    """The dials of the loop."""
-
-    window: int = 1024
-    """Tokens of new text per part."""
-    topk: int = 300
-    """Tokens of the context that are picked per part; their sentences are carried on."""
-    phrase: int = 8
-    """Tokens over which attention is summed: about as many as the answer has."""
-    cap: int = 2048
-    """Tokens carried on at most; the sentences with the lowest scores go first."""
-
-    def __post_init__(self) -> None:
-        for name in ("window", "topk", "phrase", "cap"):
-            if getattr(self, name) < 1:
-                raise SettingError(f"{name}={getattr(self, name)} must be 1 or more tokens")
 
 
 @dataclass(frozen=True)
@@ -75,13 +64,35 @@ def parts(items: Sequence[Sentence], window: int) -> list[list[Sentence]]:
     return packed
 
 
+@dataclass(frozen=True)
+class Found:
+    """What is left when a text was read, and what that took."""
+
+    sentences: list[Sentence]
+    """In the order of the text."""
+    scores: list[float]
+    """Of each sentence: that of its best token, in the last part."""
+    queries: int
+    """Tokens read, over all parts."""
+    entries: int
+    """Keys that they read, summed."""
+
+
 @torch.no_grad()
 def retrieve(
-    model: Any, tokenizer: Any, text: str, question: str, retrieval: Retrieval | None = None
-) -> list[Sentence]:
-    """The sentences that are left when the whole text was read, in the order of the text.
+    model: Any,
+    tokenizer: Any,
+    text: str,
+    question: str,
+    retrieval: Retrieval | None = None,
+    on_progress: Callable[[int, int], None] | None = None,
+) -> Found:
+    """Reads the whole text part by part and keeps what the question attends to.
 
-    Every call of the model is at most `window + cap` tokens and the question long.
+    Every call of the model is at most `window + budget` tokens and the question long.
+
+    Args:
+        on_progress: called with tokens of the text read so far, and all of them.
 
     Raises:
         DocumentError: for an empty text or question.
@@ -91,18 +102,91 @@ def retrieve(
         raise DocumentError("infini-retri needs a text and a question; one of them is empty")
     asked = tokenizer("\n\n" + question, add_special_tokens=False)["input_ids"]
     lead = [tokenizer.bos_token_id] if getattr(tokenizer, "bos_token_id", None) is not None else []
-    carried: list[Sentence] = []
+    found = Found([], [], 0, 0)
     weight: Tensor | None = None
+    items = sentences(text, tokenizer, dials.window)
+    total, read = sum(len(item.ids) for item in items), 0
     with _rows(model) as attend:
-        for part in parts(sentences(text, tokenizer, dials.window), dials.window):
-            context = [*carried, *part]
+        for part in parts(items, dials.window):
+            context = [*found.sentences, *part]
             ids = [*lead, *(one for item in context for one in item.ids), *asked]
             rows = attend(ids, len(asked))
             if weight is None:
                 weight = rows[:, -len(asked) :].sum(1) ** 2
             score = scores(rows[:, len(lead) : len(ids) - len(asked)], weight, dials.phrase)
-            carried = keep(context, score, dials)
-    return carried
+            chosen = keep(context, score, dials)
+            found = Found(
+                [context[place] for place in sorted(chosen)],
+                [chosen[place] for place in sorted(chosen)],
+                found.queries + len(ids),
+                found.entries + len(ids) * (len(ids) + 1) // 2,
+            )
+            read += sum(len(item.ids) for item in part)
+            if on_progress is not None:
+                on_progress(read, total)
+    return found
+
+
+def ask(
+    model: Any,
+    tokenizer: Any,
+    sources: Sequence[Source],
+    question: str,
+    *,
+    max_new_tokens: int = 64,
+    on_progress: Callable[[int, int], None] | None = None,
+    on_text: Callable[[str], None] | None = None,
+    evidence_count: int = 3,
+    retrieval: Retrieval | None = None,
+) -> asking.Answer:
+    """Answers a question from what `retrieve` leaves of some texts, as `mgam.documents.asking.ask` does from the whole.
+
+    Evidence are the sentences that the question attended to most.
+
+    Raises:
+        DocumentError: for an empty question or no text.
+    """
+    remove(model)
+    dials = retrieval or Retrieval()
+    text, starts = joined(sources)
+    begin = time.perf_counter()
+    found = retrieve(model, tokenizer, text, question, dials, on_progress)
+    reading = time.perf_counter() - begin
+    left = Source("text", "".join(text[start:end] for start, end in _runs(found.sentences)))
+    answer = asking.ask(model, tokenizer, [left], question, max_new_tokens=max_new_tokens, on_text=on_text)
+    read = answer.tokens["document"] + answer.tokens["question"] + answer.tokens["answer"]
+    per_query = (found.entries + read * (read + 1) / 2) / (found.queries + read)
+    return replace(
+        answer,
+        evidence=_evidence(found, text, sources, starts, evidence_count),
+        entries_per_level={"1": round(per_query, 1)},
+        tokens={**answer.tokens, "document": found.queries, "kept": answer.tokens["document"]},
+        seconds={
+            "reading": round(reading + answer.seconds["reading"], 3),
+            "answering": answer.seconds["answering"],
+        },
+        settings={**answer.settings, **asdict(dials), "method": "infini-retri"},
+    )
+
+
+def _runs(items: Sequence[Sentence]) -> list[tuple[int, int]]:
+    """Where the sentences stand; pieces of one sentence that was cut stand there once."""
+    return list(dict.fromkeys((item.start, item.end) for item in items))
+
+
+def _evidence(found: Found, text: str, sources: Sequence[Source], starts: Sequence[int], count: int) -> list[Evidence]:
+    whole = sum(found.scores) or 1.0
+    shown: dict[tuple[int, int], Evidence] = {}
+    for place in sorted(range(len(found.scores)), key=lambda one: -found.scores[one]):
+        item = found.sentences[place]
+        source = max(0, bisect_right(starts, item.start) - 1)
+        start = max(item.start - starts[source], 0)
+        end = min(item.end - starts[source], len(sources[source].text))
+        share = round(found.scores[place] / whole, 4)
+        if end > start and len(shown) < count:
+            passage = Evidence(sources[source].name, start, end, sources[source].text[start:end], share)
+            shown.setdefault((source, start), passage)
+    return list(shown.values())
 
 
 def scores(rows: Tensor, weight: Tensor, phrase: int) -> Tensor:
@@ -113,19 +197,19 @@ def scores(rows: Tensor, weight: Tensor, phrase: int) -> Tensor:
     return (weight[:, None] * torch.nn.functional.conv1d(padded, kernel)[:, 0]).sum(0)
 
 
-def keep(context: Sequence[Sentence], score: Tensor, dials: Retrieval) -> list[Sentence]:
-    """The sentences that hold one of the best tokens, at most `cap` tokens of them, in order."""
+def keep(context: Sequence[Sentence], score: Tensor, dials: Retrieval) -> dict[int, float]:
+    """Numbers of the sentences that hold one of the best tokens, `budget` tokens of them at most, with their scores."""
     owner = torch.repeat_interleave(torch.arange(len(context)), torch.tensor([len(item.ids) for item in context]))
     best = score.cpu().topk(min(dials.topk, len(score)))
     peak: dict[int, float] = {}
     for place, value in zip(owner[best.indices].tolist(), best.values.tolist(), strict=True):
         peak.setdefault(place, value)
-    chosen, room = [], dials.cap
+    chosen, room = {}, dials.budget
     for place in sorted(peak, key=lambda one: -peak[one]):
         if len(context[place].ids) <= room:
-            chosen.append(place)
+            chosen[place] = peak[place]
             room -= len(context[place].ids)
-    return [context[place] for place in sorted(chosen)]
+    return chosen
 
 
 @contextmanager

@@ -55,7 +55,7 @@ def build(tokenizer: Any, sources: Sequence[Source], question: str) -> Prompt:
         raise DocumentError('the question is empty; ask something, e.g. mgam ask book.txt "Who is the captain?"')
     if not sources:
         raise DocumentError("no text was given; name at least one file, or - for standard input")
-    body, starts = _join(sources)
+    body, starts = joined(sources)
     content = BEFORE + body + AFTER + question.strip()
     if getattr(tokenizer, "chat_template", None):
         messages = [{"role": "user", "content": content}]
@@ -75,7 +75,7 @@ def build(tokenizer: Any, sources: Sequence[Source], question: str) -> Prompt:
     return Prompt(list(encoded["input_ids"]), document, offsets, [origin + start for start in starts], tuple(sources))
 
 
-def _join(sources: Sequence[Source]) -> tuple[str, list[int]]:
+def joined(sources: Sequence[Source]) -> tuple[str, list[int]]:
     """All texts in one, and where each begins; several texts are told apart by a line with their name."""
     if len(sources) == 1:
         return sources[0].text, [0]

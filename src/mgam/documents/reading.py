@@ -22,6 +22,8 @@ class FileReader:
 
     model: Any
     tokenizer: Any
+    retrieval: Any = None
+    """Dials of infini-retri, where that is the method."""
 
     def __call__(
         self,
@@ -42,18 +44,21 @@ class FileReader:
         Raises:
             DocumentError: a file cannot be read, or the question is empty.
         """
-        from mgam.documents.asking import ask
+        from mgam.documents import asking, infiniretri
 
         given = [files] if isinstance(files, str | os.PathLike | Source) else list(files)
         sources = [file if isinstance(file, Source) else read_source(file) for file in given]
-        return ask(self.model, self.tokenizer, sources, question, max_new_tokens=max_new_tokens, on_text=on_text)
+        how: dict[str, Any] = {"max_new_tokens": max_new_tokens, "on_text": on_text}
+        if self.retrieval is not None:
+            return infiniretri.ask(self.model, self.tokenizer, sources, question, retrieval=self.retrieval, **how)
+        return asking.ask(self.model, self.tokenizer, sources, question, **how)
 
 
 def reader(
     model: str | None = None,
     method: str = "mgam",
     *,
-    budget: int = 1024,
+    budget: int | None = None,
     device: str = "auto",
     dtype: str | None = None,
     download: bool = False,
@@ -64,7 +69,7 @@ def reader(
     Args:
         model: hub id, local folder or GGUF file; None is the embedded SmolLM2-135M-Instruct.
         method: a name from `mgam methods`.
-        budget: tokens that a query may read in full outside window and sink.
+        budget: tokens that a query may read in full outside window and sink; None: the method's own.
         device: `auto`, or torch's name of a device.
         dtype: number format of the weights; None takes the fastest of the device.
         download: whether a hub id that is not on this machine may be fetched.
@@ -73,8 +78,13 @@ def reader(
     Raises:
         ModelFileError, UnsupportedModelError, SettingError, MemoryBudgetError: what cannot be loaded or served.
     """
+    from mgam import methods
     from mgam.integrations.loading import load
     from mgam.integrations.transformers import apply
 
+    changes = settings if budget is None else {**settings, "budget": budget}
+    dials = methods.get(method).checked(**changes)
     loaded = load(model, device=device, dtype=dtype, download=download)
-    return FileReader(apply(loaded.model, method, budget=budget, **settings), loaded.tokenizer)
+    if methods.get(method).form == "loop":
+        return FileReader(loaded.model, loaded.tokenizer, dials)
+    return FileReader(apply(loaded.model, method, **changes), loaded.tokenizer)

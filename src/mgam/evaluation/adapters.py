@@ -6,12 +6,14 @@ import gc
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from mgam import methods
 from mgam.errors import MemoryBudgetError, SettingError
 from mgam.evaluation.reader import DoesNotFitError, Passage, Reading
 from mgam.integrations.memory import peak_memory_bytes, refuse_if_too_large
@@ -40,6 +42,7 @@ class ModelReader:
         self._changes = {**(settings or {}), **self._changes} if self._method != DENSE else {}
         self._name = name or str(getattr(model, "name_or_path", "")) or type(model).__name__
         self._kept: dict[str, Any] | None = None
+        self._loop = self._method != DENSE and methods.get(self._method).form == "loop"
 
     @property
     def method(self) -> str:
@@ -57,8 +60,9 @@ class ModelReader:
 
     def _open(self) -> dict[str, Any]:
         kept: dict[str, Any] = {"method": self._method}
-        if self._method == DENSE:
+        if self._method == DENSE or self._loop:
             remove(self._model)
+            kept |= asdict(self._dials()) if self._loop else {}
         else:
             apply(self._model, self._method, **self._changes)
             applied = self._model._mgam_applied
@@ -69,6 +73,9 @@ class ModelReader:
         kept["device"] = self._model.device.type
         return kept
 
+    def _dials(self) -> Any:
+        return methods.get(self._method).checked(**self._changes)
+
     def close(self) -> None:
         """Makes the model dense again."""
         remove(self._model)
@@ -76,18 +83,18 @@ class ModelReader:
 
     def read(self, document: str, question: str, max_new_tokens: int) -> Reading:
         """Answers greedily; see `mgam.documents.asking.ask`."""
-        from mgam.documents.asking import ask
+        from mgam.documents import asking, infiniretri
         from mgam.documents.sources import Source
 
         _ = self.settings
-        with self._measured(len(self._tokenizer(document)["input_ids"]) + max_new_tokens) as measured:
-            answer = ask(
-                self._model,
-                self._tokenizer,
-                [Source("document", document)],
-                question,
-                max_new_tokens=max_new_tokens,
-            )
+        tokens, sources = len(self._tokenizer(document)["input_ids"]) + max_new_tokens, [Source("document", document)]
+        how: dict[str, Any] = {"max_new_tokens": max_new_tokens}
+        if self._loop:
+            how["retrieval"] = dials = self._dials()
+            tokens = min(tokens, dials.window + dials.budget + max_new_tokens)
+        with self._measured(tokens) as measured:
+            ask = infiniretri.ask if self._loop else asking.ask
+            answer = ask(self._model, self._tokenizer, sources, question, **how)
         entries = sum(answer.entries_per_level.values())
         if self._method == DENSE:
             entries = _dense_entries(answer.tokens["document"] + answer.tokens["question"], answer.tokens["answer"])
@@ -104,6 +111,9 @@ class ModelReader:
         from mgam.evaluation.batches import read_batch
 
         _ = self.settings
+        if self._loop:  # every document is read by calls of its own
+            pairs = zip(documents, questions, strict=True)
+            return [self.read(document, question, max_new_tokens) for document, question in pairs]
         lengths = [len(self._tokenizer(document)["input_ids"]) + max_new_tokens for document in documents]
         with self._measured(max(lengths) * len(lengths)) as measured:
             batch = read_batch(self._model, self._tokenizer, documents, questions, max_new_tokens)
@@ -114,7 +124,13 @@ class ModelReader:
         ]
 
     def losses(self, document: str) -> Reading:
-        """Nats of each token after the first, read in calls with a cache; covers look at nothing ahead."""
+        """Nats of each token after the first, read in calls with a cache; covers look at nothing ahead.
+
+        Raises:
+            DoesNotFitError: for a loop, which reads for a question only.
+        """
+        if self._loop:
+            raise DoesNotFitError(f"{self._method} reads for a question, so it has no loss of a text")
         _ = self.settings
         ids = torch.tensor([self._tokenizer(document)["input_ids"]], device=self._model.device)
         with self._measured(ids.shape[1]) as measured:

@@ -46,7 +46,10 @@ def _processor() -> str:
 
 
 def commit() -> str | None:
-    """The commit that this copy of the code stands at, with + where files differ from it; None outside a checkout."""
+    """The commit that this copy of the code stands at, with + where files differ from it.
+
+    Outside a checkout (a copied tree) it is what the environment variable MGAM_COMMIT says, else None.
+    """
     here = Path(__file__).parent
 
     def git(*words: str) -> str:
@@ -59,4 +62,4 @@ def commit() -> str | None:
             "+" if git("status", "--porcelain", "--", str(here.parent)) else ""
         )
     except (OSError, subprocess.SubprocessError):
-        return None
+        return os.environ.get("MGAM_COMMIT")

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import os
+import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from importlib import resources
@@ -19,7 +20,7 @@ from mgam.evaluation.machine import conditions
 from mgam.evaluation.paths import results_folder
 from mgam.evaluation.reader import Reader
 from mgam.evaluation.registry import Task, find_tasks, parse_lengths, unknown
-from mgam.evaluation.results import ResultsFile, Row, Trial
+from mgam.evaluation.results import ResultsFile, Row, Trial, summarise
 from mgam.evaluation.runner import Bench, Plan, rows, run
 from mgam.evaluation.texts import TextLibrary
 from mgam.evaluation.tokens import TokenCounter
@@ -60,6 +61,7 @@ class Outcome:
 
 def evaluate_session(session: Session, notes: Console) -> Outcome | None:
     """Runs what is missing and gathers the rows; None in processes other than the first of several."""
+    started = time.perf_counter()
     tasks, labels = find_tasks(session.tasks), _methods(session.methods, session.budget)
     world, rank = int(os.environ.get("WORLD_SIZE", "1")), int(os.environ.get("RANK", "0"))
     plan = Plan(
@@ -89,7 +91,8 @@ def evaluate_session(session: Session, notes: Console) -> Outcome | None:
         say(f"going on from {path}, where {len(results.trials)} trials are done")
     device = str(loaded[0].device)
     found = conditions(device)
-    results.begin({**found, "model": name, "seed": session.seed})
+    results.begin({**found, "model": name, "seed": session.seed, "command": _command(session)})
+    there = len(results.trials)
     bench = Bench(TokenCounter(loaded[1]), texts, SampleCache(say=say), results, say=say)
     _run_all(plan, readers, bench, notes if rank == 0 else None)
     crew.end(say)
@@ -99,7 +102,36 @@ def evaluate_session(session: Session, notes: Console) -> Outcome | None:
     table = rows(plan, [(reader.method, reader.model) for reader in readers], results)
     if session.results is None:
         path.unlink(missing_ok=True)  # finished: the next run of these settings starts afresh
-    return Outcome(table, list(results.trials.values()), {**found, "model": name}, _command(session), tasks)
+    took = f"{time.perf_counter() - started:.0f} s, loading included, on {world} process{'es' if world > 1 else ''}"
+    took += f"; {there} trials were there before" if there else ""
+    return Outcome(
+        table, list(results.trials.values()), {**found, "model": name, "took": took}, _command(session), tasks
+    )
+
+
+def gather(files: Sequence[Path], notes: Console) -> Outcome:
+    """All trials of some results files as one outcome: parts of a run that were made apart, or one that was cut.
+
+    Raises:
+        SettingError: a file is not there, or none holds a trial.
+    """
+    say = _sayer(notes, 0)
+    trials: dict[Any, Trial] = {}
+    runs: list[dict[str, Any]] = []
+    for path in files:
+        if not path.is_file():
+            raise SettingError(f"there is no results file {path}; give files that mgam eval --results wrote")
+        part = ResultsFile(path, say)
+        trials |= part.trials
+        runs += part.runs
+    if not trials:
+        raise SettingError(f"{', '.join(map(str, files))}: no trial is in there; mgam eval --results writes such files")
+    first = runs[0] if runs else {}
+    commands = dict.fromkeys(str(run.get("command", "")) for run in runs)
+    known = {key: value for key, value in first.items() if key not in ("command", "seed")}
+    for key in ("device", "commit"):
+        known[key] = ", ".join(dict.fromkeys(str(run[key]) for run in runs if run.get(key)))
+    return Outcome(summarise(trials.values()), list(trials.values()), known, "; ".join(filter(None, commands)))
 
 
 def _run_all(plan: Plan, readers: Sequence[Any], bench: Bench, notes: Console | None) -> None:
@@ -131,7 +163,7 @@ def _methods(given: Sequence[str], budget: int | None) -> list[str]:
         if name not in known and name != DENSE:
             raise SettingError(unknown("method", name, [DENSE, *known]))
         if name != DENSE:
-            methods.get(name).settings(**{**({} if budget is None else {"budget": budget}), **changes})
+            methods.get(name).checked(**{**({} if budget is None else {"budget": budget}), **changes})
         if label not in labels:
             labels.append(label)
     return labels

@@ -10,6 +10,7 @@ register(
         policy=lambda s, scale: Full(),
         paper="Vaswani et al. 2017, arXiv 1706.03762",
         choice="none",
+        module="FullAttention",
         mass=False,
         positions=("absolute", "granular"),
         defaults=(("positions", "absolute"), ("lookahead", "none")),

@@ -12,6 +12,7 @@ register(
         phase="decode",
         cover="not a cover",
         mass=False,
+        grows=0.0,
         positions=("absolute", "granular"),
         state="K and V of `budget` and `window` tokens per KV head, and the attention that each got",
         defaults=(

@@ -11,6 +11,7 @@ register(
         paper="Lu et al. 2024, arXiv 2402.10685",
         cover="drops",
         mass=False,
+        grows=1.0,
         choice="per head",
         positions=("granular",),
         state="K and V of every token, a key per chunk and query head, queries of the last two chunks",

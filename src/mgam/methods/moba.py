@@ -12,6 +12,7 @@ register(
         cover="drops",
         mass=False,
         choice="per head",
+        module="MobaAttention",
         positions=("absolute", "granular"),
         state="K and V of every token, means of blocks",
         defaults=(

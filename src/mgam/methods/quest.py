@@ -12,6 +12,7 @@ register(
         phase="decode",
         cover="drops",
         mass=False,
+        grows=1.0,
         positions=("absolute", "granular"),
         state="K and V of every token, smallest and largest coordinate per page",
         defaults=(

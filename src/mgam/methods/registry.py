@@ -4,12 +4,17 @@ from __future__ import annotations
 
 import difflib
 from collections.abc import Callable
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass, fields
 from typing import Any, Literal
 
 from mgam.errors import SettingError
 from mgam.policies import Policy
 from mgam.settings import Settings
+
+
+def no_policy(settings: Settings, scale: float) -> Policy:
+    """For methods that are no policy; `Method.settings` refuses them before this is reached."""
+    raise SettingError(f"method {settings.method!r} has no policy")
 
 
 @dataclass(frozen=True)
@@ -18,10 +23,16 @@ class Method:
 
     name: str
     title: str
-    policy: Callable[[Settings, float], Policy]
-    """Makes the policy from settings and the attention scale."""
     paper: str
     """Where it is described."""
+    policy: Callable[[Settings, float], Policy] = no_policy
+    """Makes the policy from settings and the attention scale."""
+    form: Literal["policy", "loop", "module"] = "policy"
+    """How it is used: a policy of an unmodified decoder; a loop around one; a module that must be trained."""
+    module: str = ""
+    """Its class in `mgam.nn`, if it has one."""
+    dials: Callable[..., Any] = Settings
+    """What holds its settings."""
     phase: Literal["prefill", "decode", "both", "training"] = "both"
     causal: str = "exact"
     """`exact`, `selection-leak(...)` or `none`."""
@@ -38,16 +49,51 @@ class Method:
     """What it keeps per token while decoding."""
     defaults: tuple[tuple[str, Any], ...] = ()
     """Settings that differ from the common defaults."""
+    grows: float = 2.0
+    """Claimed growth of the time for a text, as the power of its length (phase `decode`: of the time for a token)."""
 
     def settings(self, **changes: Any) -> Settings:
-        """Settings for this method: common defaults, its own, then the caller's."""
+        """Settings for this method: common defaults, its own, then the caller's.
+
+        Raises:
+            SettingError: the method cannot read with an unmodified decoder; the message says what serves it.
+        """
+        if self.form != "policy":
+            raise SettingError(self._elsewhere())
         return Settings().with_(**{**dict(self.defaults), **changes, "method": self.name})
+
+    def checked(self, **changes: Any) -> Any:
+        """The dials of a policy or of a loop, with the caller's changes.
+
+        Raises:
+            SettingError: a dial is unknown or out of range, or the method must be trained.
+        """
+        if self.form != "loop":
+            return self.settings(**changes)
+        known = [one.name for one in fields(self.dials)]  # type: ignore[arg-type]
+        if unknown := sorted(set(changes) - set(known)):
+            raise SettingError(f"{self.name} has no setting {', '.join(unknown)}; it has {', '.join(known)}")
+        return self.dials(**changes)
+
+    def _elsewhere(self) -> str:
+        if self.form == "loop":
+            return (
+                f"{self.name} is a loop around a model and needs the question before it reads, so no model can be made "
+                f"to read with it; use mgam ask --method {self.name}, mgam.reader(method={self.name!r}) or mgam eval"
+            )
+        able = [method.name for method in METHODS.values() if method.form == "policy"]
+        return (
+            f"{self.name} needs {', '.join(self.needs)}: an unmodified model cannot read with it. Put "
+            f"mgam.nn.{self.module} into one with mgam.train_with(model, {self.name!r}) and train it, or choose a "
+            f"method that needs no training: {', '.join(able)}"
+        )
 
     def declared(self) -> dict[str, Any]:
         """Its declared properties as plain values."""
-        values = asdict(self)
-        del values["policy"]
+        values = {one.name: getattr(self, one.name) for one in fields(self) if one.name not in ("policy", "dials")}
         values["defaults"] = dict(self.defaults)
+        if self.form == "loop":
+            values["defaults"] = {one.name: one.default for one in fields(self.dials)}  # type: ignore[arg-type]
         return values
 
 

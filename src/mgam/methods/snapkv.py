@@ -12,6 +12,7 @@ register(
         phase="decode",
         cover="not a cover",
         mass=False,
+        grows=0.0,
         positions=("absolute", "granular"),
         state="K and V of `budget` tokens per KV head, and of every generated token",
         defaults=(("window", 256), ("positions", "absolute"), ("rest", "drop"), ("lookahead", "none")),

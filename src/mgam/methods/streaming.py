@@ -12,6 +12,7 @@ register(
         cover="drops",
         mass=False,
         choice="none",
+        grows=1.0,
         state="K and V of window and sink, and of a few hundred tokens in reserve",
         defaults=(("window", 1472), ("rest", "drop"), ("lookahead", "none")),
     )
