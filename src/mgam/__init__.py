@@ -9,10 +9,14 @@ if TYPE_CHECKING:
     from mgam.documents.reading import reader
     from mgam.integrations.transformers.apply import applied, apply, remove
     from mgam.integrations.transformers.cache import PyramidCache
+    from mgam.integrations.transformers.trained import load_trained, train_with
     from mgam.settings import Settings
 
 __version__ = "0.1.0"
-__all__ = ["Document", "PyramidCache", "Settings", "__version__", "applied", "apply", "reader", "remove"]
+__all__ = [
+    "Document", "PyramidCache", "Settings", "__version__", "applied", "apply", "load_trained", "reader", "remove",
+    "train_with",
+]  # fmt: skip
 
 
 def __getattr__(name: str) -> Any:
@@ -29,6 +33,10 @@ def __getattr__(name: str) -> Any:
         from mgam.documents.reading import reader
 
         return reader
+    if name in ("train_with", "load_trained"):
+        from mgam.integrations.transformers import trained
+
+        return getattr(trained, name)
     if name in ("apply", "applied", "remove", "PyramidCache"):
         from mgam.integrations import transformers
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from typing import Any
 
 import torch
@@ -34,16 +35,15 @@ class LongformerAttention(LocalAttention):
         super().__init__(
             width, heads, kv_heads, kind=kind, window=window, stride=stride, global_tokens=global_tokens, **base
         )
-        self.global_query = nn.Linear(width, width, bias=False)
-        self.global_key = nn.Linear(width, self.kv_heads * self.dim, bias=False)
-        self.global_value = nn.Linear(width, self.kv_heads * self.dim, bias=False)
+        self.global_query: nn.Module
+        self.global_key: nn.Module
+        self.global_value: nn.Module
         self.copy_projections()
 
     def copy_projections(self) -> None:
         """Makes the global projections copies of the ordinary ones: call it after weights were loaded into those."""
-        pairs = ((self.global_query, self.query), (self.global_key, self.key), (self.global_value, self.value))
-        for own, ordinary in pairs:
-            own.load_state_dict(ordinary.state_dict())
+        self.global_query, self.global_key = copy.deepcopy(self.query), copy.deepcopy(self.key)
+        self.global_value = copy.deepcopy(self.value)
 
     def extra(self, states: Tensor, q: Tensor, first: int) -> dict[str, Tensor]:
         """Keys and values for global queries; causal ones read no token but themselves."""
