@@ -9,7 +9,20 @@ import torch
 from torch import Tensor
 
 from mgam.levels import Levels
-from mgam.schedule import Blocks
+from mgam.schedule import Blocks, sent
+
+
+@dataclass(frozen=True)
+class Known:
+    """What the maker of a cover knows of it beforehand, so that nobody need wait for the device to say it.
+
+    Whoever gives this vouches for lists that are sorted, in range, and before the window.
+    """
+
+    start: Tensor
+    """(N,) on the CPU: first token of each window."""
+    entries: int
+    """Most entries before a window."""
 
 
 @dataclass(frozen=True)
@@ -31,6 +44,7 @@ class Cover:
     summaries: tuple[Tensor, ...]
     mass: float = 1.0
     """How far a summary counts for its tokens: a bias `mass * log n` on its logit. 1: as often as it has tokens."""
+    known: Known | None = None
 
     def __post_init__(self) -> None:
         if len(self.summaries) != self.levels.top:
@@ -43,12 +57,25 @@ class Cover:
             self.opened[part],
             tuple(index[part] for index in self.summaries),
             self.mass,
+            None if self.known is None else Known(self.known.start[part], self.known.entries),
         )
+
+    @property
+    def begin(self) -> Tensor:
+        """First token of each window (N,), on the CPU."""
+        return self.window_start.cpu() if self.known is None else self.known.start
 
     @property
     def is_dense(self) -> bool:
         """Whether every query reads its whole past as tokens."""
-        return not self.width and not bool(self.window_start.any())
+        return not self.width and not bool(self.begin.any())
+
+    @property
+    def most(self) -> int:
+        """Most entries before a window, or a bound of them where that is known without asking the device."""
+        if self.known is not None:
+            return self.known.entries
+        return int(self.entries().max()) if self.width and len(self.window_start) else 0
 
     @property
     def width(self) -> int:
@@ -67,15 +94,16 @@ class Cover:
 
         This is also the number that FLOP and byte counts start from.
         """
-        queries = blocks.length.to(torch.float64)
-        start = self.window_start.to(queries.device)
-        reach = (blocks.start - start).to(torch.float64)
-        window = queries * reach + queries * (queries + 1) / 2
-        tokens = (self.opened >= 0).sum(-1).to(torch.float64).mean(-1).cpu() * self.levels.chunk
-        found = [float((window + queries * tokens).sum())]
-        for index in self.summaries:
-            found.append(float(((index >= 0).sum(-1).to(torch.float64).mean(-1).cpu() * queries).sum()))
-        return found
+        return list(self.counted(blocks).tolist())
+
+    def counted(self, blocks: Blocks) -> Tensor:
+        """The same (1+L,), in float64 on the cover's device: nothing waits for it."""
+        there = blocks.on(self.opened.device)
+        queries = there.length.double()
+        window = queries * (there.start - self.window_start) + queries * (queries + 1) / 2
+        found = [((self.opened >= 0).sum(-1).double().mean(-1) * self.levels.chunk * queries + window).sum()]
+        found += [((index >= 0).sum(-1).double().mean(-1) * queries).sum() for index in self.summaries]
+        return torch.stack(found)
 
     def ranks(self) -> tuple[Tensor, tuple[Tensor, ...]]:
         """Distance of every entry to the window in its cover, in entries, as numbers -n ... -1.
@@ -104,11 +132,17 @@ def window_start(decide: Tensor, window: int, levels: Levels) -> Tensor:
     return (decide - window + 1).clamp_min(0) // levels.chunk * levels.chunk
 
 
+def windows(blocks: Blocks, window: int, levels: Levels, device: torch.device) -> tuple[Tensor, Tensor]:
+    """`window_start` of blocks (N,), on the CPU and on a device; moved there once for all layers."""
+    start = blocks.once(("window", window, levels), lambda: window_start(blocks.decide, window, levels))
+    return start, blocks.once(("window", window, levels, device), lambda: sent(start, device))
+
+
 def dense_cover(blocks: Blocks, heads: int, levels: Levels, device: torch.device) -> Cover:
     """Every past token at level 0."""
     none = torch.empty(len(blocks), heads, 0, dtype=torch.int64, device=device)
-    start = torch.zeros(len(blocks), dtype=torch.int64, device=device)
-    return Cover(levels, start, none, (none,) * levels.top)
+    start = torch.zeros(len(blocks), dtype=torch.int64)
+    return Cover(levels, start.to(device), none, (none,) * levels.top, known=Known(start, 0))
 
 
 def refine(

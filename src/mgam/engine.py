@@ -14,12 +14,14 @@ import torch
 from torch import Tensor
 
 from mgam.attend import attend, blockwise
+from mgam.attend.dispatch import serving
 from mgam.cover import Cover, dense_cover
 from mgam.levels import Levels
-from mgam.policies.base import Heard, Policy, Voters
+from mgam.policies.base import Heard, Policy
 from mgam.positions import Positions
 from mgam.pyramid import Pyramid
 from mgam.schedule import Blocks, Piece, Schedule
+from mgam.segments import Segment, padded
 
 CPU_ELEMENTS = 1 << 22
 GPU_ELEMENTS = 1 << 27
@@ -119,32 +121,42 @@ class Plan:
 
 @dataclass
 class Record:
-    """What reading cost and what it rested on. Filled while `watch` is set."""
+    """What reading cost and what it rested on. Filled while `watch` is set.
 
-    entries: list[float] = field(default_factory=list)
-    """Entries read per level, summed over queries and layers, averaged over KV heads."""
+    Sums are kept where they were made, so that counting does not wait for the device.
+    """
+
     queries: float = 0.0
     """Queries counted, summed over layers."""
-    backends: set[str] = field(default_factory=set)
     evidence_from: int | None = None
     """Queries from this position on have their attention to opened chunks recorded."""
-    mass: dict[int, Tensor] = field(default_factory=dict)
-    """Per layer: attention mass of each chunk of level 1, (H, C), of the queries from `evidence_from` on."""
+    _entries: Tensor | None = None
+    _mass: dict[int, Tensor] = field(default_factory=dict)
+
+    @property
+    def entries(self) -> list[float]:
+        """Entries read per level, summed over queries and layers, averaged over KV heads."""
+        return [] if self._entries is None else self._entries.tolist()
+
+    @property
+    def mass(self) -> dict[int, Tensor]:
+        """Per layer: attention mass of each chunk of level 1, (H, C), of the queries from `evidence_from` on."""
+        return {layer: mass.cpu() for layer, mass in self._mass.items()}
 
     def count(self, cover: Cover, blocks: Blocks) -> None:
-        found = cover.entries_per_level(blocks)
-        self.entries = [a + b for a, b in zip(self.entries or [0.0] * len(found), found, strict=True)]
+        found = cover.counted(blocks)
+        self._entries = found if self._entries is None else self._entries.to(found.device) + found
         self.queries += float(blocks.length.sum())
 
-    def attribute(self, layer: int, cover: Cover, mass: Tensor) -> None:
-        heads, chunks = cover.opened.shape[1], int(cover.opened.max()) + 1 if cover.opened.numel() else 0
-        kept = self.mass.get(layer, torch.zeros(heads, 0))
+    def attribute(self, layer: int, cover: Cover, mass: Tensor, chunks: int) -> None:
+        """Adds the mass (N, H, K) of opened chunks, all of them before chunk `chunks`."""
+        heads = cover.opened.shape[1]
+        kept = self._mass.get(layer, mass.new_zeros(heads, 0, dtype=torch.float32))
         if chunks > kept.shape[1]:
             kept = torch.nn.functional.pad(kept, (0, chunks - kept.shape[1]))
-        ok = cover.opened >= 0
-        for block_index, block_ok, block_mass in zip(cover.opened.cpu(), ok.cpu(), mass.float().cpu(), strict=True):
-            kept.scatter_add_(1, block_index.clamp_min(0), block_mass * block_ok)
-        self.mass[layer] = kept
+        for index, block_mass in zip(cover.opened, mass.float(), strict=True):  # one by one: no chunk twice at a time
+            kept.scatter_add_(1, index.clamp_min(0), block_mass * (index >= 0))
+        self._mass[layer] = kept
 
 
 def read(
@@ -165,33 +177,35 @@ def read(
     the call, for votes of blocks that began there: at least `history(schedule)` of them, or all there were. A query
     that is not there does not vote.
     """
-    _, query_heads, _, dim = queries.shape
-    heads = pyramid.keys[0].shape[1]
-    heard = Heard(
-        queries.detach(), plan.first.tolist(), plan.before.tolist(), plan.dense_to.tolist(), reading.positions
-    )
-    if observe := getattr(reading.policy, "observe", None):
+    observe, evict = getattr(reading.policy, "observe", None), getattr(reading.policy, "evict", None)
+    if observe or evict:
+        places = plan.first.tolist(), plan.before.tolist(), plan.dense_to.tolist()
+        heard = Heard(queries.detach(), *places, reading.positions)
+    if observe:
         with torch.no_grad():
             observe(heard, pyramid)
-    evict = getattr(reading.policy, "evict", None)
-    out = torch.zeros_like(queries)
+    out: Tensor | None = None
     for groups in plan.stages(reading.policy.by_block) if evict else [plan.groups]:  # type: ignore[attr-defined]
         if evict:
             with torch.no_grad():
                 evict(heard, plan.begin(groups), pyramid)
         for dense, blocks in groups:
-            for part in _segments(dense, blocks, reading, pyramid, query_heads, dim, softcap is not None):
-                taken, live = _take(queries, plan.first, part.row, part.start, part.length, part.size)
-                cover = _choose(queries, recent, part, plan, pyramid, reading, heads, dense)
-                there = part.moved(pyramid.gone)
+            for part in _segments(dense, blocks, plan, reading, pyramid, queries, softcap is not None):
+                taken = part.take(queries)
+                cover = _choose(taken, queries, recent, part, plan, pyramid, reading)
+                there = part.blocks.moved(pyramid.gone)
                 got = attend(taken, there, cover, pyramid, reading.positions, scale, softcap, reading.backend)
-                _put(out, got, plan.first, part, live)
+                if part.fills(queries):
+                    out = got.transpose(0, 1).reshape(queries.shape)
+                else:
+                    out = torch.zeros_like(queries) if out is None else out
+                    part.put(out, got)
                 if record is not None:
                     _watch(record, taken, there, cover, pyramid, reading, scale, softcap, layer)
         if evict:
             with torch.no_grad():
                 reading.policy.count(heard, plan.read_to(groups), pyramid)  # type: ignore[attr-defined]
-    return out
+    return torch.zeros_like(queries) if out is None else out
 
 
 def history(schedule: Schedule, position: int = 0) -> int:
@@ -204,79 +218,72 @@ def history(schedule: Schedule, position: int = 0) -> int:
 
 
 def _choose(
+    taken: Tensor,
     queries: Tensor,
     recent: Tensor | None,
-    blocks: Blocks,
+    part: Segment,
     plan: Plan,
     pyramid: Pyramid,
     reading: Reading,
-    heads: int,
-    dense: bool,
 ) -> Cover:
+    blocks, heads, levels = part.blocks, pyramid.keys[0].shape[1], reading.levels
     with torch.no_grad():
-        if dense:
-            return dense_cover(blocks, heads, reading.levels, queries.device)
-        voters = _voters(queries.detach(), recent, blocks, plan) if reading.policy.votes else None
-        return reading.policy.choose(voters, blocks.moved(pyramid.gone), pyramid, reading.levels)
-
-
-def _voters(queries: Tensor, recent: Tensor | None, blocks: Blocks, plan: Plan) -> Voters:
-    """The voting queries of each block: those of this call, and `recent` ones from before it."""
-    asked = blocks.row, blocks.vote_from, blocks.vote_to - blocks.vote_from, blocks.votes
-    taken, live = _take(queries, plan.first, *asked)
-    old = blocks.vote_from[:, None] + torch.arange(blocks.votes) < plan.before[blocks.row][:, None]
-    if not bool(old.any()):
-        return Voters(taken, live)
-    here = old.to(taken.device)
-    if recent is None or not recent.shape[2]:
-        return Voters(taken, live & ~here)
-    past, kept = _take(recent, plan.before - recent.shape[2], *asked)
-    return Voters(torch.where(here[:, None, :, None], past, taken), torch.where(here, kept, live))
+        if part.dense:
+            key = ("dense", heads, levels, queries.device)
+            return blocks.once(key, lambda: dense_cover(blocks, heads, levels, queries.device))
+        voters = None
+        if reading.policy.votes:
+            voters = part.voters(taken.detach(), queries.detach(), recent, plan.before)
+        return reading.policy.choose(voters, blocks.moved(pyramid.gone), pyramid, levels)
 
 
 def _segments(
-    dense: bool, blocks: Blocks, reading: Reading, pyramid: Pyramid, query_heads: int, dim: int, written: bool = False
-) -> list[Blocks]:
+    dense: bool, blocks: Blocks, plan: Plan, reading: Reading, pyramid: Pyramid, queries: Tensor, written: bool
+) -> list[Segment]:
     """Cuts a group so that no working tensor grows with the call. `written`: logits are written out, head by head."""
+    device = queries.device
     heads = pyramid.keys[0].shape[1]
-    room = GPU_ELEMENTS if pyramid.keys[0].is_cuda else CPU_ELEMENTS
-    tokens = int(blocks.stop.max()) if len(blocks) else 0
-    if dense:
-        per_block = blocks.size * tokens * (query_heads if written else 1)
+    kernels = serving(queries, pyramid, reading.backend) == "triton"
+    sized = blocks.once("padded", lambda: padded(blocks)) if kernels and queries.is_cuda else blocks
+
+    tokens = sized.once("tokens", lambda: int(sized.stop.max()) if len(sized) else 0)
+    if kernels:
+        per_block = _kernel_elements(sized, tokens, reading, heads, queries)
     else:
-        window = (
-            blocks.size
-            + int((blocks.start - blocks.decide).max())
-            + getattr(reading.policy, "window", tokens)
-            + reading.levels.chunk
-        )
-        entries = reading.policy.read_at_most(tokens, reading.levels) + window
-        voting = query_heads * blocks.votes * (tokens // reading.levels.chunk) // 4 if reading.policy.votes else 0
-        choosing = 8 * heads * (tokens // reading.levels.chunk)
-        size = blocks.size * (query_heads // heads if written else 1)
-        per_block = max(min(entries, tokens) * heads * max(dim, size), voting, choosing)
-    step = max(1, room // max(per_block, 1))
-    return [blocks[first : first + step] for first in range(0, len(blocks), step)]
+        per_block = _elements(dense, sized, tokens, reading, heads, queries, written)
+    step = max(1, (GPU_ELEMENTS if queries.is_cuda else CPU_ELEMENTS) // max(per_block, 1))
+
+    def cut() -> list[Segment]:
+        parts = [sized[first : first + step] for first in range(0, len(sized), step)]
+        return [Segment.of(dense, part, plan.first, plan.before, plan.columns, device) for part in parts]
+
+    return sized.once(("segments", step, device), cut)
 
 
-def _take(
-    states: Tensor, first: Tensor, row: Tensor, start: Tensor, length: Tensor, size: int
-) -> tuple[Tensor, Tensor]:
-    """Rows of queries (B, Hq, L, D) cut into pieces (N, Hq, size, D); `live` (N, size) marks real ones."""
-    column = (start - first[row])[:, None] + torch.arange(size)
-    live = (torch.arange(size) < length[:, None]) & (column >= 0)
-    column = column.clamp(0, states.shape[2] - 1)
-    taken = states.transpose(1, 2)[row[:, None].to(states.device), column.to(states.device)]
-    return taken.transpose(1, 2).contiguous(), live.to(states.device)
+def _elements(
+    dense: bool, blocks: Blocks, tokens: int, reading: Reading, heads: int, queries: Tensor, written: bool
+) -> int:
+    """Elements that gathering one block's cover, and attending to it, takes at most."""
+    query_heads, dim = queries.shape[1], queries.shape[3]
+    if dense:
+        return blocks.size * tokens * (query_heads if written else 1)
+    window = (
+        blocks.size
+        + int((blocks.start - blocks.decide).max())
+        + getattr(reading.policy, "window", tokens)
+        + reading.levels.chunk
+    )
+    entries = reading.policy.read_at_most(tokens, reading.levels) + window
+    voting = query_heads * blocks.votes * (tokens // reading.levels.chunk) // 4 if reading.policy.votes else 0
+    choosing = 8 * heads * (tokens // reading.levels.chunk)
+    size = blocks.size * (query_heads // heads if written else 1)
+    return max(min(entries, tokens) * heads * max(dim, size), voting, choosing)
 
 
-def _put(out: Tensor, got: Tensor, first: Tensor, blocks: Blocks, live: Tensor) -> None:
-    """Writes pieces (N, Hq, Q, D) back in place: a copy of the call for every segment would cost its square."""
-    column = (blocks.start - first[blocks.row])[:, None] + torch.arange(blocks.size)
-    row = blocks.row[:, None].expand_as(column)
-    place = live.cpu()
-    index = (row[place].to(out.device), column[place].to(out.device))
-    out.transpose(1, 2).index_put_(index, got.transpose(1, 2)[live])
+def _kernel_elements(blocks: Blocks, tokens: int, reading: Reading, heads: int, queries: Tensor) -> int:
+    """Elements that one block takes at most where kernels read in place: queries, votes, result, scores and lists."""
+    states = 4 * queries.shape[1] * max(blocks.size, blocks.votes) * queries.shape[3]
+    return states + 8 * heads * (tokens // reading.levels.chunk)
 
 
 def _watch(
@@ -296,5 +303,6 @@ def _watch(
         return
     with torch.no_grad():
         mass = blockwise.masses(taken, blocks, cover, pyramid, reading.positions, scale, softcap)
-    answering = (blocks.start >= from_here).to(mass.device)
-    record.attribute(layer, cover, mass * answering[:, None, None])
+    answering = blocks.on(mass.device).start >= from_here
+    chunks = int(blocks.stop.max()) // cover.levels.chunk
+    record.attribute(layer, cover, mass * answering[:, None, None], chunks)

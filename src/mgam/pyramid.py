@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import importlib.util
 from collections.abc import Sequence
 from typing import Protocol
 
 import torch
 from torch import Tensor
 
+from mgam import kernels
 from mgam.errors import SettingError
 from mgam.levels import Levels
 
@@ -271,7 +271,7 @@ class Pyramid:
         keys, values = self.complete(rows, first, last)
         made = self.keys[1][rows, :, first:last], self.values[1][rows, :, first:last]
         search = self.search[rows, :, :, first:last]
-        if _on_device(keys):
+        if kernels.serve(keys):
             from mgam.pyramid_triton import build
 
             build(keys, values, *made, search, self.levels)
@@ -285,11 +285,6 @@ def take(states: Tensor, row: Tensor, index: Tensor) -> Tensor:
     """states (B, H, n, D), row (N,), index (N, H, M) -> (N, H, M, D); index and result may be per query head, H*G."""
     heads = torch.arange(index.shape[1], device=states.device) // (index.shape[1] // states.shape[1])
     return states[row[:, None, None], heads[None, :, None], index]
-
-
-def _on_device(states: Tensor) -> bool:
-    half = states.dtype in (torch.float16, torch.bfloat16)
-    return states.is_cuda and half and importlib.util.find_spec("triton") is not None
 
 
 def _means(states: Tensor, ratio: int) -> Tensor:

@@ -12,7 +12,7 @@ from torch import Tensor
 from mgam.levels import Levels
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["heads", "chunks"])
 def build_kernel(
     key_ptr, value_ptr, key_mean_ptr, value_mean_ptr, search_ptr, heads, chunks,
     key_strides, value_strides, key_mean_strides, value_mean_strides, search_strides,

@@ -5,9 +5,9 @@ Borders are counted from a row's first real token and never from call boundaries
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, replace
-from typing import Literal
+from collections.abc import Callable, Hashable, Iterator, Sequence
+from dataclasses import dataclass, field, replace
+from typing import Any, Literal, TypeVar
 
 import torch
 from torch import Tensor
@@ -15,6 +15,7 @@ from torch import Tensor
 from mgam.errors import SettingError
 
 Lookahead = Literal["none", "block"]
+Found = TypeVar("Found")
 
 
 @dataclass(frozen=True)
@@ -137,6 +138,14 @@ class Blocks:
     vote_to: Tensor
     size: int
     votes: int
+    _known: dict[Hashable, Any] = field(default_factory=dict, init=False, repr=False, compare=False)
+
+    def once(self, key: Hashable, find: Callable[[], Found]) -> Found:
+        """What `find` gives, found once: the layers of a call share its blocks and what follows from them alone."""
+        if key not in self._known:
+            self._known[key] = find()
+        found: Found = self._known[key]
+        return found
 
     def __len__(self) -> int:
         return self.row.shape[0]
@@ -159,9 +168,14 @@ class Blocks:
         start, decide, vote_from, vote_to = places
         return replace(self, start=start, decide=decide, vote_from=vote_from, vote_to=vote_to)
 
-    def to(self, device: torch.device | str) -> Blocks:
-        """The same blocks on another device."""
-        return self._map(lambda tensor: tensor.to(device))
+    def on(self, device: torch.device) -> Blocks:
+        """The same blocks on another device, moved there once and without waiting for it."""
+        return self if self.row.device == device else self.once(device, lambda: self._moved_to(device))
+
+    def _moved_to(self, device: torch.device) -> Blocks:
+        names = ("row", "start", "length", "decide", "vote_from", "vote_to")
+        moved = sent(torch.stack([getattr(self, name) for name in names]), device)
+        return replace(self, **dict(zip(names, moved, strict=True)))
 
     def __getitem__(self, part: slice | Tensor) -> Blocks:
         return self._map(lambda tensor: tensor[part])
@@ -187,3 +201,10 @@ class Blocks:
         size = int(length.max()) if len(pieces) else 0
         votes = int((vote_to - vote_from).max()) if len(pieces) else 0
         return cls(row, start, length, decide, vote_from, vote_to, size, votes)
+
+
+def sent(table: Tensor, device: torch.device) -> Tensor:
+    """A small table on a device, without waiting for what that does."""
+    if device.type != "cuda":
+        return table.to(device)
+    return table.pin_memory().to(device, non_blocking=True)

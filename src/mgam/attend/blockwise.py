@@ -53,10 +53,11 @@ def gather(
     count, query_heads, size, dim = queries.shape
     heads = cover.opened.shape[1]
     device = queries.device
-    row = blocks.row.to(device)
+    there = blocks.on(device)
+    row = there.row
     chunk = cover.levels.chunk
     wide = torch.promote_types(queries.dtype, torch.float32)
-    last = (blocks.stop - 1).clamp_min(0).to(device)
+    last = (there.stop - 1).clamp_min(0)
     ok_NHE = (cover.opened >= 0)[..., None].expand(*cover.opened.shape, chunk).flatten(2)
     # Padding is read from a token that is there (or is zeroed): its weight is 0, and 0 * NaN would be NaN.
     opened = pyramid.chunks(row, cover.opened, last)
@@ -69,8 +70,8 @@ def gather(
         weight = cover.mass * math.log(cover.levels.sizes[level])
         bias.append(torch.full((), weight, dtype=wide, device=device).masked_fill(~ok, -torch.inf))
     start = cover.window_start.to(device)
-    own = blocks.start.to(device)[:, None] + torch.arange(size, device=device)
-    begin = cover.window_start.to(blocks.row.device)
+    own = there.start[:, None] + torch.arange(size, device=device)
+    begin = cover.begin
     spans = blocks.stop - begin
     reach = int(spans.max())
     window_NW = start[:, None] + torch.arange(reach, device=device)
@@ -89,7 +90,7 @@ def gather(
     )
     q_NHGQD = queries.view(count, heads, query_heads // heads, size, dim)
     if positions.kind == "granular":
-        positions.check(int(cover.entries().max()) if cover.width else 0, int(spans.masked_fill(begin == 0, 0).max()))
+        positions.check(cover.most, int(spans.masked_fill(begin == 0, 0).max()))
         q_NHGQD, keys = _place(q_NHGQD, keys, cover, positions, own, start, reach)
     return q_NHGQD, torch.cat(keys, 2), torch.cat(values, 2), bias_NHQE
 
@@ -124,7 +125,7 @@ def _attend_prefix(
     heads = pyramid.keys[0].shape[1]
     device = queries.device
     keys, values = pyramid.prefix(row, stop)
-    own = (blocks.start.to(device)[:, None] + torch.arange(size, device=device)).flatten()
+    own = (blocks.on(device).start[:, None] + torch.arange(size, device=device)).flatten()
     flat = queries.transpose(0, 1).reshape(1, query_heads, count * size, dim)
     if positions.kind == "granular":
         assert positions.rotary is not None
@@ -180,7 +181,7 @@ def masses(
     if softcap is not None:
         logits = softcap * torch.tanh(logits / softcap)
     weights = torch.softmax(logits + bias[:, :, None], -1).nan_to_num(0.0)
-    live = torch.arange(q_NHGQD.shape[3], device=keys.device) < blocks.length.to(keys.device)[:, None]
+    live = torch.arange(q_NHGQD.shape[3], device=keys.device) < blocks.on(keys.device).length[:, None]
     per_entry = (weights * live[:, None, None, :, None]).sum((2, 3))
     opened = cover.opened.shape[-1] * cover.levels.chunk
     return per_entry[..., :opened].unflatten(-1, (-1, cover.levels.chunk)).sum(-1)

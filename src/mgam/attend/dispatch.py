@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import cache
 
 import torch
 from torch import Tensor
@@ -62,6 +63,15 @@ BACKENDS: dict[str, Backend] = {
 """All backends, best first."""
 
 
+def serving(queries: Tensor, pyramid: Pyramid, backend: str | None = None) -> str:
+    """Name of the backend that `attend` would run with a cover per KV head.
+
+    Raises:
+        SettingError: as `choose` does.
+    """
+    return choose(queries, backend).backend if pyramid.in_memory else "torch"
+
+
 def choose(queries: Tensor, backend: str | None = None) -> Choice:
     """The backend for these queries: the one asked for, or the first that can.
 
@@ -71,13 +81,13 @@ def choose(queries: Tensor, backend: str | None = None) -> Choice:
     if backend is not None:
         if backend not in BACKENDS:
             raise SettingError(f"backend={backend!r} is unknown; choose one of {', '.join(BACKENDS)}")
-        reasons = BACKENDS[backend].refuse(queries)
+        reasons = _refused(backend, queries)
         if reasons:
             raise SettingError(f"backend {backend!r} cannot serve {_say(queries)}: {'; '.join(reasons)}")
         return Choice(backend, "asked for", BACKENDS[backend].run)
     passed_over: list[str] = []
     for candidate in BACKENDS.values():
-        reasons = candidate.refuse(queries)
+        reasons = _refused(candidate.name, queries)
         if candidate.automatic and not reasons:
             why = f"first that serves {_say(queries)}"
             return Choice(candidate.name, "; ".join([why, *passed_over]), candidate.run)
@@ -109,6 +119,16 @@ def attend(
             )
         backend = backend or "torch"
     return choose(queries, backend).run(queries, blocks, cover, pyramid, positions, scale, softcap)
+
+
+def _refused(name: str, queries: Tensor) -> list[str]:
+    return list(_reasons(name, queries.device, queries.dtype, queries.shape[-1]))
+
+
+@cache
+def _reasons(name: str, device: torch.device, dtype: torch.dtype, dim: int) -> tuple[str, ...]:
+    """Why a backend cannot serve; asked of the machine once."""
+    return tuple(BACKENDS[name].refuse(torch.empty(0, dim, dtype=dtype, device=device)))
 
 
 def _say(queries: Tensor) -> str:

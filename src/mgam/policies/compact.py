@@ -98,18 +98,19 @@ class CompactKeys:
             rows = slice(None) if together else slice(row, row + 1)
             new = slice(self.chunks[row], targets[row])
             if new.start < new.stop:
-                self.search[rows, :, :, new] = self._shorten(pyramid.search[rows, :, :, new], rows)
+                self._shorten(pyramid.search[rows, :, :, new], rows, self.search[rows, :, :, new])
         self.chunks = [max(pair) for pair in zip(self.chunks, targets, strict=True)]
 
-    def _shorten(self, keys: Tensor, rows: slice) -> Tensor:
-        """(B, H, S, n, D) -> (B, H, S, n, d), rounded."""
+    def _shorten(self, keys: Tensor, rows: slice, short: Tensor) -> None:
+        """(B, H, S, n, D) into (B, H, S, n, d), rounded."""
         if self._on_device(keys):
             from mgam.policies.search_triton import shorten_keys
 
-            return shorten_keys(keys, self.basis[rows], self.mean[rows], self.step[rows])
+            shorten_keys(keys, self.basis[rows], self.mean[rows], self.step[rows], short)
+            return
         centred = keys.to(self.basis.dtype) - self.mean[rows, :, None, None]
         turned = torch.matmul(centred, self.basis[rows, :, None])
-        return rounded(turned / self.step[rows, :, None, None, None], self.search.dtype)
+        short.copy_(rounded(turned / self.step[rows, :, None, None, None], self.search.dtype))
 
     def asked(self, queries: Tensor, live: Tensor, row: Tensor, visible: Tensor, scale: float) -> Asked:
         """The search over these keys. `queries` (N, H*G, V, D) as voters come."""

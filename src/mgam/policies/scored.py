@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import importlib.util
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
 
-from mgam.cover import Cover, cover_of, window_start
+from mgam import kernels
+from mgam.cover import Cover, Known, cover_of, dense_cover, windows
 from mgam.errors import SettingError
 from mgam.levels import Levels
 from mgam.policies.asked import Asked, flat, plain_scores
@@ -51,14 +51,11 @@ class Scored:
         assert voters is not None
         states = pyramid.keys[0]
         device, heads = states.device, states.shape[1]
-        start = window_start(blocks.decide, self.window, levels).to(device)
-        chunks = int(start.max()) // levels.chunk if len(blocks) else 0
+        begin, start = windows(blocks, self.window, levels, device)
+        chunks = int(begin.max()) // levels.chunk if len(blocks) else 0
         most = self.budget // levels.chunk
-        if on_device(states) and most and chunks - 1 > most:
-            from mgam.policies import search_triton
-
-            found = self.scores(voters, blocks, pyramid, levels)[..., :chunks]
-            return search_triton.cover(found, start, levels, most, rest=self.rest, mass=self.mass)
+        if kernels.serve(states) and most:
+            return self._choose_on_device(voters, blocks, pyramid, levels, chunks)
         opened = torch.zeros(len(blocks), heads, chunks, dtype=torch.bool, device=device)
         number = torch.arange(chunks, device=device)
         allowed = (number > 0) & ((number + 1) * levels.chunk <= start[:, None])
@@ -68,6 +65,28 @@ class Scored:
             scores = self.scores(voters, blocks, pyramid, levels)[..., :chunks]
             opened = highest(scores.masked_fill(~allowed[:, None], -1.0), most) & allowed[:, None]
         return cover_of(opened, start, levels, rest=self.rest, mass=self.mass, most=1 + most)
+
+    def _choose_on_device(self, voters: Voters, blocks: Blocks, pyramid: Pyramid, levels: Levels, chunks: int) -> Cover:
+        """The same by kernels, without waiting for them."""
+        from mgam.policies import search_triton
+
+        states = pyramid.keys[0]
+        begin, start = windows(blocks, self.window, levels, states.device)
+        most = self.budget // levels.chunk
+
+        def made(scores: Tensor, few: int) -> Cover:
+            cover = search_triton.cover(scores, start, levels, few, rest=self.rest, mass=self.mass)
+            return replace(cover, known=Known(begin, search_triton.most_entries(chunks, few, levels, self.rest)))
+
+        if not chunks:
+            return dense_cover(blocks, states.shape[1], levels, states.device)
+        if chunks - 1 > most:
+            return made(self.scores(voters, blocks, pyramid, levels)[..., :chunks], most)
+        heads = states.shape[1]
+        every = ("every", self.rest, self.mass, self.window, levels, heads, states.device)
+        return blocks.once(
+            every, lambda: made(states.new_zeros(len(blocks), heads, chunks, dtype=torch.float32), chunks)
+        )
 
     def read_at_most(self, tokens: int, levels: Levels) -> int:
         """Sink, budget, and the summaries around what is opened."""
@@ -86,6 +105,9 @@ class Scored:
         chunks = int(blocks.decide.max()) // levels.chunk
         if self.compact is not None:
             late = blocks.decide >= self.compact.calibrate
+            if bool(late.all()):
+                short = CompactKeys.of(pyramid, levels, self.compact)
+                return self._scores(queries, live, blocks, pyramid, levels, chunks, short)
             if bool(late.any()):
                 found = torch.empty(len(blocks), pyramid.keys[0].shape[1], chunks, device=queries.device)
                 short = CompactKeys.of(pyramid, levels, self.compact)
@@ -108,14 +130,16 @@ class Scored:
         short: CompactKeys | None,
     ) -> Tensor:
         scale = self.scale if self.scale is not None else queries.shape[-1] ** -0.5
-        if short is not None or on_device(queries):
-            row, visible = blocks.row.to(queries.device), (blocks.decide // levels.chunk).to(queries.device)
+        if short is not None or kernels.serve(queries):
+            there = blocks.on(queries.device)
+            row = there.row
+            visible = blocks.once(("visible", levels, row.device), lambda: there.decide // levels.chunk)
             assert pyramid.search is not None
             if short is None:
                 asked = flat(queries, live, pyramid.search, row, visible, scale)
             else:
                 asked = short.asked(queries, live, row, visible, scale)
-            return _device_scores(asked, chunks) if on_device(queries) else plain_scores(asked, chunks)
+            return _device_scores(asked, chunks) if kernels.serve(queries) else plain_scores(asked, chunks)
         logits = chunk_logits(queries, blocks, pyramid, chunks)
         ends = (torch.arange(1, chunks + 1, device=logits.device) * levels.chunk)[None]
         visible = ends <= blocks.decide.to(logits.device)[:, None]
@@ -154,15 +178,6 @@ def chunk_logits(queries: Tensor, blocks: Blocks, pyramid: Pyramid, chunks: int)
     return best
 
 
-def on_device(states: Tensor) -> bool:
-    """Whether the search kernels serve these states."""
-    return (
-        states.is_cuda
-        and states.dtype in (torch.float16, torch.bfloat16)
-        and importlib.util.find_spec("triton") is not None
-    )
-
-
 def _device_scores(asked: Asked, chunks: int) -> Tensor:
     from mgam.policies import search_triton
 
@@ -173,9 +188,17 @@ def _thin(voters: Voters, blocks: Blocks, every: int) -> tuple[Tensor, Tensor]:
     """Every n-th voter of each block, counted back from its last one."""
     if every == 1:
         return voters.queries, voters.live
-    back = torch.arange(0, blocks.votes, every)
-    place = (blocks.vote_to - blocks.vote_from)[:, None] - 1 - back
-    live = (place >= 0).to(voters.live.device)
-    place = place.clamp_min(0).to(voters.live.device)
+    count = blocks.vote_to - blocks.vote_from
+    if bool((count == blocks.votes).all()):
+        some = slice((blocks.votes - 1) % every, None, every)
+        return voters.queries[:, :, some], voters.live[:, some]
+    device = voters.live.device
+
+    def find() -> tuple[Tensor, Tensor]:
+        number = blocks.on(device).vote_to - blocks.on(device).vote_from
+        place = (number[:, None] - 1) % every + torch.arange(0, blocks.votes, every, device=device)
+        return place.clamp_max(blocks.votes - 1), place < number[:, None]
+
+    place, live = blocks.once(("thin", every, device), find)
     chosen = place[:, None, :, None].expand(-1, voters.queries.shape[1], -1, voters.queries.shape[3])
     return voters.queries.gather(2, chosen), voters.live.gather(1, place) & live

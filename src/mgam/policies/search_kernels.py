@@ -37,7 +37,9 @@ def _queries(base, m, count, D: tl.constexpr, BLOCK_D: tl.constexpr):
     return tl.load(base + m.to(tl.int64)[:, None] * D + column[None, :], mask=mask, other=0.0)
 
 
-@triton.jit
+@triton.jit(
+    do_not_specialize=["blocks", "heads", "tiles", "chunks"], do_not_specialize_on_alignment=["row_ptr", "visible_ptr"]
+)
 def normaliser_kernel(
     q_ptr, factor_ptr, lse_ptr, search_ptr, row_ptr, visible_ptr, blocks, heads, tiles, chunks,
     step_row, step_head, step_place, step_chunk, desc,
@@ -77,7 +79,10 @@ def normaliser_kernel(
     tl.store(lse_ptr + pair * M + m, lse, mask=m < M)
 
 
-@triton.jit
+@triton.jit(
+    do_not_specialize=["blocks", "heads", "tiles", "chunks"],
+    do_not_specialize_on_alignment=["row_ptr", "visible_ptr", "live_ptr"],
+)
 def mass_kernel(
     q_ptr, factor_ptr, lse_ptr, search_ptr, row_ptr, visible_ptr, live_ptr, score_ptr, blocks, heads, tiles, chunks,
     step_row, step_head, step_place, step_chunk, desc,
@@ -115,7 +120,9 @@ def mass_kernel(
     tl.store(score_ptr + pair * chunks + chunk, score, mask=chunk < chunks)
 
 
-@triton.jit
+@triton.jit(
+    do_not_specialize=["blocks", "heads", "tiles", "chunks"], do_not_specialize_on_alignment=["row_ptr", "visible_ptr"]
+)
 def logits_kernel(
     q_ptr, factor_ptr, logit_ptr, search_ptr, row_ptr, visible_ptr, blocks, heads, tiles, chunks,
     step_row, step_head, step_place, step_chunk,
@@ -145,17 +152,17 @@ def logits_kernel(
     tl.store(logit_ptr + place_mc, best, mask=(m < M)[:, None] & (chunk < chunks)[None, :])
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["heads", "tiles", "M"], do_not_specialize_on_alignment=["row_ptr"])
 def project_kernel(
     state_ptr, basis_ptr, offset_ptr, step_ptr, short_ptr, factor_ptr, row_ptr, heads, tiles, scale,
-    state_block, state_head, state_row, short_block, short_head, short_row,
-    M, V: tl.constexpr, GROUPED: tl.constexpr, D: tl.constexpr, SHORT: tl.constexpr,
+    state_block, state_place, state_head, state_row, short_block, short_place, short_head, short_row,
+    M, V: tl.constexpr, PLACES: tl.constexpr, GROUPED: tl.constexpr, D: tl.constexpr, SHORT: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_S: tl.constexpr, BY_ROW: tl.constexpr, MOST: tl.constexpr,
 ):  # fmt: skip
     """Rows in fewer dimensions and bits: (state - mean) @ basis, over a step.
 
     Rows m of block n and KV head h: query head h * (M // V) + m // V and voter m % V where GROUPED, else row m of
-    (n, h).
+    (n, h). Blocks n are rows of a batch by PLACES in a chunk where these are several.
     basis (B, H, D, SHORT); offset (B, H, SHORT): the mean in the basis; BY_ROW: each row has its own step, found
     here, and
     factor (N, H, M) gets step * scale * step_ptr[row, h]; else step_ptr (B, H) is the step. MOST: largest number kept.
@@ -164,15 +171,21 @@ def project_kernel(
     pair = (pid // tiles).to(tl.int64)
     block = pair // heads
     head = pair % heads
-    row = tl.load(row_ptr + block)
+    spot = block % PLACES
+    if BY_ROW:  # noqa: SIM108  (a constant of the kernel: the other branch must not be compiled)
+        row = tl.load(row_ptr + block)
+    else:
+        row = block // PLACES
+    state_ptr += block // PLACES * state_block + spot * state_place
+    short_ptr += block // PLACES * short_block + spot * short_place
     m = pid % tiles * BLOCK_M + tl.arange(0, BLOCK_M)
     column = tl.arange(0, BLOCK_D)
     short = tl.arange(0, BLOCK_S)
     live = m < M
     if GROUPED:
-        place = block * state_block + (head * (M // V) + m // V) * state_head + (m % V) * state_row
+        place = (head * (M // V) + m // V) * state_head + (m % V) * state_row
     else:
-        place = block * state_block + head * state_head + m.to(tl.int64) * state_row
+        place = head * state_head + m.to(tl.int64) * state_row
     state = tl.load(state_ptr + place[:, None] + column[None, :], mask=live[:, None] & (column < D)[None, :], other=0.0)
     basis = tl.load(
         basis_ptr + ((row * heads + head) * D + column)[:, None] * SHORT + short[None, :],
@@ -187,7 +200,7 @@ def project_kernel(
     else:
         offset = tl.load(offset_ptr + (row * heads + head) * SHORT + short, mask=short < SHORT, other=0.0)
         found = tl.minimum(tl.maximum((found - offset[None, :]) / step, -2.0 * MOST), 2.0 * MOST)
-    target = block * short_block + head * short_head + m.to(tl.int64) * short_row
+    target = head * short_head + m.to(tl.int64) * short_row
     tl.store(
         short_ptr + target[:, None] + short[None, :],
         found.to(short_ptr.dtype.element_ty),
@@ -195,14 +208,14 @@ def project_kernel(
     )
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["heads", "chunks", "width", "most"], do_not_specialize_on_alignment=["window_ptr"])
 def select_kernel(
-    score_ptr, window_ptr, opened_ptr, heads, chunks, width,
-    K: tl.constexpr, CHUNK: tl.constexpr, BLOCK: tl.constexpr, BLOCK_K: tl.constexpr,
+    score_ptr, window_ptr, opened_ptr, heads, chunks, width, most, room,
+    CHUNK: tl.constexpr, BLOCK: tl.constexpr, BLOCK_K: tl.constexpr,
 ):  # fmt: skip
-    """The sink and the K best chunks between sink and window, sorted by place: one program per block and head.
+    """The sink and the `most` best chunks between sink and window, sorted by place: one program per block and head.
 
-    score_ptr (N, H, chunks), none negative; opened_ptr (N, H, 1+K), -1 at the end. The K-th best score is found bit
+    score_ptr (N, H, chunks), none negative; opened_ptr (N, H, room), -1 at the end. The last best score is found bit
     by bit; among equals the earliest win.
     """
     pair = tl.program_id(0).to(tl.int64)
@@ -214,58 +227,59 @@ def select_kernel(
     bar = 0
     for place in tl.static_range(31):
         higher = bar | (1 << (30 - place))
-        bar = tl.where(tl.sum((bits >= higher).to(tl.int32), 0) >= K, higher, bar)
+        bar = tl.where(tl.sum((bits >= higher).to(tl.int32), 0) >= most, higher, bar)
     above = bits > bar
     equal = bits == bar
-    left = K - tl.sum(above.to(tl.int32), 0)
+    left = most - tl.sum(above.to(tl.int32), 0)
     chosen = above | (equal & (tl.cumsum(equal.to(tl.int32), 0) <= left)) | ((index == 0) & (window > 0))
     number = chosen.to(tl.int32)
     place_of = tl.cumsum(number, 0) - 1
-    tl.store(opened_ptr + pair * (K + 1) + place_of, index.to(tl.int64), mask=chosen)
+    tl.store(opened_ptr + pair * room + place_of, index.to(tl.int64), mask=chosen)
     slot = tl.arange(0, BLOCK_K)
     none = tl.full((BLOCK_K,), -1, tl.int64)
-    tl.store(opened_ptr + pair * (K + 1) + slot, none, mask=(slot >= tl.sum(number, 0)) & (slot < K + 1))
+    tl.store(opened_ptr + pair * room + slot, none, mask=(slot >= tl.sum(number, 0)) & (slot < room))
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["heads", "width"], do_not_specialize_on_alignment=["window_ptr"])
 def split_kernel(
-    opened_ptr, window_ptr, list_ptr, heads, room,
-    K: tl.constexpr, CHUNK: tl.constexpr, SIZE: tl.constexpr, ABOVE: tl.constexpr, LEVEL: tl.constexpr,
-    BLOCK_K: tl.constexpr, BLOCK: tl.constexpr,
+    opened_ptr, window_ptr, lists, heads, width, rooms, sizes,
+    CHUNK: tl.constexpr, TOP: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
-    """Summaries of one level that complete a partition, sorted: one program per block and head.
+    """Summaries of one level that complete a partition, sorted: one program per block and head, and level.
 
-    opened_ptr (N, H, K) sorted chunks, -1 at the end; window_ptr (N,); list_ptr (N, H, room), -1 at the end;
-    SIZE: tokens per chunk here; ABOVE: tokens per chunk one level up, 0 at the top.
+    opened_ptr (N, H, width) sorted chunks, -1 at the end; window_ptr (N,); lists[l-1] (N, H, rooms[l-1]), -1 at the
+    end; sizes[l-1]: tokens per chunk of level l.
     """
     pair = tl.program_id(0).to(tl.int64)
     window = tl.load(window_ptr + pair // heads)
     slot = tl.arange(0, BLOCK_K)
-    token = tl.load(opened_ptr + pair * K + slot, mask=slot < K, other=-1) * CHUNK
-    token = tl.where(token < 0, -SIZE - ABOVE - 1, token)
-    opened = token // SIZE
-    if ABOVE > 0:
-        parent = token // ABOVE
-    count = tl.sum(slot * 0, 0)
-    complete = (window // SIZE).to(tl.int32)
-    for first in tl.range(0, complete, BLOCK):
-        index = first + tl.arange(0, BLOCK)
-        same = (index[None, :] == opened[:, None]) & (token >= 0)[:, None]
-        split = tl.max(same.to(tl.int32), 0) > 0
-        if LEVEL > 1:
-            split = split | (index == 0)
-        read = (index < complete) & (split == 0)
-        if ABOVE > 0:
-            up = (index.to(tl.int64) * SIZE // ABOVE).to(tl.int32)
-            within = (up[None, :] == parent[:, None]) & (token >= 0)[:, None]
-            above = (tl.max(within.to(tl.int32), 0) > 0) | (up == 0) | ((up.to(tl.int64) + 1) * ABOVE > window)
-            read = read & above
-        number = read.to(tl.int32)
-        place = count + tl.cumsum(number, 0) - 1
-        tl.store(list_ptr + pair * room + place, index.to(tl.int64), mask=read & (place < room))
-        count += tl.sum(number, 0)
-    for first in tl.range(count // BLOCK * BLOCK, room, BLOCK):
-        place = first + tl.arange(0, BLOCK)
-        tl.store(
-            list_ptr + pair * room + place, tl.full((BLOCK,), -1, tl.int64), mask=(place >= count) & (place < room)
-        )
+    token = tl.load(opened_ptr + pair * width + slot, mask=slot < width, other=-1) * CHUNK
+    for level in tl.static_range(TOP):
+        if tl.program_id(1) == level:
+            size = sizes[level]
+            room = rooms[level]
+            list_ptr = lists[level] + pair * room
+            opened = tl.where(token < 0, -1, token // size)
+            count = tl.sum(slot * 0, 0)
+            complete = (window // size).to(tl.int32)
+            for first in tl.range(0, complete, BLOCK):
+                index = first + tl.arange(0, BLOCK)
+                same = index[None, :] == opened[:, None]
+                split = tl.max(same.to(tl.int32), 0) > 0
+                if level > 0:
+                    split = split | (index == 0)
+                read = (index < complete) & (split == 0)
+                if level + 1 < TOP:
+                    over = sizes[level + 1]
+                    up = (index.to(tl.int64) * size // over).to(tl.int32)
+                    within = up[None, :] == tl.where(token < 0, -1, token // over)[:, None]
+                    above = (tl.max(within.to(tl.int32), 0) > 0) | (up == 0) | ((up.to(tl.int64) + 1) * over > window)
+                    read = read & above
+                number = read.to(tl.int32)
+                place = count + tl.cumsum(number, 0) - 1
+                tl.store(list_ptr + place, index.to(tl.int64), mask=read & (place < room))
+                count += tl.sum(number, 0)
+            for first in tl.range(count // BLOCK * BLOCK, room, BLOCK):
+                place = first + tl.arange(0, BLOCK)
+                none = tl.full((BLOCK,), -1, tl.int64)
+                tl.store(list_ptr + place, none, mask=(place >= count) & (place < room))

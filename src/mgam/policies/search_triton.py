@@ -88,54 +88,43 @@ def scores(asked: Asked, chunks: int, tiles: SearchTiles | None = None) -> Tenso
 def shorten_queries(queries: Tensor, row: Tensor, basis: Tensor, step: Tensor, scale: float) -> tuple[Tensor, Tensor]:
     """Voters (N, H*G, V, D) in the basis (B, H, D, d), eight bits a number; and factors (N, H, G*V) that hold
     `scale`."""
-    count, query_heads, votes, _ = queries.shape
+    count, query_heads, votes, dim = queries.shape
     heads, width = basis.shape[1], basis.shape[3]
     voters = query_heads // heads * votes
     short = torch.empty(count, heads, voters, width, dtype=torch.float8_e4m3fn, device=queries.device)
     factor = torch.empty(count, heads, voters, dtype=torch.float32, device=queries.device)
-    offset = torch.empty(1, dtype=torch.float32, device=queries.device).expand(basis.shape[0], heads, width)
-    _project(queries, row, basis, offset, step, short, factor, scale, voters, votes)
+    tiles = triton.cdiv(voters, 128)
+    if count:
+        project_kernel[(tiles * count * heads,)](
+            queries, basis.contiguous(), basis, step.contiguous(), short, factor, row.contiguous(), heads, tiles, scale,
+            queries.stride(0), 0, queries.stride(1), queries.stride(2), short.stride(0), 0, short.stride(1),
+            short.stride(2), voters, V=votes, PLACES=1, GROUPED=True, D=dim, SHORT=width, BLOCK_M=128,
+            BLOCK_D=_block(dim), BLOCK_S=_block(width), BY_ROW=True, MOST=224.0, num_warps=8,
+        )  # fmt: skip
     return short, factor
 
 
-def shorten_keys(keys: Tensor, basis: Tensor, mean: Tensor, step: Tensor) -> Tensor:
+def shorten_keys(keys: Tensor, basis: Tensor, mean: Tensor, step: Tensor, short: Tensor | None = None) -> Tensor:
     """Search keys (B, H, S, n, D), less their mean (B, H, D), in the basis (B, H, D, d), in steps (B, H), eight bits
-    a number."""
-    batch, _, places, count, _ = keys.shape
-    short = torch.empty(*keys.shape[:4], basis.shape[3], dtype=torch.float8_e4m3fn, device=keys.device)
+    a number; written to `short` (B, H, S, n, d), by any strides but the last, where it is given."""
+    batch, heads, places, count, dim = keys.shape
+    width = basis.shape[3]
+    if short is None:
+        short = torch.empty(*keys.shape[:4], width, dtype=torch.float8_e4m3fn, device=keys.device)
     offset = (mean[..., None, :] @ basis)[..., 0, :].contiguous()
-    for one in range(batch):
-        row = torch.full((places,), one, device=keys.device)
-        _project(keys[one].transpose(0, 1), row, basis, offset, step, short[one].transpose(0, 1), None, 1.0, count, 1)
+    tiles = triton.cdiv(count, 128)
+    if count:
+        project_kernel[(tiles * batch * places * heads,)](
+            keys, basis.contiguous(), offset, step.contiguous(), short, short, offset, heads, tiles, 1.0,
+            keys.stride(0), keys.stride(2), keys.stride(1), keys.stride(3), short.stride(0), short.stride(2),
+            short.stride(1), short.stride(3), count, V=1, PLACES=places, GROUPED=False, D=dim, SHORT=width, BLOCK_M=128,
+            BLOCK_D=_block(dim), BLOCK_S=_block(width), BY_ROW=False, MOST=224.0, num_warps=8,
+        )  # fmt: skip
     return short
 
 
-def _project(
-    states: Tensor,
-    row: Tensor,
-    basis: Tensor,
-    offset: Tensor,
-    step: Tensor,
-    short: Tensor,
-    factor: Tensor | None,
-    scale: float,
-    rows: int,
-    votes: int,
-) -> None:
-    """States (N, heads, m, D) by strides into short (N, H, rows, d) by strides."""
-    count, dim, width = states.shape[0], states.shape[3], basis.shape[3]
-    heads = basis.shape[1]
-    tiles = triton.cdiv(rows, 128)
-    if not count or not rows:
-        return
-    project_kernel[(tiles * count * heads,)](
-        states, basis.contiguous(), offset, step.contiguous(), short, short if factor is None else factor,
-        row.contiguous(), heads, tiles,
-        scale, *states.stride()[:3], *short.stride()[:3], M=rows, V=votes, GROUPED=factor is not None, D=dim,
-        SHORT=width,
-        BLOCK_M=128, BLOCK_D=max(16, triton.next_power_of_2(dim)), BLOCK_S=max(16, triton.next_power_of_2(width)),
-        BY_ROW=factor is not None, MOST=224.0, num_warps=8,
-    )  # fmt: skip
+def _block(width: int) -> int:
+    return max(16, triton.next_power_of_2(width))
 
 
 def tiles_for(voters: int, bytes_each: int) -> SearchTiles:
@@ -150,7 +139,8 @@ def cover(
 ) -> Cover:
     """The cover that opens the sink and the `most` best of the chunks between sink and window.
 
-    Shapes: found (N, H, C) as from `scores`, start (N,) first token of the window. The lists come out sorted.
+    Shapes: found (N, H, C) as from `scores`, start (N,) first token of the window. The lists come out sorted, and in
+    whole sixteens, so that a kernel need not be compiled anew for every width.
     """
     count, heads, chunks = found.shape
     device = found.device
@@ -162,11 +152,12 @@ def cover(
         and found.stride(2) == 1
         and found.stride(0) == heads * found.stride(1)
     ):
-        opened = torch.empty(count, heads, 1 + most, dtype=torch.int64, device=device)
+        room = _wide(1 + most)
+        opened = torch.empty(count, heads, room, dtype=torch.int64, device=device)
         size = max(64, triton.next_power_of_2(chunks))
         select_kernel[(count * heads,)](
-            found, start.contiguous(), opened, heads, chunks, found.stride(1), K=most, CHUNK=levels.chunk, BLOCK=size,
-            BLOCK_K=triton.next_power_of_2(most + 1), num_warps=max(1, min(8, size // 512)),
+            found, start.contiguous(), opened, heads, chunks, found.stride(1), most, room, CHUNK=levels.chunk,
+            BLOCK=size, BLOCK_K=triton.next_power_of_2(room), num_warps=max(1, min(8, size // 512)),
         )  # fmt: skip
         return Cover(levels, start, opened, summaries(opened, start, levels, chunks, rest), mass)
     number = torch.arange(chunks, device=device)
@@ -175,8 +166,14 @@ def cover(
     far = torch.iinfo(torch.int64).max
     sink = torch.where(start > 0, 0, far)[:, None, None].expand(count, heads, 1)
     chosen = torch.cat((sink, best.masked_fill(value < 0, far)), -1).sort(-1).values
-    opened = chosen.masked_fill(chosen == far, -1)
+    opened = torch.nn.functional.pad(chosen.masked_fill(chosen == far, -1), (0, _wide(1 + most) - 1 - most), value=-1)
     return Cover(levels, start, opened, summaries(opened, start, levels, chunks, rest), mass)
+
+
+def most_entries(chunks: int, most: int, levels: Levels, rest: str = "summaries") -> int:
+    """Bound of the entries before a window in a `cover` of `chunks` chunks, of which `most` and the sink are opened."""
+    few = min(most + 1, chunks)
+    return few * levels.chunk + (sum(summaries_at_most(chunks, few, levels)) if rest == "summaries" else 0)
 
 
 def summaries(
@@ -186,17 +183,18 @@ def summaries(
     count, heads, width = opened.shape
     if rest == "drop" or not chunks:
         return (torch.empty(count, heads, 0, dtype=torch.int64, device=opened.device),) * levels.top
-    found = []
-    for level, room in enumerate(summaries_at_most(chunks, width, levels), start=1):
-        index = torch.empty(count, heads, room, dtype=torch.int64, device=opened.device)
-        if index.numel():
-            split_kernel[(count * heads,)](
-                opened, start.contiguous(), index, heads, room, K=width, CHUNK=levels.chunk, SIZE=levels.sizes[level],
-                ABOVE=levels.sizes[level + 1] if level < levels.top else 0, LEVEL=level,
-                BLOCK_K=max(2, triton.next_power_of_2(width)), BLOCK=128, num_warps=4,
-            )  # fmt: skip
-        found.append(index)
-    return tuple(found)
+    rooms = [_wide(room) for room in summaries_at_most(chunks, width, levels)]
+    found = tuple(torch.empty(count, heads, room, dtype=torch.int64, device=opened.device) for room in rooms)
+    split_kernel[(count * heads, levels.top)](
+        opened, start.contiguous(), found, heads, width, tuple(rooms), levels.sizes[1:], CHUNK=levels.chunk,
+        TOP=levels.top, BLOCK_K=max(2, triton.next_power_of_2(width)), BLOCK=128, num_warps=4,
+    )  # fmt: skip
+    return found
+
+
+def _wide(count: int) -> int:
+    """Room for a list: whole sixteens."""
+    return -(-count // 16) * 16
 
 
 def _copyable(search: Tensor) -> bool:

@@ -63,9 +63,10 @@ def attend(
         return torch.zeros_like(queries)
     lists = Lists.of(cover, blocks, queries.device, positions)
     if not (queries.is_cuda and torch.cuda.is_current_stream_capturing()):
-        check(lists, pyramid.keys[0].shape[0], pyramid.tokens)
+        if cover.known is None:
+            check(lists, pyramid.keys[0].shape[0], pyramid.tokens)
         if positions.kind == "granular" and not lists.bare:
-            positions.check(int(cover.entries().max()))
+            positions.check(cover.most)
     turn = Turn.of(positions, lists, pyramid.tokens, queries.device, queries.dtype)
     return Read.apply(queries, lists, turn, scale, softcap, *pyramid.keys, *pyramid.values)
 

@@ -72,6 +72,7 @@ def tiles_for(rows: int, dim: int, turned: bool, entries: int, programs: int) ->
     """Tile shapes for blocks of `rows` rows (heads of a group x queries), found on an H100."""
     if rows <= 32:
         splits = max(1, min(entries // 256, 64, 512 // max(programs, 1)))
+        splits = 1 << (splits.bit_length() - 1)  # a kernel is compiled for each number of splits
         return Tiles(16 if rows <= 16 else 32, 64, 4, 3, splits)
     if dim > 128:
         return Tiles(64, 32 if turned else 64, 4, 2)
@@ -107,7 +108,7 @@ def read(
     if tiles is None:
         tiles = tiles_for(group * size, dim, turn.pairs > 0, room + 1024, count * heads)
     if out is None:
-        out = torch.empty(queries.shape, dtype=queries.dtype, device=queries.device)
+        out = torch.empty_like(queries)  # where queries are a view of a call, so is the result
     lse = torch.empty(count, query_heads, size, dtype=torch.float32, device=queries.device)
     if not out.numel():
         return Part(out, lse)

@@ -57,7 +57,7 @@ def gradients(
 ) -> tuple[Tensor, list[Tensor], list[Tensor]]:
     """Gradients of queries (N, H*G, Q, D), and of keys and values (B, H, n_l, D) per level."""
     grad = grad.contiguous()
-    delta = (grad.float() * part.out.float()).sum(-1)
+    delta = (grad.float() * part.out.float()).sum(-1).contiguous()
     dq = _query_grads(grad, delta, part.lse, queries, lists, keys, values, scale, turn, softcap)
     dks = [torch.zeros(level.shape, dtype=level.dtype, device=level.device) for level in keys]
     dvs = [torch.zeros(level.shape, dtype=level.dtype, device=level.device) for level in values]

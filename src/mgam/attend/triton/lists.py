@@ -38,12 +38,13 @@ class Lists:
     @classmethod
     def of(cls, cover: Cover, blocks: Blocks, device: torch.device, positions: Positions | None = None) -> Lists:
         """The lists of a cover; ranks are worked out only for granular positions."""
-        table = torch.stack((blocks.row, blocks.start, blocks.length)).to(device)
+        there = blocks.on(device)
         granular = positions is not None and positions.kind == "granular"
-        window = cover.window_start.to(device, torch.int64)[None]
+        window = cover.window_start.to(device, torch.int64)
+        table = torch.stack((there.row, there.start, there.length, window))
         index = tuple(part.to(device).contiguous() for part in (cover.opened, *cover.summaries))
         counts, ranks = places(index, cover.levels, granular)
-        return cls(cover.levels, torch.cat((table, window)), blocks.size, index, counts, ranks, cover.mass)
+        return cls(cover.levels, table, blocks.size, index, counts, ranks, cover.mass)
 
     def __getitem__(self, part: slice) -> Lists:
         index, ranks = (tuple(level[part] for level in levels) for levels in (self.index, self.ranks))
@@ -71,53 +72,54 @@ def places(index: Sequence[Tensor], levels: Levels, granular: bool) -> tuple[Ten
     ranks = tuple(torch.empty_like(part) for part in index) if granular else tuple(index)
     if not sum(widths) or not count:
         return counts, ranks
-    steps = (levels.chunk, *levels.sizes[1:])
-    for level, width in enumerate(widths):
-        if width:
-            place_kernel[(count * heads,)](
-                tuple(index), ranks[level], counts, widths, steps, LEVEL=level, LEVELS=len(index), CHUNK=levels.chunk,
-                RANKS=granular, BLOCK=64, BLOCK_OTHER=64, num_warps=4 if granular else 1,
-            )  # fmt: skip
+    place_kernel[(count * heads, len(index))](
+        tuple(index), ranks, counts, widths, (levels.chunk, *levels.sizes[1:]), LEVELS=len(index), CHUNK=levels.chunk,
+        RANKS=granular, BLOCK=64, BLOCK_OTHER=64, num_warps=4 if granular else 1,
+    )  # fmt: skip
     return counts, ranks
 
 
-@triton.jit
+@triton.jit(do_not_specialize_on_alignment=["count_ptr"])
 def place_kernel(
-    lists, rank_ptr, count_ptr, widths, steps,
-    LEVEL: tl.constexpr, LEVELS: tl.constexpr, CHUNK: tl.constexpr, RANKS: tl.constexpr, BLOCK: tl.constexpr,
-    BLOCK_OTHER: tl.constexpr,
+    lists, ranks, count_ptr, widths, steps,
+    LEVELS: tl.constexpr, CHUNK: tl.constexpr, RANKS: tl.constexpr, BLOCK: tl.constexpr, BLOCK_OTHER: tl.constexpr,
 ):  # fmt: skip
     """Counts one list of one block and head, and ranks its entries among all lists (`Cover.ranks`)."""
     pair = tl.program_id(0).to(tl.int64)
-    width = widths[LEVEL]
+    own = tl.program_id(1)
     total = 0
     mine = 0
     for level in tl.static_range(LEVELS):
         if widths[level] > 0:
             found = tl.zeros((BLOCK_OTHER,), tl.int32)
-            if RANKS or level == LEVEL:
+            if RANKS or level == own:
                 for first in tl.range(0, widths[level], BLOCK_OTHER):
                     slot = first + tl.arange(0, BLOCK_OTHER)
                     index = tl.load(lists[level] + pair * widths[level] + slot, mask=slot < widths[level], other=-1)
                     found += (index >= 0).to(tl.int32)
             held = tl.sum(found, 0)
-            if level == LEVEL:
+            if level == own:
                 mine = held
             total += held * (CHUNK if level == 0 else 1)
-    tl.store(count_ptr + pair * LEVELS + LEVEL, mine)
+    tl.store(count_ptr + pair * LEVELS + own, mine)
     if RANKS:
-        for first in tl.range(0, mine, BLOCK):
-            slot = first + tl.arange(0, BLOCK)
-            start = tl.load(lists[LEVEL] + pair * width + slot, mask=slot < mine, other=0) * steps[LEVEL]
-            before = slot * (CHUNK if LEVEL == 0 else 1) - total
-            for level in tl.static_range(LEVELS):
-                if level != LEVEL and widths[level] > 0:
-                    for other in tl.range(0, widths[level], BLOCK_OTHER):
-                        near = other + tl.arange(0, BLOCK_OTHER)
-                        index = tl.load(lists[level] + pair * widths[level] + near, mask=near < widths[level], other=-1)
-                        earlier = (index >= 0)[None, :] & ((index * steps[level])[None, :] < start[:, None])
-                        before += tl.sum(earlier.to(tl.int32), 1) * (CHUNK if level == 0 else 1)
-            tl.store(rank_ptr + pair * width + slot, before.to(tl.int64), mask=slot < mine)
+        for level in tl.static_range(LEVELS):
+            if level == own:
+                width = widths[level]
+                for first in tl.range(0, mine, BLOCK):
+                    slot = first + tl.arange(0, BLOCK)
+                    start = tl.load(lists[level] + pair * width + slot, mask=slot < mine, other=0) * steps[level]
+                    before = slot * (CHUNK if level == 0 else 1) - total
+                    for near in tl.static_range(LEVELS):
+                        if near != level and widths[near] > 0:
+                            for other in tl.range(0, widths[near], BLOCK_OTHER):
+                                place = other + tl.arange(0, BLOCK_OTHER)
+                                index = tl.load(
+                                    lists[near] + pair * widths[near] + place, mask=place < widths[near], other=-1
+                                )
+                                earlier = (index >= 0)[None, :] & ((index * steps[near])[None, :] < start[:, None])
+                                before += tl.sum(earlier.to(tl.int32), 1) * (CHUNK if near == 0 else 1)
+                    tl.store(ranks[level] + pair * width + slot, before.to(tl.int64), mask=slot < mine)
 
 
 def check(lists: Lists, rows: int, tokens: int) -> None:

@@ -125,7 +125,10 @@ def _share(count, part, SPLITS: tl.constexpr, STEP: tl.constexpr):
         return steps * part // SPLITS * STEP, tl.minimum(count, steps * (part + 1) // SPLITS * STEP)
 
 
-@triton.jit
+@triton.jit(
+    do_not_specialize=["limit", "anchor", "blocks", "heads", "tiles"],
+    do_not_specialize_on_alignment=["block_ptr", "count_ptr"],
+)
 def read_kernel(
     q_ptr, out_ptr, lse_ptr, block_ptr, count_ptr, key_desc, value_desc, ready_desc, offsets, keys, values,
     key_strides, value_strides, lists, ranks, widths,
@@ -215,7 +218,7 @@ def read_kernel(
     tl.store(lse_ptr + slot, lse, mask=there)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["count"])
 def merge_kernel(
     part_ptr, part_lse_ptr, out_ptr, lse_ptr, count, D: tl.constexpr, BLOCK_D: tl.constexpr, SPLITS: tl.constexpr,
     BLOCK_S: tl.constexpr,

@@ -12,7 +12,9 @@ import triton.language as tl
 from mgam.attend.triton.tiles import OPENED, SUMMARIES, entries, states
 
 
-@triton.jit
+@triton.jit(
+    do_not_specialize=["limit", "anchor", "heads", "tiles"], do_not_specialize_on_alignment=["row_ptr", "count_ptr"]
+)
 def turn_kernel(
     ready_ptr, row_ptr, count_ptr, keys, key_strides, lists, ranks, widths, offsets, cos_ptr, sin_ptr, limit,
     anchor, heads, tiles, room,

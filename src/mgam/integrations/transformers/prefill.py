@@ -19,6 +19,8 @@ if TYPE_CHECKING:
 LONG_PROMPT = 4096
 """Prompts longer than this are read in calls of `PREFILL` tokens, so that a layer's activations stay small."""
 PREFILL = 2048
+ROOM = 256
+"""Generated tokens that there is room for from the start; more takes copying."""
 
 
 def prepare(model: Any, applied: Applied, args: tuple[Any, ...], kwargs: dict[str, Any]) -> dict[str, Any]:
@@ -44,7 +46,7 @@ def prepare(model: Any, applied: Applied, args: tuple[Any, ...], kwargs: dict[st
             kwargs["attention_mask"] = mask
     lengths = [ids.shape[1]] * ids.shape[0] if mask is None else [int(count) for count in mask.sum(1)]
     schedules = [of_prompt(applied.settings, length) for length in lengths]
-    cache = PyramidCache(model, schedules)
+    cache = PyramidCache(model, schedules, reserve=ids.shape[1] + ROOM)
     kwargs["past_key_values"] = cache
     size = _option(model, kwargs, "prefill_chunk_size") or (PREFILL if ids.shape[1] > LONG_PROMPT else None)
     kwargs.pop("prefill_chunk_size", None)
