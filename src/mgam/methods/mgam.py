@@ -8,7 +8,7 @@ register(
         name="mgam",
         title="Multi-granular attention, scored policy",
         policy=lambda s, scale: Scored(
-            budget=s.budget, window=s.window, rest=s.rest, mass=s.mass, scale=scale, every=s.every
+            budget=s.budget, window=s.window, rest=s.rest, mass=s.mass, scale=scale, every=s.every, compact=s.compact
         ),
         paper="this project",
         causal="selection-leak(block) while a given text is read with lookahead=block, else exact",
