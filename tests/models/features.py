@@ -18,6 +18,7 @@ from torch import Tensor
 import mgam
 from mgam import PyramidCache
 from mgam.engine import Record
+from mgam.schedule import Schedule
 
 from .zoo import ENOUGH, SMALL, VOCABULARY, Tiny, tokens
 
@@ -243,6 +244,22 @@ def cache_moves(tiny: Tiny) -> None:
         close(out[[2, 0]], expected, tiny.rough)
 
 
+def bookmarks(tiny: Tiny) -> None:
+    """`bookmark` and `go_back` return to a place in a text, even into a query block, as if nothing had followed."""
+    with torch.no_grad():
+        for lookahead in ("none", "block"):
+            model, rows = applied(tiny), tokens(2, 90)
+            schedules = [Schedule.reading(90, 0, block=8, lookahead=lookahead)] * 2  # type: ignore[arg-type]
+            cache = PyramidCache(model, schedules)
+            model(rows[:, :43], past_key_values=cache)
+            place = cache.bookmark()
+            expected = model(rows[:, 43:], past_key_values=cache).logits
+            for _ in range(2):
+                cache.go_back(place)
+                assert cache.get_seq_length() == 43
+                close(model(rows[:, 43:], past_key_values=cache).logits, expected, tiny.rough)
+
+
 def bfloat16(tiny: Tiny) -> None:
     """bfloat16 stays as near to dense as bfloat16 allows."""
     _rough_type(tiny, torch.bfloat16, 0.15)
@@ -347,6 +364,7 @@ FEATURES: dict[str, Check] = {
     "assisted": assisted,
     "prompt reused": static_prompt,
     "crop, reorder, repeat": cache_moves,
+    "bookmark, go back": bookmarks,
     "bfloat16": bfloat16,
     "float16": float16,
     "gradient checkpointing": checkpointing,

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Callable, Iterator
+from itertools import pairwise
 from typing import Any
 
 import pytest
@@ -15,6 +16,7 @@ import mgam
 from mgam import PyramidCache
 from mgam.errors import SettingError, UnsupportedModelError
 from mgam.integrations.transformers.models import NATIVE, TABLE
+from mgam.schedule import Schedule
 
 from .features import applied, batch, texts
 from .zoo import BY_NAME, COMMON, SMALL, ZOO, tokens
@@ -227,6 +229,74 @@ def test_caches_of_other_models_and_settings() -> None:
     refused("heads of", lambda: model(ids, past_key_values=filled(num_key_value_heads=4)))
     refused("layers, the model more", lambda: model(ids, past_key_values=filled(num_hidden_layers=1)))
     refused("a window of 12", lambda: applied(GEMMA)(ids, past_key_values=filled(tiny=GEMMA, sliding_window=12)))
+
+
+@pytest.mark.parametrize(
+    ("one", "other"), [("mgam", "snapkv"), ("streaming-llm", "mgam"), ("h2o", "dense"), ("mgam", "longheads")]
+)
+def test_caches_of_other_methods(one: str, other: str) -> None:
+    """Where one of two methods forgets tokens or learns on the way, neither goes on from the other's cache."""
+    model, ids = LLAMA.make(), tokens(1, 40)
+    settings = {**SMALL, "budget": 160 if "snapkv" in (one, other) else 12, "positions": "absolute"}
+    if "streaming-llm" in (one, other) or "longheads" in (one, other):
+        settings["positions"] = "granular"
+    cache = PyramidCache(mgam.apply(model, one, **settings))
+    model(ids, past_key_values=cache)
+    mgam.apply(model, other, **settings)
+    refused(f"made for method '{one}', the model reads with '{other}'", lambda: model(ids, past_key_values=cache))
+
+
+def test_methods_that_keep_every_token_share_their_caches() -> None:
+    model, ids = LLAMA.make(), tokens(1, 40)
+    cache = PyramidCache(mgam.apply(model, "dense", **SMALL))
+    one = model(ids, past_key_values=cache).logits
+    mgam.apply(model, budget=4096, positions="absolute", **SMALL)
+    other = model(ids, past_key_values=cache).logits
+    expected = mgam.remove(model)(torch.cat((ids, ids), 1)).logits
+    torch.testing.assert_close(torch.cat((one, other), 1), expected, atol=1e-3, rtol=0)
+
+
+def test_a_cache_on_another_device() -> None:
+    model, ids = applied(LLAMA), tokens(1, 12)
+    cache = PyramidCache(model)
+    model(ids, past_key_values=cache)
+    refused("begin with a new cache after moving", lambda: model.to("meta")(ids.to("meta"), past_key_values=cache))
+
+
+@pytest.mark.parametrize("lookahead", ["none", "block"])
+def test_a_crop_into_a_query_block(lookahead: Any) -> None:
+    """A block that began before the crop is decided by the voters that it had; where they are gone, it is refused."""
+    model, ids = applied(LLAMA), tokens(1, 90)
+
+    def read(*borders: int) -> PyramidCache:
+        cache = PyramidCache(model, [Schedule.reading(80, 10, block=8, question_block=8, lookahead=lookahead)])
+        for first, last in pairwise((0, *borders)):
+            model(ids[:, first:last], past_key_values=cache)
+        return cache
+
+    for stop in (90, 88, 86, 75) if lookahead == "none" else ():  # else the cut alone changes who decides
+        cropped = read(90)
+        cropped.crop(stop - 1 - 90)
+        out = model(ids[:, stop - 1 :], past_key_values=cropped).logits
+        expected = model(ids[:, stop - 1 :], past_key_values=read(stop - 1)).logits
+        torch.testing.assert_close(out, expected, atol=1e-12, rtol=0)
+    far = read(90)
+    far.crop(-37)  # 53 is 6 blocks of 8, and 5 tokens
+    refused("cropped into a query block", lambda: model(ids[:, 53:], past_key_values=far))
+    border = read(90)
+    border.crop(-34)
+    if lookahead == "block":
+        expected = model(ids[:, 56:], past_key_values=read(56)).logits
+        torch.testing.assert_close(model(ids[:, 56:], past_key_values=border).logits, expected, atol=1e-12, rtol=0)
+
+
+def test_a_bookmark_and_rows_that_changed() -> None:
+    model, ids = applied(GEMMA), tokens(2, 12)
+    cache = PyramidCache(model)
+    model(ids, past_key_values=cache)
+    place = cache.bookmark()
+    cache.batch_repeat_interleave(2)
+    refused("rows were repeated", lambda: cache.go_back(place))
 
 
 def test_a_cast_model_begins_anew() -> None:

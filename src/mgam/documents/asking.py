@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import copy
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -15,6 +16,7 @@ from mgam.documents.evidence import Evidence, find_evidence
 from mgam.documents.prompt import Prompt, build
 from mgam.documents.sources import Source
 from mgam.engine import Record
+from mgam.errors import DocumentError
 from mgam.integrations.memory import peak_memory_bytes
 from mgam.integrations.transformers import Applied, PyramidCache
 from mgam.schedule import Schedule
@@ -39,7 +41,6 @@ class Answer:
     settings: dict[str, Any]
 
 
-@torch.no_grad()
 def ask(
     model: Any,
     tokenizer: Any,
@@ -63,58 +64,135 @@ def ask(
     Raises:
         DocumentError: for an empty question or no text.
     """
-    prompt = build(tokenizer, sources, question)
-    applied: Applied | None = getattr(model, "_mgam_applied", None)
-    cache, record = _open_cache(model, applied, prompt, max_new_tokens)
-    ids = torch.tensor([prompt.ids], device=model.device)
-    begin = time.perf_counter()
-    _read_document(model, ids, cache, prompt.document, on_progress)
-    read = time.perf_counter()
-    streamer = Streamer(tokenizer, on_text) if on_text is not None else None
-    produced = model.generate(
-        ids,
-        attention_mask=torch.ones_like(ids),
-        past_key_values=cache,
-        max_new_tokens=max_new_tokens,
-        do_sample=False,
-        temperature=None,
-        top_p=None,
-        top_k=None,
-        pad_token_id=tokenizer.pad_token_id if tokenizer.pad_token_id is not None else tokenizer.eos_token_id,
-        streamer=streamer,
-    )
-    answer_ids = produced[0, ids.shape[1] :]
-    text = tokenizer.decode(answer_ids, skip_special_tokens=True).strip()
-    done = time.perf_counter()
-    evidence: list[Evidence] = []
-    if applied and record:
-        evidence = find_evidence(record, prompt, applied.settings.pyramid_levels, evidence_count)
-    return Answer(
-        answer=text,
-        evidence=evidence,
-        entries_per_level=per_level(record, applied),
-        tokens={"document": prompt.document, "question": prompt.question, "answer": int(answer_ids.shape[0])},
-        seconds={"reading": round(read - begin, 3), "answering": round(done - read, 3)},
-        peak_memory_bytes=peak_memory_bytes(),
-        settings=settings_of(model, applied),
-    )
+    answers = ask_each(
+        model, tokenizer, sources, [question], max_new_tokens=max_new_tokens, on_progress=on_progress, on_text=on_text,
+        evidence_count=evidence_count,
+    )  # fmt: skip
+    return next(answers)
 
 
-def _open_cache(model: Any, applied: Applied | None, prompt: Prompt, max_new_tokens: int) -> tuple[Any, Record | None]:
-    if applied is None:
-        return DynamicCache(config=model.config.get_text_config(decoder=True)), None
+def ask_each(
+    model: Any,
+    tokenizer: Any,
+    sources: Sequence[Source],
+    questions: Sequence[str],
+    *,
+    max_new_tokens: int = 64,
+    on_progress: Callable[[int, int], None] | None = None,
+    on_text: Callable[[str], None] | None = None,
+    evidence_count: int = 3,
+) -> Iterator[Answer]:
+    """Answers several questions from texts that are read once, one after the other; each as `ask` answers it alone.
+
+    The time of reading is that of the first answer.
+
+    Raises:
+        DocumentError: for an empty question, no question or no text.
+    """
+    if not questions:
+        raise DocumentError("no question was given; ask at least one")
+    prompts = [build(tokenizer, sources, question) for question in questions]
+    return _answers(model, tokenizer, prompts, max_new_tokens, on_progress, on_text, evidence_count)
+
+
+def _answers(
+    model: Any,
+    tokenizer: Any,
+    prompts: Sequence[Prompt],
+    max_new_tokens: int,
+    on_progress: Callable[[int, int], None] | None,
+    on_text: Callable[[str], None] | None,
+    evidence_count: int,
+) -> Iterator[Answer]:
+    room = max(len(prompt.ids) for prompt in prompts) + max_new_tokens
+    memory: _Memory | None = None
+    for number, prompt in enumerate(prompts):
+        begin = time.perf_counter()
+        if memory is None or prompt.ids[: prompt.document] != memory.ids:
+            memory = _Memory.of(model, prompt, room, keep=len(prompts) > 1, on_progress=on_progress)
+        read = time.perf_counter()
+        cache, record = memory.turn_to(prompt, again=number + 1 < len(prompts))
+        ids = torch.tensor([prompt.ids], device=model.device)
+        produced = model.generate(
+            ids,
+            attention_mask=torch.ones_like(ids),
+            past_key_values=cache,
+            max_new_tokens=max_new_tokens,
+            do_sample=False,
+            temperature=None,
+            top_p=None,
+            top_k=None,
+            pad_token_id=tokenizer.pad_token_id if tokenizer.pad_token_id is not None else tokenizer.eos_token_id,
+            streamer=Streamer(tokenizer, on_text) if on_text is not None else None,
+        )
+        answer_ids = produced[0, ids.shape[1] :]
+        done = time.perf_counter()
+        applied = memory.applied
+        evidence: list[Evidence] = []
+        if applied and record:
+            evidence = find_evidence(record, prompt, applied.settings.pyramid_levels, evidence_count)
+        yield Answer(
+            answer=tokenizer.decode(answer_ids, skip_special_tokens=True).strip(),
+            evidence=evidence,
+            entries_per_level=per_level(record, applied),
+            tokens={"document": prompt.document, "question": prompt.question, "answer": int(answer_ids.shape[0])},
+            seconds={"reading": round(read - begin, 3), "answering": round(done - read, 3)},
+            peak_memory_bytes=peak_memory_bytes(),
+            settings=settings_of(model, applied),
+        )
+
+
+@dataclass
+class _Memory:
+    """Texts that were read, ready for one question after the other."""
+
+    ids: list[int]
+    """Tokens of instructions and texts."""
+    cache: Any
+    applied: Applied | None
+    record: Record
+    """What reading the texts cost."""
+    place: Any = None
+    """Where the texts end, to go back to; None when only one question is asked."""
+
+    @classmethod
+    @torch.no_grad()
+    def of(
+        cls, model: Any, prompt: Prompt, room: int, *, keep: bool, on_progress: Callable[[int, int], None] | None
+    ) -> _Memory:
+        applied: Applied | None = getattr(model, "_mgam_applied", None)
+        cache: Any = DynamicCache(config=model.config.get_text_config(decoder=True))
+        record = Record(evidence_from=prompt.document)
+        if applied is not None:
+            cache = PyramidCache(model, [_schedule(applied, prompt)], reserve=room)
+            cache.watch(record)
+        ids = torch.tensor([prompt.ids[: prompt.document]], device=model.device)
+        _read_document(model, ids, cache, prompt.document, on_progress)
+        place = cache.bookmark() if keep and applied is not None else None
+        return cls(prompt.ids[: prompt.document], cache, applied, record, place)
+
+    def turn_to(self, prompt: Prompt, *, again: bool) -> tuple[Any, Record | None]:
+        """The cache after the texts, for this question, and a record that begins with what reading them cost."""
+        if self.applied is None:
+            return (copy.deepcopy(self.cache) if again else self.cache), None
+        if self.place is not None:
+            self.cache.go_back(self.place)
+        record = copy.deepcopy(self.record)
+        self.cache.watch(record)
+        for layer in self.cache.pyramids.values():
+            layer.schedules = [_schedule(self.applied, prompt)]
+        return self.cache, record
+
+
+def _schedule(applied: Applied, prompt: Prompt) -> Schedule:
     settings = applied.settings
-    schedule = Schedule.reading(
+    return Schedule.reading(
         prompt.document,
         prompt.question,
         block=settings.block,
         question_block=settings.question_block,
         lookahead=settings.lookahead,
     )
-    cache = PyramidCache(model, [schedule], reserve=len(prompt.ids) + max_new_tokens)
-    record = Record(evidence_from=prompt.document)
-    cache.watch(record)
-    return cache, record
 
 
 def _read_document(

@@ -65,8 +65,7 @@ class LayerRuntime:
         if cache is not None and self.window is not None:
             self.cache = ensure_recent(cache, self.layer, self.window)
         elif cache is not None:
-            settings = applied.settings
-            self.cache = ensure_pyramid(cache, self.layer, applied.reading.levels, settings.block, settings.positions)
+            self.cache = ensure_pyramid(cache, self.layer, applied)
         if self.cache is not None:
             self.cache.announced = True
         if self.layer in applied.turned:
@@ -199,6 +198,8 @@ def _going_on(
     reading = applied.reading_for(runtime.layer, scale)
     before = cache.append(key, value, call.counts)
     plan = applied.plan(cache.schedules, before, call.counts, columns)
+    if reading.policy.votes:
+        cache.check_votes(plan)
     out = read(
         query,
         cache.pyramid,

@@ -2,22 +2,37 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Sequence
-from typing import Any
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
 from transformers.cache_utils import CacheLayerMixin, DynamicCache
 
-from mgam.engine import Record, history
+from mgam.engine import Plan, Record, history
 from mgam.errors import UnsupportedModelError
 from mgam.integrations.transformers.tail import Tail
 from mgam.levels import Levels
+from mgam.policies import Policy
 from mgam.pyramid import Pyramid
 from mgam.schedule import Schedule, Span
 
+if TYPE_CHECKING:
+    from mgam.integrations.transformers.apply import Applied
+
 UNDO = 256
 """Tokens beyond its window that a sliding layer keeps, so that an assisted decoder can take some back."""
+SPARE = 16
+"""Tokens at the end of a prompt that a cache can be cropped by while all voters of the query block there are known."""
+
+
+@dataclass(frozen=True)
+class Bookmark:
+    """A place in a cache to go back to: one entry a layer."""
+
+    layers: tuple[Any, ...]
 
 
 class RowsLayer(CacheLayerMixin):
@@ -99,6 +114,14 @@ class RowsLayer(CacheLayerMixin):
         """No limit."""
         return -1
 
+    def bookmark(self) -> Any:
+        """What `go_back` needs to return here."""
+        raise NotImplementedError
+
+    def go_back(self, place: Any) -> None:
+        """Returns to where `bookmark` was called."""
+        raise NotImplementedError
+
     def _to_remove(self, tokens: int) -> int:
         """What `crop` is to remove: given as a negative number or, as older transformers do, as the length to keep."""
         return min(self.columns, -tokens if tokens < 0 else max(0, self.columns - tokens) if tokens else 0)
@@ -148,10 +171,15 @@ class PyramidLayer(RowsLayer):
         reserve: int = 0,
         block: int = 128,
         positions: str = "granular",
+        method: str = "mgam",
+        stateful: bool = False,
     ) -> None:
         super().__init__()
         self.levels = levels
         self.positions = positions
+        self.method = method
+        self.stateful = stateful
+        """Whether the method forgets tokens or keeps what it learnt on the way: then no other can go on from here."""
         self.block = block
         self.given = None if schedules is None else list(schedules)
         self.reserve = reserve
@@ -164,6 +192,8 @@ class PyramidLayer(RowsLayer):
             self.pyramid.reserve(self.reserve)
         self.schedules: list[Schedule] = list(self.given or [])
         self._votes = Tail()
+        self._ended: tuple[Tail, list[int]] | None = None
+        self._cropped = False
         self._beams: tuple[int, list[int]] | None = None
         self.columns = 0
         self.ahead, self.next_position = [], []
@@ -195,14 +225,23 @@ class PyramidLayer(RowsLayer):
         return before
 
     def remember(self, queries: Tensor, counts: Sequence[int]) -> None:
-        """Keeps the last queries (B, Hq, R, D) for blocks that go on in the next call."""
-        most = max(
-            history(schedule, length) for schedule, length in zip(self.schedules, self.pyramid.lengths, strict=True)
-        )
-        if most and self._votes.states is None and list(counts) != self.pyramid.lengths:
-            most = min(most, *counts)  # earlier queries are gone: columns without one must not look as if they had one
-        states, held = self._votes.joined([queries.detach()], counts) if most else ((), [0] * len(counts))
-        self._votes.keep(states, held, most)
+        """Keeps the last queries (B, Hq, R, D) for blocks that go on in the next call.
+
+        When no block to come has voters, those of the last ones are set aside, for a crop that opens one again.
+        """
+        lengths = self.pyramid.lengths
+        before = [length - count for length, count in zip(lengths, counts, strict=True)]
+        most = self._history(lengths)
+        if not most and not self._history(before):
+            return
+        keep = most or SPARE + self._history([schedule.prompt - 1 for schedule in self.schedules])
+        if self._votes.states is None and list(counts) != lengths:
+            keep = min(keep, *counts)  # earlier queries are gone: columns without one must not look as if they had one
+        states, held = self._votes.joined([queries.detach()], counts)
+        self._votes.keep(states, held, keep)
+        self._ended = None if most else (self._votes, list(lengths))
+        if not most:
+            self._votes = Tail()
 
     def reset(self) -> None:
         """Forgets everything."""
@@ -213,10 +252,68 @@ class PyramidLayer(RowsLayer):
         remove = self._to_remove(tokens_to_remove)
         if remove and self.pyramid.lengths:
             self.pyramid.crop([remove] * len(self.pyramid.lengths))
-            self._votes.crop(remove)
+            self._crop_votes(remove)
             self._forget_columns(remove)
             if self._beams is not None:
                 self._beams = self._beams[0], list(map(min, self._beams[1], self.pyramid.lengths))
+
+    def _history(self, places: Sequence[int]) -> int:
+        return max(history(schedule, place) for schedule, place in zip(self.schedules, places, strict=True))
+
+    def _crop_votes(self, remove: int) -> None:
+        self._votes.crop(remove)
+        self._cropped = True
+        if self._ended is None:
+            return
+        votes, ends = self._ended
+        beyond = {end - length for end, length in zip(ends, self.pyramid.lengths, strict=True)}
+        if max(beyond) > 0:
+            self._votes, self._ended = Tail(), None
+            if len(beyond) == 1:
+                self._votes = votes
+                votes.crop(beyond.pop())
+
+    def check_votes(self, plan: Plan) -> None:
+        """Refuses a call after `crop` whose query blocks began before it, with voters that are no longer kept.
+
+        Raises:
+            UnsupportedModelError: without these they would choose otherwise than in a text that was not cropped.
+        """
+        if not self._cropped:
+            return
+        held = torch.tensor(self._votes.held if self.recent is not None else [0] * len(plan.before))
+        for dense, blocks in plan.groups:
+            if not dense and bool((blocks.vote_from < (plan.before - held)[blocks.row]).any()):
+                raise UnsupportedModelError(
+                    "the cache was cropped into a query block, and the queries that vote for the rest of it are not "
+                    "kept; crop to where a block begins, or go back with bookmark() and go_back()"
+                )
+
+    def bookmark(self) -> Any:
+        """Where the layer stands; a copy of the whole layer where the method forgets, else next to nothing."""
+        if self.stateful:
+            return copy.deepcopy(self)
+        state = {name: copy.copy(getattr(self, name)) for name in ("schedules", "ahead", "next_position")}
+        votes, ended = copy.copy(self._votes), copy.deepcopy(self._ended)
+        return self.columns, list(self.lengths), votes, ended, state
+
+    def go_back(self, place: Any) -> None:
+        """Returns to where `bookmark` was called, with the voters of then."""
+        if isinstance(place, PyramidLayer):
+            record = self.record
+            self.__dict__.update(copy.deepcopy(place).__dict__)
+            self.record = record
+            return
+        columns, lengths, votes, ended, state = place
+        if len(lengths) != len(self.lengths) or columns > self.columns:
+            raise UnsupportedModelError(
+                f"the cache holds {len(self.lengths)} rows of {self.columns} columns, the bookmark {len(lengths)} of "
+                f"{columns}: rows were repeated or forgotten since it was made"
+            )
+        self.pyramid.crop([new - old for new, old in zip(self.lengths, lengths, strict=True)])
+        self.columns, self._votes, self._beams = columns, copy.copy(votes), None
+        self._ended = copy.deepcopy(ended)
+        self.__dict__.update(copy.deepcopy(state))
 
     def batch_repeat_interleave(self, repeats: int) -> None:
         """Repeats every row."""
@@ -237,6 +334,9 @@ class PyramidLayer(RowsLayer):
             self.pyramid.select(rows)
         self.schedules = [self.schedules[row] for row in rows.tolist()]
         self._votes.select(rows)
+        if self._ended is not None:
+            self._ended[0].select(rows)
+            self._ended = self._ended[0], [self._ended[1][row] for row in rows.tolist()]
 
 
 class RecentLayer(RowsLayer):
@@ -266,6 +366,14 @@ class RecentLayer(RowsLayer):
         self._lengths = [old + count for old, count in zip(before, counts, strict=True)]
         reach = self.window - 1 + keys.shape[2]
         return states[0][:, :, -reach:], states[1][:, :, -reach:], [min(count, reach) for count in held]
+
+    def bookmark(self) -> Any:
+        """Where the layer stands: it holds few tokens, so all of them."""
+        return copy.deepcopy(self)
+
+    def go_back(self, place: Any) -> None:
+        """Returns to where `bookmark` was called."""
+        self.__dict__.update(copy.deepcopy(place).__dict__)
 
     def reset(self) -> None:
         """Forgets everything."""
@@ -316,20 +424,32 @@ class PyramidCache(DynamicCache):
             if window is not None:
                 ensure_recent(self, index, window)
             else:
-                ensure_pyramid(
-                    self,
-                    index,
-                    applied.reading.levels,
-                    applied.settings.block,
-                    applied.settings.positions,
-                    schedules,
-                    reserve,
-                )
+                ensure_pyramid(self, index, applied, schedules, reserve)
 
     @property
     def pyramids(self) -> dict[int, PyramidLayer]:
         """The layers that hold pyramids, by layer index."""
         return {index: layer for index, layer in enumerate(self.layers) if isinstance(layer, PyramidLayer)}
+
+    def bookmark(self) -> Bookmark:
+        """Where the cache stands now; `go_back` returns there after questions were asked and answers generated.
+
+        Costs next to nothing, except for methods that forget tokens, of which everything is copied.
+        """
+        return Bookmark(tuple(layer.bookmark() for layer in self._rows))
+
+    def go_back(self, place: Bookmark) -> None:
+        """Forgets everything since a bookmark; what is read next gives what it gave right after it.
+
+        Raises:
+            UnsupportedModelError: rows were repeated or dropped since then.
+        """
+        for layer, there in zip(self._rows, place.layers, strict=True):
+            layer.go_back(there)
+
+    @property
+    def _rows(self) -> list[RowsLayer]:
+        return [layer for layer in self.layers if isinstance(layer, RowsLayer)]
 
     def watch(self, record: Record | None) -> None:
         """Starts (or stops) recording what reading costs and rests on."""
@@ -338,13 +458,7 @@ class PyramidCache(DynamicCache):
 
 
 def ensure_pyramid(
-    cache: Any,
-    index: int,
-    levels: Levels,
-    block: int,
-    positions: str,
-    schedules: Sequence[Schedule] | None = None,
-    reserve: int = 0,
+    cache: Any, index: int, applied: Applied, schedules: Sequence[Schedule] | None = None, reserve: int = 0
 ) -> PyramidLayer:
     """The pyramid layer at `index`, put in place of an empty layer of transformers' own.
 
@@ -352,19 +466,32 @@ def ensure_pyramid(
         UnsupportedModelError: when the cache is of a kind that cannot hold pyramids, or already holds other states.
     """
     layer = _layer(cache, index)
-    if isinstance(layer, PyramidLayer):
-        if layer.levels != levels:
-            raise UnsupportedModelError(
-                f"the cache was made for levels {layer.levels.sizes}, the model reads {levels.sizes}"
-            )
-        if layer.positions != positions:
-            raise UnsupportedModelError(
-                f"the cache was made for {layer.positions} positions, the model reads with {positions} ones"
-            )
+    levels, settings = applied.reading.levels, applied.settings
+    stateful = _keeps_state(applied.reading.policy)
+    if not isinstance(layer, PyramidLayer):
+        _check_empty(layer)
+        layer = PyramidLayer(levels, schedules, reserve, settings.block, settings.positions, settings.method, stateful)
+        cache.layers[index] = layer
         return layer
-    _check_empty(layer)
-    cache.layers[index] = PyramidLayer(levels, schedules, reserve, block, positions)
-    return cache.layers[index]
+    if layer.levels != levels:
+        raise UnsupportedModelError(
+            f"the cache was made for levels {layer.levels.sizes}, the model reads {levels.sizes}"
+        )
+    if layer.positions != settings.positions:
+        raise UnsupportedModelError(
+            f"the cache was made for {layer.positions} positions, the model reads with {settings.positions} ones"
+        )
+    if layer.method != settings.method and (layer.stateful or stateful):
+        one = layer.method if layer.stateful else settings.method
+        raise UnsupportedModelError(
+            f"the cache was made for method {layer.method!r}, the model reads with {settings.method!r}: {one} forgets "
+            "tokens or learns while it reads, so that no other can go on from its cache, nor it from theirs"
+        )
+    return layer
+
+
+def _keeps_state(policy: Policy) -> bool:
+    return hasattr(policy, "observe") or hasattr(policy, "evict")
 
 
 def ensure_recent(cache: Any, index: int, window: int) -> RecentLayer:
