@@ -15,9 +15,11 @@ from transformers import GenerationMixin
 from mgam import methods
 from mgam.engine import Plan, Reading
 from mgam.errors import SettingError, UnsupportedModelError
-from mgam.integrations.transformers import attention, prefill
+from mgam.integrations.transformers import attention, low_rank, prefill
+from mgam.integrations.transformers.fitted import fit_to
 from mgam.integrations.transformers.models import Architecture, Attention, architecture, attention_layers
 from mgam.policies import Policy
+from mgam.policies.learned import LearnedLayers
 from mgam.positions import Positions, Rotary
 from mgam.schedule import Schedule
 from mgam.settings import Settings
@@ -46,6 +48,8 @@ class Applied:
     """Per multi-granular layer; a layer without rotation has absolute ones."""
     stretched: bool = False
     """Whether the model's rotation changes with the length of the text."""
+    schedule: Schedule | None = None
+    """Of whole texts without a cache, where they are not to be read in uniform blocks."""
     hooks: list[Any] = field(default_factory=list)
     _plans: dict[Any, Plan] = field(default_factory=dict)
     _readings: dict[Any, Reading] = field(default_factory=dict)
@@ -65,9 +69,10 @@ class Applied:
         """How one layer reads: its positions, and a policy that knows its scale."""
         key = (layer, scale)
         if key not in self._readings:
+            policy = self.make_policy(scale)
             self._readings[key] = replace(
                 self.reading,
-                policy=self.make_policy(scale),
+                policy=policy.at(layer) if isinstance(policy, LearnedLayers) else policy,
                 positions=self.positions.get(layer, self.reading.positions),
             )
         return self._readings[key]
@@ -159,6 +164,7 @@ def apply(model: Model, method: str = "mgam", *, budget: int | None = None, **se
             f"dense_until={dense_until} is beyond the {window} positions that the model was trained for; "
             f"choose at most {window}"
         )
+    fitted = fit_to(target, wanted)
     places = _positions(wanted, row, decoder, window, layers)
     reading = Reading(
         policy=chosen.policy(wanted, 1.0),
@@ -190,6 +196,8 @@ def apply(model: Model, method: str = "mgam", *, budget: int | None = None, **se
         runtime = attention.LayerRuntime(applied, index, layer.window)
         layer.module._mgam = runtime  # type: ignore[assignment]
         applied.hooks.append(layer.module.register_forward_pre_hook(runtime.enter, with_kwargs=True))
+    if fitted is not None and fitted.folder is not None:
+        applied.hooks += low_rank.attach(target, fitted.folder)
     target._mgam_applied = applied
     if hasattr(target, "generate"):
         target.generate = functools.partial(_generate, target)

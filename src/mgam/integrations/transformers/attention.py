@@ -163,7 +163,7 @@ def _alone(
             got = local.attend(q, k, v, [q.shape[2]] * len(texts), runtime.window, scale, softcap)
         else:
             reading = applied.reading_for(runtime.layer, scale)
-            schedules = [Schedule.uniform(applied.settings.block)] * len(texts)
+            schedules = [applied.schedule or Schedule.uniform(applied.settings.block)] * len(texts)
             plan = applied.plan(schedules, [0] * len(texts), counts, q.shape[2], [0] * len(texts))
             got = read(
                 q, Pyramid.of(k, v, reading.levels, counts), plan, reading, scale, softcap=softcap, layer=runtime.layer

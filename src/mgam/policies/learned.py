@@ -1,0 +1,327 @@
+"""The learned policy: small projections of queries and keys, fitted to a model, decide what is read at which level.
+
+Each layer and KV head has a few search dimensions. The G query heads of a group are projected together into one (or a
+few) short search queries, the means of about four keys into short search keys; a chunk's logit is that of its best
+search key. One more dimension holds a query's pull towards what is near: it competes in the same softmax, so that the
+mass of a chunk is a share of all attention, and a voter that looks nearby has little to say about the far past. The
+predicted masses decide three things: which chunks are opened as tokens, which regions of the rest are read as fine
+summaries, and, with `recall`, how many tokens a block deserves.
+
+The lightning indexer of DeepSeek-V3.2 and the gates of SeerAttention (arXiv 2410.13276) are fitted by distillation too;
+they choose tokens or blocks of one level, and do not predict a budget.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+from functools import cached_property
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from mgam import kernels
+from mgam.cover import Cover, Known, indices, refine, summaries_at_most, windows
+from mgam.errors import SettingError
+from mgam.levels import Levels
+from mgam.policies.asked import Asked
+from mgam.policies.base import Rest, Voters
+from mgam.policies.scored import TILE
+from mgam.pyramid import Pyramid
+from mgam.schedule import Blocks
+
+FEWEST = 8
+"""Voters of a block that are always heard, however few of them are to be."""
+
+
+@dataclass(frozen=True, eq=False)
+class SearchWeights:
+    """The search of one layer.
+
+    Shapes (H KV heads of G query heads each, D head dim, s search queries per position, r search dimensions, of which
+    the last is the pull of what is near): query (H, G*D, s*r), query_bias (H, s*r), key (H, D, r-1), key_bias (H, r-1),
+    voice (H, G*D), voice_bias (H,).
+    """
+
+    name: str
+    """Tells the search keys of this layer from those of other policies."""
+    slots: int
+    query: Tensor
+    query_bias: Tensor
+    key: Tensor
+    key_bias: Tensor
+    voice: Tensor
+    voice_bias: Tensor
+
+    @property
+    def width(self) -> int:
+        """Search dimensions r."""
+        return self.key.shape[-1] + 1
+
+    @cached_property
+    def _placed(self) -> dict[tuple[torch.device, torch.dtype], SearchWeights]:
+        return {}
+
+    def on(self, device: torch.device, dtype: torch.dtype) -> SearchWeights:
+        """The same weights on a device, in float32 or finer."""
+        wide = torch.promote_types(dtype, torch.float32)
+        if (device, wide) not in self._placed:
+            names = ("query", "query_bias", "key", "key_bias", "voice", "voice_bias")
+            moved = {name: getattr(self, name).to(device, wide) for name in names}
+            self._placed[device, wide] = replace(self, **moved)
+        return self._placed[device, wide]
+
+    def ask(self, queries: Tensor) -> Tensor:
+        """Search queries (N, H, s, V, r) of queries (N, H*G, V, D), in float32 or finer."""
+        there = self.on(queries.device, queries.dtype)
+        asked = torch.einsum("nhvx,hxr->nhvr", self.joined(queries), there.query) + there.query_bias[:, None]
+        return asked.unflatten(-1, (self.slots, self.width)).movedim(3, 2)
+
+    def voices(self, queries: Tensor) -> Tensor:
+        """How much each voter is expected to care for the far past (N, H, V): a logit."""
+        there = self.on(queries.device, queries.dtype)
+        return torch.einsum("nhvx,hx->nhv", self.joined(queries), there.voice) + there.voice_bias[:, None]
+
+    def keys(self, search: Tensor) -> Tensor:
+        """Short search keys (..., H, S, C, r) of search keys (..., H, S, C, D); 0 in the dimension of what is near."""
+        there = self.on(search.device, search.dtype)
+        short = torch.einsum("...hscd,hdr->...hscr", search.to(there.key.dtype), there.key)
+        return torch.nn.functional.pad(short - there.key_bias[:, None, None], (0, 1))
+
+    def joined(self, queries: Tensor) -> Tensor:
+        """Queries (N, H*G, V, D) with the heads of a group side by side: (N, H, V, G*D)."""
+        count, _, votes, dim = queries.shape
+        heads = self.query.shape[0]
+        wide = torch.promote_types(queries.dtype, torch.float32)
+        return queries.to(wide).reshape(count, heads, -1, votes, dim).transpose(2, 3).flatten(3)
+
+
+@dataclass
+class LearnedKeys:
+    """Short search keys of a pyramid: (B, H, S, 1 + C, r), of which the first chunk stands for what is near."""
+
+    search: Tensor
+    chunks: list[int]
+    """Chunks of each row that were shortened."""
+
+    @classmethod
+    def of(cls, pyramid: Pyramid, levels: Levels, weights: SearchWeights) -> LearnedKeys:
+        """Those of all complete chunks; kept with the pyramid and extended as it grows."""
+        assert pyramid.search is not None
+        key = ("learned", weights.name)
+        kept = pyramid.derived.get(key)
+        if not isinstance(kept, LearnedKeys):
+            batch, heads, places = pyramid.search.shape[:3]
+            near = pyramid.search.new_zeros(batch, heads, places, 1, weights.width)
+            near[..., -1] = 1
+            kept = cls(near, [0] * batch)
+            pyramid.derived[key] = kept
+        kept._extend(pyramid, [held // levels.chunk for held in pyramid.held], weights)
+        return kept
+
+    def _extend(self, pyramid: Pyramid, targets: list[int], weights: SearchWeights) -> None:
+        assert pyramid.search is not None
+        if 1 + max(targets) > self.search.shape[3]:
+            room = 1 + max(pyramid.search.shape[3], max(targets))
+            wider = self.search.new_zeros(*self.search.shape[:3], room, self.search.shape[4])
+            wider[:, :, :, : self.search.shape[3]] = self.search
+            self.search = wider
+        together = len({*zip(self.chunks, targets, strict=True)}) == 1
+        for row in range(1 if together else len(targets)):
+            rows = slice(None) if together else slice(row, row + 1)
+            first, last = self.chunks[row], targets[row]
+            if first < last:
+                self.search[rows, :, :, 1 + first : 1 + last] = weights.keys(pyramid.search[rows, :, :, first:last])
+        self.chunks = [max(pair) for pair in zip(self.chunks, targets, strict=True)]
+
+
+@dataclass(frozen=True)
+class Learned:
+    """Levels by predicted attention mass, once per KV head."""
+
+    weights: SearchWeights
+    budget: int = 1024
+    window: int = 512
+    rest: Rest = "summaries"
+    mass: float = 1.0
+    recall: float | None = None
+    """Share of all attention that is to be read as tokens, as predicted: blocks that look nearby open little. None:
+    every block spends its whole budget."""
+    thin: int = 4
+    """One of so many voters is heard: those that care most for the far past."""
+    middle: int = 0
+    """Entries of the budget that go to regions which are read as fine summaries instead of coarse ones."""
+
+    votes = True
+
+    def __post_init__(self) -> None:
+        if self.recall is not None and not 0 < self.recall <= 1:
+            raise SettingError(f"recall={self.recall} must lie above 0 and be at most 1 (all attention), or be None")
+        if self.thin < 1 or not 0 <= self.middle <= self.budget:
+            raise SettingError(f"thin={self.thin} starts at 1; middle={self.middle} lies between 0 and the budget")
+
+    def choose(self, voters: Voters | None, blocks: Blocks, pyramid: Pyramid, levels: Levels) -> Cover:
+        """Covers for N blocks within the budget."""
+        assert voters is not None
+        device, heads = pyramid.keys[0].device, pyramid.keys[0].shape[1]
+        begin, start = windows(blocks, self.window, levels, device)
+        chunks = int(blocks.decide.max()) // levels.chunk if len(blocks) else 0
+        most = min((self.budget - self.middle) // levels.chunk, chunks)
+        number = torch.arange(chunks, device=device)
+        allowed = ((number > 0) & ((number + 1) * levels.chunk <= start[:, None]))[:, None].expand(-1, heads, -1)
+        if chunks - 1 <= most and self.recall is None:
+            shares, opened = None, allowed.clone()
+        else:
+            shares = self.shares(voters, blocks, pyramid, levels, chunks)
+            opened = self._open(shares, allowed, most)
+        if chunks:
+            opened[..., 0] = start[:, None] > 0
+        chosen = indices(opened, min(1 + most, chunks))
+        if self.rest == "drop":
+            none = torch.empty(len(blocks), heads, 0, dtype=torch.int64, device=device)
+            known = Known(begin, chosen.shape[-1] * levels.chunk)
+            return Cover(levels, start, chosen, (none,) * levels.top, self.mass, known)
+        keep, kept = self._middle(shares, opened, start, levels)
+        limits = summaries_at_most(chunks, 1 + most + kept, levels)
+        limits = [limit + kept * 2 for limit in limits]
+        found = refine(opened, start, levels, keep=keep)
+        lists = tuple(indices(read, limit) for read, limit in zip(found, limits, strict=True))
+        known = Known(begin, chosen.shape[-1] * levels.chunk + sum(part.shape[-1] for part in lists))
+        return Cover(levels, start, chosen, lists, self.mass, known)
+
+    def shares(self, voters: Voters, blocks: Blocks, pyramid: Pyramid, levels: Levels, chunks: int) -> Tensor:
+        """Share of all attention that the voters are expected to give each chunk before the window: (N, H, chunks).
+
+        What is missing to 1 is expected for the window. float32 or finer.
+        """
+        queries, live = self._heard(voters)
+        asked = self.weights.ask(queries)  # (N, H, s, V, r)
+        kept = LearnedKeys.of(pyramid, levels, self.weights)
+        visible = 1 + windows(blocks, self.window, levels, queries.device)[1] // levels.chunk
+        found = search_masses(asked, live, kept.search, blocks.row, visible, 1 + chunks)
+        return found[..., 1:]
+
+    def _heard(self, voters: Voters) -> tuple[Tensor, Tensor]:
+        """The voters that are heard: queries (N, H*G, V', D), and (N, V') which of them are there.
+
+        Each KV head hears those that it expects to care most for the far past.
+        """
+        queries, live = voters.queries, voters.live
+        votes = live.shape[1]
+        few = min(votes, max(FEWEST, -(-votes // self.thin)))
+        if few == votes:
+            return queries, live
+        voices = self.weights.voices(queries).masked_fill(~live[:, None], -torch.inf)
+        chosen = voices.sort(dim=-1, descending=True, stable=True).indices[..., :few]
+        group = queries.shape[1] // chosen.shape[1]
+        place = chosen.repeat_interleave(group, 1)[..., None].expand(-1, -1, -1, queries.shape[3])
+        return queries.gather(2, place), torch.arange(few, device=live.device) < live.sum(1)[:, None]
+
+    def _open(self, shares: Tensor, allowed: Tensor, most: int) -> Tensor:
+        """The best chunks (N, H, C) bool: `most` of them, or with `recall` as few as hold the wanted share."""
+        opened = torch.zeros_like(allowed)
+        if not most:
+            return opened
+        ranked = shares.masked_fill(~allowed, -1.0).sort(dim=-1, descending=True, stable=True)
+        value, best = ranked.values[..., :most], ranked.indices[..., :most]
+        wanted = value >= 0
+        if self.recall is not None:
+            gain = value.clamp_min(0.0)
+            near = 1 - shares.sum(-1, keepdim=True)
+            if shares.shape[-1]:
+                near = near + shares[..., :1]  # the sink is always read
+            wanted &= near + gain.cumsum(-1) - gain < self.recall
+        return opened.scatter_(-1, best, wanted)
+
+    def _middle(
+        self, shares: Tensor | None, opened: Tensor, start: Tensor, levels: Levels
+    ) -> tuple[list[Tensor | None] | None, int]:
+        """Per level 2 and up, regions to read as their children though nothing in them is opened; and how many."""
+        if shares is None or not self.middle or levels.top < 2:
+            return None, 0
+        left = shares.masked_fill(opened, 0.0)
+        keep: list[Tensor | None] = []
+        most = 0
+        for level in range(2, levels.top + 1):
+            size, width = levels.sizes[level], levels.sizes[level] // levels.chunk
+            count = -(-left.shape[-1] // width)
+            wide = (0, count * width - left.shape[-1])
+            region = torch.nn.functional.pad(left, wide).unflatten(-1, (count, width)).sum(-1)
+            split = torch.nn.functional.pad(opened, wide).unflatten(-1, (count, width)).any(-1)
+            whole = (torch.arange(1, count + 1, device=start.device) * size)[None, None] <= start[:, None, None]
+            region = region.masked_fill(split | ~whole, -1.0)
+            few = min(count, self.middle // (levels.top - 1) // levels.ratio(level))
+            ranked = region.sort(dim=-1, descending=True, stable=True)
+            chosen = torch.zeros_like(split).scatter_(-1, ranked.indices[..., :few], ranked.values[..., :few] > 0)
+            keep.append(chosen)
+            most += few
+        return keep, most
+
+    def read_at_most(self, tokens: int, levels: Levels) -> int:
+        """Sink, budget, and the summaries around what is opened."""
+        most = self.budget // levels.chunk
+        inner = sum(levels.ratio(level) for level in range(2, levels.top + 1))
+        rest = 0 if self.rest == "drop" else (most + 2) * max(inner, 1) + tokens // levels.sizes[-1] + levels.ratio(1)
+        return levels.chunk + self.budget + rest
+
+
+def search_masses(asked: Tensor, live: Tensor, search: Tensor, row: Tensor, visible: Tensor, chunks: int) -> Tensor:
+    """Mean mass (N, H, chunks) that voters give each chunk.
+
+    Shapes: asked (N, H, s, V, r), live (N, V), search (B, H, S, >=chunks, r), row and visible (N,).
+    """
+    count, heads, slots = asked.shape[:3]
+    heard = live.sum(1).clamp_min(1)[:, None, None] * slots
+    row, visible = row.to(asked.device), visible.to(asked.device)
+    folded = asked.flatten(2, 3)
+    if kernels.serve(search):
+        from mgam.policies import search_triton
+
+        factor = torch.full(folded.shape[:3], math.log2(math.e), dtype=torch.float32, device=asked.device)
+        question = Asked(folded.to(search.dtype).contiguous(), factor, live, search, row, visible)
+        return search_triton.scores(question, chunks) / heard
+    found = torch.zeros(count, heads, chunks, dtype=asked.dtype, device=asked.device)
+    hidden = torch.arange(chunks, device=asked.device)[None] >= visible[:, None]
+    for block, at in enumerate(row.tolist()):  # one row at a time: batches are few, and rows differ in length
+        best = best_logits(folded[block], search[at], chunks)
+        mass = torch.softmax(best.masked_fill(hidden[block], -torch.inf), -1)
+        found[block] = (mass * live[block].repeat(slots)[None, :, None]).sum(1)
+    return found / heard
+
+
+def best_logits(asked: Tensor, search: Tensor, chunks: int) -> Tensor:
+    """Logit of the best search key of each chunk: asked (H, M, r), search (H, S, >=chunks, r) -> (H, M, chunks)."""
+    best = torch.empty(*asked.shape[:2], chunks, dtype=asked.dtype, device=asked.device)
+    for first in range(0, chunks, TILE):
+        tile = search[:, :, first : min(first + TILE, chunks)].to(asked.dtype)
+        logits = asked @ tile.flatten(1, 2).transpose(1, 2)
+        best[..., first : first + TILE] = logits.unflatten(-1, tile.shape[1:3]).amax(-2)
+    return best
+
+
+@dataclass(frozen=True)
+class LearnedLayers:
+    """The learned policies of a model's layers, which differ; a layer reads with its own."""
+
+    layers: Mapping[int, Learned]
+
+    votes = True
+
+    @classmethod
+    def of(cls, weights: Mapping[int, SearchWeights], **dials: Any) -> LearnedLayers:
+        """One policy per layer, with the same dials."""
+        return cls({layer: Learned(one, **dials) for layer, one in weights.items()})
+
+    def at(self, layer: int) -> Learned:
+        """The policy of one layer."""
+        return self.layers[layer]
+
+    def choose(self, voters: Voters | None, blocks: Blocks, pyramid: Pyramid, levels: Levels) -> Cover:
+        """Nothing is chosen for all layers at once."""
+        raise NotImplementedError("a learned policy is one per layer; ask at(layer)")
+
+    def read_at_most(self, tokens: int, levels: Levels) -> int:
+        """The same for all layers."""
+        return next(iter(self.layers.values())).read_at_most(tokens, levels)

@@ -1,0 +1,311 @@
+"""`fit`: a learned policy for a frozen model, distilled from its own full attention."""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.utils.data import Dataset
+from transformers import Trainer, TrainerCallback, TrainingArguments
+
+from mgam.errors import MgamError, SettingError
+from mgam.integrations.transformers.fitted import shape_of
+from mgam.integrations.transformers.models import architecture
+from mgam.levels import Levels
+from mgam.policies.files import FittedPolicy, ModelShape
+from mgam.training.checkpoints import last_whole
+from mgam.training.lessons import Sampling, lessons_of
+from mgam.training.lookups import LookupMaker
+from mgam.training.network import SearchNetwork
+from mgam.training.teacher import Seen, watching
+from mgam.training.texts import Document, Windows, fingerprint
+
+Say = Callable[[str], None]
+RUN = "run.json"
+LOG = "log.jsonl"
+CHECKPOINTS = "checkpoints"
+
+
+class FittingError(MgamError):
+    """Fitting stopped; the message says where, why, and what was kept."""
+
+
+@dataclass(frozen=True)
+class Fitting:
+    """The dials of a fit."""
+
+    tokens: int = 8192
+    """Tokens of a text, at most the trained window: the teacher is sound within it."""
+    steps: int = 400
+    batch: int = 4
+    """Texts of a step, over all devices."""
+    rate: float = 2e-3
+    width: int = 16
+    """Search dimensions, the pull of what is near among them."""
+    slots: int = 1
+    """Search queries of a position, for all query heads of a group."""
+    lookup_tokens: int = 0
+    """Tokens of the texts with questions that every fourth text is, at most those of a text; 0: there are none. No more
+    than the model itself can look things up in."""
+    blocks: int = 12
+    voters: int = 32
+    window: int = 512
+    block: int = 128
+    levels: tuple[int, ...] = (1, 64, 1024)
+    search: int = 4
+    save_every: int = 50
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        for name in ("tokens", "steps", "batch", "slots", "blocks", "voters", "save_every"):
+            if getattr(self, name) < 1:
+                raise SettingError(f"{name}={getattr(self, name)} must be 1 or more")
+        if not 0 <= self.lookup_tokens <= self.tokens:
+            raise SettingError(f"lookup_tokens={self.lookup_tokens} must lie between 0 and tokens={self.tokens}")
+        if self.width < 2 or not self.rate > 0:
+            raise SettingError(f"width={self.width} must be 2 or more and rate={self.rate} above 0")
+
+    @property
+    def sampling(self) -> Sampling:
+        """How lessons are drawn."""
+        return Sampling(
+            Levels(self.levels, self.search), self.window, self.block, self.blocks, self.voters,
+            last=2 if self.lookup_tokens else 1,
+        )  # fmt: skip
+
+
+class Course(Dataset[dict[str, Tensor]]):
+    """Windows of text, and every fourth a lookup."""
+
+    def __init__(self, windows: Windows, lookups: LookupMaker | None, tokens: int) -> None:
+        self.windows, self.lookups, self.tokens = windows, lookups, tokens
+
+    def __len__(self) -> int:
+        return len(self.windows)
+
+    def __getitem__(self, number: int) -> dict[str, Tensor]:
+        if self.lookups is None or number % 4 != 3:
+            return self.windows[number]
+        found = self.lookups.make(number, self.tokens, 6)
+        return {**self.windows[number], "input_ids": found.ids}
+
+
+class _Trainer(Trainer):
+    """Trains the searches; the frozen teacher stands beside."""
+
+    def __init__(self, teacher: Any, sampling: Sampling, numbers: list[int], **rest: Any) -> None:
+        super().__init__(**rest)
+        self.teacher, self.sampling, self.numbers = teacher, sampling, numbers
+        self.parts: dict[str, float] = {}
+
+    def compute_loss(  # type: ignore[override]
+        self, model: nn.Module, inputs: dict[str, Tensor], return_outputs: bool = False, **rest: Any
+    ) -> Any:
+        """One pass of the teacher, lessons of all layers, and their loss."""
+        lessons = lessons_of(self.teacher, inputs["input_ids"], inputs["number"].tolist(), self.sampling)
+        loss, parts = model(lessons)
+        if not bool(torch.isfinite(loss)):
+            layers = parts["layers"].view(len(lessons), -1).mean(1)
+            bad = [number for number, value in zip(lessons, layers.tolist(), strict=True) if not math.isfinite(value)]
+            raise FittingError(
+                f"the loss is not a number any more at step {self.state.global_step + 1}, in layers {bad}"
+            )
+        self.parts = {name: float(value) for name, value in parts.items() if name != "layers"}
+        return (loss, None) if return_outputs else loss
+
+    def log(self, logs: dict[str, float], *args: Any, **kwargs: Any) -> None:
+        """Adds the parts of the loss."""
+        super().log({**logs, **(self.parts if "loss" in logs else {})}, *args, **kwargs)
+
+
+class _Log(TrainerCallback):
+    """Writes what Trainer logs as JSON lines, and says how far it is."""
+
+    def __init__(self, path: Path, say: Say) -> None:
+        self.path, self.say, self.begin, self.first = path, say, time.perf_counter(), 0
+
+    def on_train_begin(self, args: Any, state: Any, control: Any, **rest: Any) -> None:
+        """Starts the clock."""
+        self.begin, self.first = time.perf_counter(), state.global_step
+
+    def on_log(self, args: Any, state: Any, control: Any, logs: dict[str, float] | None = None, **rest: Any) -> None:
+        """One line."""
+        if not state.is_world_process_zero or not logs:
+            return
+        line = {"step": state.global_step, "seconds": round(time.perf_counter() - self.begin, 1), **logs}
+        with self.path.open("a", encoding="utf-8") as file:
+            file.write(json.dumps(line) + "\n")
+        if "loss" in logs:
+            left = (
+                (time.perf_counter() - self.begin) / max(1, state.global_step) * (state.max_steps - state.global_step)
+            )
+            self.say(f"step {state.global_step}/{state.max_steps}, loss {logs['loss']:.4f}, about {left:.0f} s left")
+
+
+def fit(
+    model: Any,
+    documents: Sequence[Document],
+    folder: str | Path,
+    fitting: Fitting | None = None,
+    *,
+    resume: bool = True,
+    lookups: LookupMaker | None = None,
+    say: Say = print,
+    notes: dict[str, Any] | None = None,
+) -> FittedPolicy:
+    """Fits a policy to a frozen model and writes it into `folder`.
+
+    A run that was stopped, by whatever, goes on from its last whole checkpoint when it is called again with the same
+    model, data and dials, and ends with the same weights.
+
+    Args:
+        model: a transformers decoder that mgam applies to, on its device; nothing in it changes.
+        documents: what is fitted on.
+        lookups: makes texts with questions, where `fitting.lookup_tokens` asks for some.
+        resume: whether to go on with a run that is there; else it must not be there.
+        say: called with short sentences about progress.
+        notes: what to keep with the policy, for people.
+
+    Raises:
+        SettingError: texts too short, too few, or a run of other dials in the folder.
+        UnsupportedModelError: a model that mgam does not apply to.
+        FittingError: the loss is no number any more, or the disk is full; says what was kept.
+    """
+    fitting = fitting or Fitting()
+    place = Path(folder)
+    refuse_short(fitting, architecture(model.config).trained_window(model.config))
+    shape = shape_of(model)
+    windows = Windows(documents, fitting.tokens, fitting.steps * fitting.batch, fitting.seed)
+    course = Course(windows, lookups if fitting.lookup_tokens else None, fitting.lookup_tokens)
+    _open(place, fitting, shape, documents, resume)
+    for parameter in model.parameters():
+        parameter.requires_grad_(False)
+    model.eval()
+    torch.manual_seed(fitting.seed)
+    network = SearchNetwork({int(layer): sizes for layer, sizes in shape.layers.items()}, fitting.width, fitting.slots)
+    network.to(model.device)
+    kept = last_whole(place / CHECKPOINTS)
+    if kept is None:
+        begin(network, model, windows, fitting)
+    else:
+        say(f"going on from {kept.name}")
+    trainer = _Trainer(
+        model, fitting.sampling, list(network_layers(network)), model=network,
+        args=_arguments(place, fitting, model), train_dataset=course, data_collator=_collate,
+        callbacks=[_Log(place / LOG, say)],
+    )  # fmt: skip
+    started = time.perf_counter()
+    try:
+        trainer.train(resume_from_checkpoint=None if kept is None else str(kept))
+    except FittingError as error:
+        last = last_whole(place / CHECKPOINTS)
+        raise FittingError(
+            f"{error}; the last good checkpoint is {last}. Fit anew with a lower --rate ({fitting.rate} now) or "
+            "another --seed"
+        ) from error
+    except OSError as error:
+        raise FittingError(
+            f"fitting stopped: {error}; the last whole checkpoint is {last_whole(place / CHECKPOINTS)}. "
+            "Make room and call it again: it goes on from there"
+        ) from error
+    fitted = FittedPolicy(
+        shape, fitting.width, fitting.slots, fitting.search, network.exported(),
+        notes={
+            **(notes or {}), "fitting": asdict(fitting), "data": [document.name for document in documents],
+            "data_fingerprint": fingerprint(documents), "seconds": round(time.perf_counter() - started, 1),
+            "device": device_name(model.device),
+        },
+    )  # fmt: skip
+    if trainer.is_world_process_zero():
+        fitted.save(place)
+    return replace(fitted, folder=place)
+
+
+def device_name(device: torch.device) -> str:
+    """What a person calls the device."""
+    return torch.cuda.get_device_name(device) if device.type == "cuda" else device.type
+
+
+def network_layers(network: SearchNetwork) -> list[int]:
+    """Numbers of the layers that are fitted."""
+    return [int(name) for name in network.layers]
+
+
+def refuse_short(fitting: Fitting, trained_window: int) -> None:
+    """Refuses texts in which there is nothing to choose, or which the teacher was not trained for.
+
+    Raises:
+        SettingError: says what would do.
+    """
+    if fitting.tokens > trained_window:
+        raise SettingError(
+            f"--tokens {fitting.tokens} is beyond the {trained_window} positions that the model was trained for, where "
+            f"its full attention teaches nothing sound; choose at most {trained_window}"
+        )
+    shortest = min(fitting.tokens, fitting.lookup_tokens or fitting.tokens)
+    if shortest < fitting.sampling.shortest:
+        raise SettingError(
+            f"texts of {shortest} tokens are too short for levels {fitting.levels} and a window of "
+            f"{fitting.window}: nothing is left to choose; at least {fitting.sampling.shortest} are wanted"
+        )
+
+
+@torch.no_grad()
+def begin(network: SearchNetwork, model: Any, windows: Dataset[dict[str, Tensor]], fitting: Fitting) -> None:
+    """Starts every layer at the principal directions of its keys in the first text."""
+
+    def visit(seen: Seen) -> None:
+        every = max(1, fitting.tokens // 2048)
+        network.layer(seen.layer).begin(seen.queries[0, :, ::every], seen.keys[0, :, ::every], seen.scale)
+
+    with watching(model, visit):
+        model.get_decoder()(input_ids=windows[0]["input_ids"][None].to(model.device), use_cache=False)
+
+
+def _collate(items: list[dict[str, Tensor]]) -> dict[str, Tensor]:
+    return {name: torch.stack([item[name] for item in items]) for name in items[0]}
+
+
+def _arguments(place: Path, fitting: Fitting, model: Any) -> TrainingArguments:
+    world = max(1, int(os.environ.get("WORLD_SIZE", "1")))
+    if fitting.batch % world:
+        raise SettingError(f"--batch {fitting.batch} does not divide over {world} processes")
+    each = fitting.batch // world
+    return TrainingArguments(
+        output_dir=str(place / CHECKPOINTS), max_steps=fitting.steps, per_device_train_batch_size=1,
+        gradient_accumulation_steps=each, learning_rate=fitting.rate, lr_scheduler_type="cosine",
+        warmup_steps=min(20, fitting.steps // 10), weight_decay=0.0, max_grad_norm=1.0, seed=fitting.seed,
+        logging_steps=10, save_steps=fitting.save_every, save_total_limit=2, save_strategy="steps", report_to=[],
+        remove_unused_columns=False, disable_tqdm=True, use_cpu=model.device.type == "cpu", dataloader_num_workers=0,
+        dataloader_pin_memory=False, average_tokens_across_devices=False, logging_nan_inf_filter=False,
+    )  # fmt: skip
+
+
+def _open(place: Path, fitting: Fitting, shape: ModelShape, documents: Sequence[Document], resume: bool) -> None:
+    """Notes what the run is, or checks that it is the one that is there."""
+    run = json.loads(json.dumps({"fitting": asdict(fitting), "model": asdict(shape), "data": fingerprint(documents)}))
+    path = place / RUN
+    if path.exists():
+        try:
+            there = json.loads(path.read_text(encoding="utf-8"))
+        except ValueError:
+            there = None
+        if not resume or there != run:
+            raise SettingError(
+                f"{place} holds a fit {'' if there == run else 'of another model, other data or other dials'}; "
+                "give a new folder with -o"
+            )
+        return
+    try:
+        place.mkdir(parents=True, exist_ok=True)
+        path.write_text(json.dumps(run, indent=1) + "\n", encoding="utf-8")
+    except OSError as error:
+        raise SettingError(f"{place} cannot be written ({error}); give another folder with -o") from error

@@ -1,0 +1,93 @@
+"""Lessons: which query blocks of a text are learned from, and what the teacher did there."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from mgam.cover import window_start
+from mgam.levels import Levels
+from mgam.pyramid import Pyramid
+from mgam.training.network import Lesson
+from mgam.training.teacher import Seen, chunk_masses, watching
+
+
+@dataclass(frozen=True)
+class Sampling:
+    """How query blocks of a text are drawn."""
+
+    levels: Levels
+    window: int = 512
+    block: int = 128
+    blocks: int = 12
+    """Blocks learned from in each text."""
+    voters: int = 32
+    """Queries of a block that vote in a lesson."""
+    last: int = 1
+    """Blocks at the end of a text that are always among them: where a question stands, if there is one."""
+
+    @property
+    def shortest(self) -> int:
+        """Tokens that a text must have so that there is something to choose: window, sink, and some chunks."""
+        return self.window + 16 * self.levels.chunk + 2 * self.block
+
+    def draw(self, tokens: int, rng: torch.Generator) -> list[tuple[int, bool]]:
+        """Where blocks begin, and whether the queries before a block decide (else its own)."""
+        first = -(-(self.window + 8 * self.levels.chunk) // self.block)
+        stop = tokens // self.block
+        order = (first + torch.randperm(stop - first, generator=rng)).tolist()
+        ending = [tokens - self.block * (number + 1) for number in range(self.last)]
+        starts = ending + [place * self.block for place in order[: max(0, self.blocks - self.last)]]
+        ahead = torch.rand(len(starts), generator=rng) < 0.5
+        return sorted(zip(starts, ahead.tolist(), strict=True))
+
+    def voters_of(self, start: int, before: bool, rng: torch.Generator) -> Tensor:
+        """Positions of the voters of a block (V,)."""
+        first = max(0, start + 1 - self.block) if before else start
+        span = start + 1 - first if before else self.block
+        return first + torch.randperm(span, generator=rng)[: self.voters].sort().values
+
+
+@torch.no_grad()
+def lessons_of(model: Any, ids: Tensor, seeds: Sequence[int], sampling: Sampling) -> dict[int, list[Lesson]]:
+    """What each full-attention layer did with texts ids (B, T): one lesson per layer and text.
+
+    `seeds` (B,) decide which blocks are drawn: a text gives the same lessons whenever it comes.
+    """
+    found: dict[int, list[Lesson]] = {}
+    tokens = ids.shape[1]
+    plans = []
+    for seed in seeds:
+        rng = torch.Generator().manual_seed(seed)
+        drawn = sampling.draw(tokens, rng)
+        voters = torch.stack([sampling.voters_of(start, before, rng) for start, before in drawn])
+        plans.append((torch.tensor([start for start, _ in drawn]), voters))
+
+    def visit(seen: Seen) -> None:
+        found[seen.layer] = [_lesson(seen, row, *plan, sampling) for row, plan in enumerate(plans)]
+
+    decoder = model.get_decoder()
+    with watching(model, visit):
+        decoder(input_ids=ids, use_cache=False)
+    return found
+
+
+def _lesson(seen: Seen, row: int, starts: Tensor, voters: Tensor, sampling: Sampling) -> Lesson:
+    levels, device = sampling.levels, seen.queries.device
+    places = (starts[:, None] + torch.arange(sampling.block)).to(device)
+    voters = voters.to(device)
+    served = chunk_masses(seen, row, places.flatten(), levels.chunk)
+    wanted = served.sum(1).unflatten(1, (len(starts), sampling.block)).sum(2).transpose(0, 1)
+    own = chunk_masses(seen, row, voters.flatten(), levels.chunk).mean(1)
+    target = own.unflatten(1, (len(starts), -1)).transpose(0, 1)
+    queries = seen.queries[row][:, voters.flatten()].unflatten(1, (len(starts), -1)).transpose(0, 1)
+    keys = seen.keys[row : row + 1]
+    search = Pyramid.of(keys, keys, Levels((1, levels.chunk), levels.search)).search
+    assert search is not None
+    whole = search.shape[3]
+    visible = (window_start(starts, sampling.window, levels) // levels.chunk).to(device)
+    return Lesson(queries, search[0], visible, target[..., :whole], wanted[..., :whole])

@@ -1,0 +1,187 @@
+"""Long texts with facts hidden in them, and questions about these: where each answer stands is known."""
+
+from __future__ import annotations
+
+import random
+from bisect import bisect_left, bisect_right
+from collections.abc import Sequence
+from dataclasses import dataclass
+from itertools import accumulate
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from mgam.documents.prompt import AFTER, BEFORE
+from mgam.errors import SettingError
+from mgam.evaluation.almanac import FACTS, Profile
+from mgam.evaluation.texts import TextLibrary, split_sentences
+from mgam.training.wordings import ALMANAC, BRIEFLY, fact
+
+
+@dataclass(frozen=True)
+class Asked:
+    """A question in a lookup, in tokens: all of it up to the answer, the answer, and where it stands in the text."""
+
+    question: tuple[int, int]
+    answer: tuple[int, int]
+    evidence: tuple[int, int]
+
+
+@dataclass(frozen=True)
+class Lookup:
+    """A text and questions as one dialogue: ids (T,), of which the first `document` are instructions and text."""
+
+    ids: Tensor
+    document: int
+    asked: tuple[Asked, ...]
+
+
+@dataclass(frozen=True)
+class _Pair:
+    question: str
+    answer: str
+    evidence: tuple[int, int]
+    """Characters in the text."""
+
+
+class LookupMaker:
+    """Makes lookups from TRAIN texts; number n of a seed and a length is the same whenever it is asked for."""
+
+    def __init__(
+        self, tokenizer: Any, sources: Sequence[str], seed: int = 0, library: TextLibrary | None = None
+    ) -> None:
+        library = library or TextLibrary()
+        self.tokenizer, self.seed = tokenizer, seed
+        self.sentences = [
+            list(split_sentences(text.text))
+            for source in sources
+            if source != "factbook"
+            for text in library.texts(source, "train")
+        ]
+        self.sentences = [pieces for pieces in self.sentences if len(pieces) > 50]
+        self.profiles: list[Profile] = []
+        if "factbook" in sources:
+            records = library.records("factbook", "train").items()
+            self.profiles = [profile for code, one in records if (profile := Profile(code, one)).usable]
+        if not self.sentences:
+            raise SettingError(
+                f"{', '.join(sources)} hold no prose to hide facts in; run mgam data fetch novels speeches"
+            )
+        self._sizes = [sum(map(len, pieces)) for pieces in self.sentences]
+
+    def make(self, number: int, tokens: int, questions: int) -> Lookup:
+        """A lookup of at most `tokens` tokens, and nearly as many."""
+        rng = random.Random(f"{self.seed}/{number}/{tokens}")
+        profiles = bool(self.profiles) and rng.random() < 0.25
+        room = tokens - 80 * questions - 120
+        characters = int(room * 3.9)
+        for _ in range(4):
+            text, pairs = (self._dossier if profiles else self._prose)(rng, characters, questions)
+            found = self._encode(text, pairs)
+            if len(found.ids) <= tokens:
+                return found
+            characters = int(characters * 0.98 * tokens / len(found.ids))
+        raise SettingError(f"no lookup of {tokens} tokens can be made; raise the length")
+
+    def _prose(self, rng: random.Random, characters: int, questions: int) -> tuple[str, list[_Pair]]:
+        pieces = rng.choices(self.sentences, weights=self._sizes)[0]
+        start = rng.randrange(len(pieces))
+        chosen: list[str] = []
+        have = 0
+        while have < characters:
+            for piece in pieces[start:]:
+                chosen.append(piece)
+                have += len(piece)
+                if have >= characters:
+                    break
+            pieces, start = rng.choices(self.sentences, weights=self._sizes)[0], 0
+        facts = [fact(rng) for _ in range(questions)]
+        places = sorted(rng.randrange(len(chosen)) for _ in facts)
+        parts: list[str] = []
+        spans: list[tuple[int, int]] = []
+        begun, length = 0, 0
+        for one, place in zip(facts, places, strict=True):
+            more = chosen[begun:place]
+            length += sum(map(len, more))
+            parts += [*more, " " + one.statement]
+            spans.append((length + 1, length + 1 + len(one.statement)))
+            length += 1 + len(one.statement)
+            begun = place
+        parts += chosen[begun:]
+        pairs = [_Pair(one.question, one.answer, span) for one, span in zip(facts, spans, strict=True)]
+        rng.shuffle(pairs)
+        return "".join(parts), pairs
+
+    def _dossier(self, rng: random.Random, characters: int, questions: int) -> tuple[str, list[_Pair]]:
+        count = min(len(self.profiles), max(4, characters // 9000))
+        chosen = rng.sample(self.profiles, count)
+        parts: list[str] = []
+        answers: list[_Pair] = []
+        length = 0
+        for number, profile in enumerate(chosen):
+            share = (characters - length) // (count - number)
+            ident = f"{rng.randrange(0x100000, 0x1000000):06x}"
+            lines = [f"{chr(10) * 2 if parts else ''}Document {ident}: {profile.name}"]
+            used = len(lines[0])
+            told = {f"\n{one.label}: {profile.get(one.path)}": one for one in FACTS if profile.answer(one)}
+            for line in profile.short_lines:
+                if (one := told.get(line)) is not None:
+                    asked = rng.choice(ALMANAC[one.label]).format(of=rng.choice((
+                        f"of {profile.name}", f"in {profile.name}", f"of the country in document {ident}"
+                    )))  # fmt: skip
+                    brief = rng.choice(BRIEFLY["text"])
+                    span = (length + used + 1, length + used + len(line))
+                    answers.append(_Pair(asked + brief, profile.answer(one), span))
+                lines.append(line)
+                used += len(line)
+            for line in profile.long_lines:
+                if used + len(line) <= share:
+                    lines.append(line)
+                    used += len(line)
+            parts += lines
+            length += used
+        return "".join(parts), rng.sample(answers, min(questions, len(answers)))
+
+    def _encode(self, text: str, pairs: Sequence[_Pair]) -> Lookup:
+        written, origin, marks = self._write(text, pairs)
+        encoded = self.tokenizer(written, add_special_tokens=not self._template, return_offsets_mapping=True)
+        begins = [begin for begin, _ in encoded["offset_mapping"]]
+        ends = list(accumulate((end for _, end in encoded["offset_mapping"]), max))
+
+        def tokens(first: int, last: int) -> tuple[int, int]:
+            return bisect_right(ends, first), bisect_left(begins, last)
+
+        asked = []
+        for pair, (question, answer, stop) in zip(pairs, marks, strict=True):
+            begin, end = pair.evidence
+            asked.append(Asked(tokens(question, answer), tokens(answer, stop), tokens(origin + begin, origin + end)))
+        document = tokens(0, origin + len(text))[1]
+        return Lookup(torch.tensor(encoded["input_ids"]), document, tuple(asked))
+
+    @property
+    def _template(self) -> bool:
+        return bool(getattr(self.tokenizer, "chat_template", None))
+
+    def _write(self, text: str, pairs: Sequence[_Pair]) -> tuple[str, int, list[tuple[int, int, int]]]:
+        """The dialogue; where the text begins in it; and of each pair where question, answer and what follows begin."""
+        marks = []
+        if not self._template:
+            written = BEFORE + text
+            for pair in pairs:
+                begin = len(written) + len(AFTER)
+                written += f"{AFTER}{pair.question}\nAnswer:"
+                marks.append((begin, len(written), len(written) + 1 + len(pair.answer)))
+                written += f" {pair.answer}"
+            return written, len(BEFORE), marks
+        written, messages = "", []
+        for number, pair in enumerate(pairs):
+            messages.append({"role": "user", "content": (BEFORE + text + AFTER if not number else "") + pair.question})
+            before = self.tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
+            question = before.rindex(pair.question)
+            messages.append({"role": "assistant", "content": pair.answer})
+            written = self.tokenizer.apply_chat_template(messages, tokenize=False)
+            stop = written.index(pair.answer, len(before)) + len(pair.answer)
+            after = len(written) - len(written[stop:].lstrip()) if not written[stop:].strip() else len(written.rstrip())
+            marks.append((question, len(before), after))
+        return written, written.index(text), marks

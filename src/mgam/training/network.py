@@ -1,0 +1,173 @@
+"""What is fitted: the search weights of every layer, in a form that trains well."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+
+from mgam.policies.learned import SearchWeights, best_logits
+
+TINY = 1e-6
+
+
+@dataclass(frozen=True)
+class Lesson:
+    """What one layer learns from one text.
+
+    Shapes (N query blocks of V voters each, H KV heads of G query heads): queries (N, H*G, V, D) and search
+    (H, S, C, D) before rotation; visible (N,) chunks before each block's window; target (N, H, V, C) share of full
+    attention that each voter gives each chunk, mean over the heads of a group, of which chunks from `visible` on are
+    near; wanted (N, H, C): the same, summed over all queries that the cover serves.
+    """
+
+    queries: Tensor
+    search: Tensor
+    visible: Tensor
+    target: Tensor
+    wanted: Tensor
+
+
+class LayerSearch(nn.Module):
+    """The search of one layer. Queries and keys are centred and scaled first, so that one learning rate fits all."""
+
+    query_mean: Tensor
+    query_scale: Tensor
+    key_mean: Tensor
+    key_scale: Tensor
+
+    def __init__(self, heads: int, group: int, dim: int, width: int, slots: int) -> None:
+        super().__init__()
+        self.heads, self.group, self.dim, self.width, self.slots = heads, group, dim, width, slots
+        self.register_buffer("query_mean", torch.zeros(heads, group * dim))
+        self.register_buffer("query_scale", torch.ones(heads, group * dim))
+        self.register_buffer("key_mean", torch.zeros(heads, dim))
+        self.register_buffer("key_scale", torch.ones(heads, dim))
+        self.query = nn.Parameter(torch.randn(heads, group * dim, slots * width) * (group * dim) ** -0.5)
+        self.query_bias = nn.Parameter(torch.zeros(heads, slots * width))
+        self.key = nn.Parameter(torch.randn(heads, dim, width - 1) * dim**-0.5)
+        self.voice = nn.Parameter(torch.zeros(heads, group * dim))
+        self.voice_bias = nn.Parameter(torch.zeros(heads))
+
+    @torch.no_grad()
+    def begin(self, queries: Tensor, keys: Tensor, scale: float) -> None:
+        """Starts at the principal directions of the keys, as the queries weigh them.
+
+        Shapes: queries (H*G, n, D), keys (H, m, D).
+        """
+        states = queries.float().unflatten(0, (self.heads, self.group)).transpose(1, 2).flatten(2)  # (H, n, G*D)
+        search = keys.float()
+        self.query_mean.copy_(states.mean(1))
+        self.query_scale.copy_(states.std(1).clamp_min(TINY))
+        self.key_mean.copy_(search.mean(1))
+        self.key_scale.copy_(search.std(1).clamp_min(TINY))
+        weight = states.square().mean(1).sqrt().unflatten(1, (self.group, self.dim)).mean(1) * self.key_scale
+        weight = weight.clamp_min(TINY * float(weight.max()) + TINY)
+        centred = (search - self.key_mean[:, None]) / self.key_scale[:, None] * weight[:, None]
+        basis = torch.linalg.eigh(centred.transpose(1, 2) @ centred / search.shape[1]).eigenvectors
+        basis = basis[..., -(self.width - 1) :]  # (H, D, r-1)
+        self.key.copy_(weight[..., None] * basis)
+        turned = (self.key_scale / weight)[..., None] * basis * scale  # query head -> coordinates
+        self.query.zero_()
+        for slot in range(self.slots):
+            mine = [head for head in range(self.group) if head % self.slots == slot] or [slot % self.group]
+            columns = slice(slot * self.width, (slot + 1) * self.width - 1)
+            for head in mine:
+                rows = slice(head * self.dim, (head + 1) * self.dim)
+                part = turned / len(mine) ** 0.5
+                self.query[:, rows, columns] = self.query_scale[:, rows, None] * part
+                self.query_bias[:, columns] += (self.query_mean[:, rows, None] * part).sum(1)
+
+    def weights(self, name: str, *, short: bool = False) -> SearchWeights:
+        """The same search without centring: gradients flow through. `short`: rounded to what half precision holds."""
+        query = self.query / self.query_scale[..., None]
+        key = self.key / self.key_scale[..., None]
+        voice = self.voice / self.query_scale
+        bias: Tensor = self.query_bias
+        if short:  # means are taken off with the rounded numbers, so that rounding moves no logit as a whole
+            size = torch.nn.functional.pad(key.norm(dim=1).clamp_min(TINY), (0, 1), value=1.0)
+            wide = size.repeat(1, self.slots)
+            query, key, bias = query * wide[:, None], key / size[:, None, :-1], bias * wide
+            query, key, voice = query.half().float(), key.half().float(), voice.half().float()
+        return SearchWeights(
+            name=name,
+            slots=self.slots,
+            query=query,
+            query_bias=bias - (self.query_mean[..., None] * query).sum(1),
+            key=key,
+            key_bias=(self.key_mean[..., None] * key).sum(1),
+            voice=voice,
+            voice_bias=self.voice_bias - (self.query_mean * voice).sum(1),
+        )
+
+    def forward(self, lesson: Lesson) -> tuple[Tensor, dict[str, Tensor]]:
+        """Loss of a lesson, and its parts."""
+        weights = self.weights("fitting")
+        share = predicted(weights, lesson.queries, lesson.search, lesson.visible)  # (N, H, V, 1 + C)
+        chunks = lesson.target.shape[-1]
+        far = torch.arange(chunks, device=share.device)[None] < lesson.visible[:, None]
+        target = lesson.target * far[:, None, None]
+        near = 1 - target.sum(-1, keepdim=True)
+        target = torch.cat((near.clamp_min(0), target), -1)
+        single = -(target * share.clamp_min(1e-9).log()).sum(-1).mean()
+        # What is opened serves the whole block: the block's wishes, the sink aside, whatever the voters' share of them.
+        block = share[..., 2:].sum(2)
+        block = block / block.sum(-1, keepdim=True).clamp_min(1e-9)
+        wanted = lesson.wanted[..., 1:] * far[:, None, 1:]
+        total = wanted.sum(-1, keepdim=True)
+        listed = -(wanted / total.clamp_min(1e-9) * block.clamp_min(1e-9).log()).sum(-1)
+        listed = (listed * (total[..., 0] > 1e-6)).mean()
+        voice = weights.voices(lesson.queries)
+        heard = nn.functional.binary_cross_entropy_with_logits(voice, 1 - near[..., 0].clamp(0, 1))
+        parts = {"query": single.detach(), "block": listed.detach(), "voice": heard.detach()}
+        return single + listed + heard, parts
+
+
+def predicted(weights: SearchWeights, queries: Tensor, search: Tensor, visible: Tensor) -> Tensor:
+    """Shares (N, H, V, 1 + C) that voters are expected to give what is near, and each chunk.
+
+    Shapes as in `Lesson`.
+    """
+    asked = weights.ask(queries)  # (N, H, s, V, r)
+    count, heads, slots, votes, width = asked.shape
+    keys = weights.keys(search)  # (H, S, C, r)
+    pull = asked[..., -1:]
+    folded = asked.permute(1, 0, 2, 3, 4).reshape(heads, -1, width)
+    logits = best_logits(folded, keys, keys.shape[2]).view(heads, count, slots, votes, -1).transpose(0, 1)
+    hidden = torch.arange(keys.shape[2], device=keys.device)[None] >= visible[:, None]
+    logits = logits.masked_fill(hidden[:, None, None, None], -torch.inf)
+    return torch.softmax(torch.cat((pull, logits), -1), -1).mean(2)
+
+
+class SearchNetwork(nn.Module):
+    """The searches of all layers that attend in full."""
+
+    def __init__(self, layers: Mapping[int, tuple[int, int, int]], width: int, slots: int) -> None:
+        """`layers`: per layer, KV heads, query heads of a group, head dim."""
+        super().__init__()
+        self.width, self.slots = width, slots
+        self.layers = nn.ModuleDict({str(layer): LayerSearch(*shape, width, slots) for layer, shape in layers.items()})
+
+    def layer(self, number: int) -> LayerSearch:
+        """The search of one layer."""
+        found = self.layers[str(number)]
+        assert isinstance(found, LayerSearch)
+        return found
+
+    def forward(self, lessons: Mapping[int, Sequence[Lesson]]) -> tuple[Tensor, dict[str, Tensor]]:
+        """Mean loss over lessons and layers, and its parts; `layers` holds the loss of each layer."""
+        losses, parts = [], []
+        for number, several in lessons.items():
+            for lesson in several:
+                loss, found = self.layer(number)(lesson)
+                losses.append(loss)
+                parts.append(found)
+        mean = {name: torch.stack([one[name] for one in parts]).mean() for name in parts[0]}
+        return torch.stack(losses).mean(), {**mean, "layers": torch.stack(losses).detach()}
+
+    def exported(self) -> dict[int, SearchWeights]:
+        """Search weights by layer, apart from training."""
+        with torch.no_grad():
+            return {int(name): self.layer(int(name)).weights(name, short=True) for name in self.layers}

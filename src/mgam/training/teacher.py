@@ -1,0 +1,166 @@
+"""The teacher: full attention of the frozen model, and the mass that it gives each chunk, without a T x T buffer."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers import AttentionInterface
+from transformers.masking_utils import AttentionMaskInterface, sdpa_mask
+
+from mgam.errors import UnsupportedModelError
+from mgam.integrations.transformers.models import architecture, attention_layers
+from mgam.positions import rotate
+
+NAME = "mgam_teacher"
+TILE = 2048
+"""Keys whose logits are worked out at a time."""
+
+
+@dataclass(frozen=True)
+class Seen:
+    """What one layer computed for a batch of whole texts.
+
+    Shapes: queries (B, H*G, T, D) and keys (B, H, T, D) before rotation, the turned ones after it.
+    """
+
+    layer: int
+    queries: Tensor
+    keys: Tensor
+    turned_queries: Tensor
+    turned_keys: Tensor
+    scale: float
+    softcap: float | None
+
+
+Visit = Callable[[Seen], None]
+
+
+@dataclass
+class _Watch:
+    layer: int
+    visit: Visit
+    cos: Tensor | None = None
+    sin: Tensor | None = None
+
+    def enter(
+        self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
+    ) -> tuple[tuple[Any, ...], dict[str, Any]]:
+        """Takes the rotation into its own hands."""
+        places = kwargs.get("position_embeddings")
+        if places is None or not getattr(module, "use_rope", True):
+            self.cos = self.sin = None
+            return args, kwargs
+        cos, sin = places
+        half = cos.shape[-1] // 2
+        self.cos, self.sin = cos[:, None, :, :half], sin[:, None, :, :half]
+        return args, {**kwargs, "position_embeddings": (torch.ones_like(cos), torch.zeros_like(sin))}
+
+
+@contextmanager
+def watching(model: Any, visit: Visit) -> Iterator[None]:
+    """While it lasts, `model(ids)` on whole unpadded texts shows every full-attention layer's states to `visit`.
+
+    Raises:
+        UnsupportedModelError: an architecture that mgam does not apply to.
+    """
+    target = model.get_base_model() if hasattr(model, "peft_config") and hasattr(model, "get_base_model") else model
+    architecture(target.config)
+    if getattr(target, "_mgam_applied", None) is not None:
+        raise UnsupportedModelError("the teacher reads densely; call mgam.remove(model) before fitting")
+    AttentionInterface.register(NAME, _attention)
+    AttentionMaskInterface.register(NAME, sdpa_mask)
+    hooks, configs = [], []
+    for index, layer in attention_layers(target.get_decoder(), target.config).items():
+        if layer.window is not None:
+            continue
+        module: Any = layer.module
+        configs.append((module, module.config))
+        module.config = copy.copy(module.config)
+        module.config._attn_implementation = NAME
+        module._mgam_watch = watch = _Watch(index, visit)
+        hooks.append(module.register_forward_pre_hook(watch.enter, with_kwargs=True))
+    try:
+        yield
+    finally:
+        for hook in hooks:
+            hook.remove()
+        for module, config in configs:
+            module.config = config
+            del module._mgam_watch
+
+
+def _attention(
+    module: nn.Module,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attention_mask: Tensor | None,
+    scaling: float | None = None,
+    dropout: float = 0.0,
+    softcap: float | None = None,
+    **kwargs: Any,
+) -> tuple[Tensor, None]:
+    """Full causal attention that shows what it computed."""
+    watch: _Watch = module._mgam_watch  # type: ignore[assignment]
+    scale = query.shape[-1] ** -0.5 if scaling is None else scaling
+    turned_query, turned_key = query, key
+    if watch.cos is not None and watch.sin is not None:
+        turned_query, turned_key = (rotate(states, watch.cos, watch.sin) for states in (query, key))
+    watch.visit(Seen(watch.layer, query, key, turned_query, turned_key, scale, softcap))
+    if softcap is not None:
+        return _capped(turned_query, turned_key, value, scale, softcap).transpose(1, 2), None
+    out = nn.functional.scaled_dot_product_attention(
+        turned_query, turned_key, value, is_causal=True, scale=scale, enable_gqa=True
+    )
+    return out.transpose(1, 2), None
+
+
+def _capped(query: Tensor, key: Tensor, value: Tensor, scale: float, softcap: float) -> Tensor:
+    """Attention with capped logits, some queries at a time."""
+    group = query.shape[1] // key.shape[1]
+    key, value = key.repeat_interleave(group, 1), value.repeat_interleave(group, 1)
+    parts = []
+    place = torch.arange(key.shape[2], device=key.device)
+    for first in range(0, query.shape[2], 256):
+        part = query[:, :, first : first + 256]
+        logits = softcap * torch.tanh(part @ key.transpose(2, 3) * (scale / softcap))
+        own = first + torch.arange(part.shape[2], device=key.device)
+        logits = logits.masked_fill(place > own[:, None], -torch.inf)
+        parts.append(torch.softmax(logits.float(), -1).to(value.dtype) @ value)
+    return torch.cat(parts, 2)
+
+
+def chunk_masses(seen: Seen, row: int, places: Tensor, chunk: int) -> Tensor:
+    """Share of full attention that queries give each chunk: (H, G, n, C), float32.
+
+    Args:
+        places: (n,) positions of the queries in row `row`.
+        chunk: tokens per chunk; an incomplete last chunk counts as one.
+
+    Softmax in streaming form: tiles of keys, and the log of a chunk's sum is all that is kept of its logits.
+    """
+    keys = seen.turned_keys[row]
+    heads, tokens, dim = keys.shape
+    queries = seen.turned_queries[row][:, places].unflatten(0, (heads, -1))  # (H, G, n, D)
+    group, count = queries.shape[1:3]
+    asked = queries.reshape(heads, group * count, dim)
+    step = max(chunk, TILE // chunk * chunk)
+    limit = places.repeat(group)[None, :, None]
+    sums = []
+    for first in range(0, tokens, step):
+        tile = keys[:, first : first + step]
+        logits = (asked @ tile.transpose(1, 2)).float() * seen.scale
+        if seen.softcap is not None:
+            logits = seen.softcap * torch.tanh(logits / seen.softcap)
+        own = first + torch.arange(tile.shape[1], device=keys.device)
+        logits = logits.masked_fill(own > limit, -torch.inf)
+        spare = -tile.shape[1] % chunk
+        logits = nn.functional.pad(logits, (0, spare), value=-torch.inf)
+        sums.append(torch.logsumexp(logits.unflatten(-1, (-1, chunk)), -1))
+    return torch.softmax(torch.cat(sums, -1), -1).view(heads, group, count, -1)
