@@ -2,13 +2,19 @@
 
 from __future__ import annotations
 
+import json
+
 import pytest
 import torch
 from torch import Tensor
+from typer.testing import CliRunner
 
+from mgam import methods
+from mgam.cli.app import app
 from mgam.errors import SettingError
 from mgam.evaluation.patterns import PATTERNS, Batch, efficiency_length, first_leak, make_batch
 from mgam.evaluation.patterns.tasks import IGNORED, MASK
+from mgam.evaluation.patterns.train import SIZES, Training, able, model_for, train_pattern
 
 
 def look_up(pairs: list[int]) -> dict[int, int]:
@@ -89,3 +95,54 @@ def test_bad_settings_are_refused() -> None:
         make_batch("causal", 1, 64, 0)  # type: ignore[arg-type]
     with pytest.raises(SettingError, match="length"):
         make_batch("causal-self", 1, 2, 0)
+
+
+@pytest.mark.parametrize("pattern", PATTERNS)
+def test_every_method_has_a_small_model_for_its_patterns(pattern: str) -> None:
+    how = Training(length=24, width=16, heads=2, layers=1)
+    batch = make_batch(pattern, 2, how.length, 0, keys=how.keys)  # type: ignore[arg-type]
+    for method in able(pattern):  # type: ignore[arg-type]
+        model = model_for(pattern, method, batch.vocabulary, how)  # type: ignore[arg-type]
+        logits = model(batch.target) if batch.source is None else model(batch.target, batch.source)
+        assert logits.shape == (*batch.target.shape, batch.vocabulary)
+        assert torch.isfinite(logits).all()
+    assert "dense" in able(pattern)  # type: ignore[arg-type]
+
+
+def test_all_modules_take_part() -> None:
+    assert set(SIZES) == {name for name in methods.names() if methods.get(name).module}
+    assert "linformer" not in able("causal-self")
+    assert "nsa" not in able("noncausal-self")
+
+
+def test_a_small_model_learns_and_a_text_it_did_not_see_is_read() -> None:
+    how = Training(length=12, width=32, heads=2, rows=32, steps=400, keys=6, rate=4e-3)
+    found = train_pattern("causal-self", "dense", how)
+    assert found.accuracy is not None
+    assert found.accuracy > 0.9
+    assert found.steps <= 400
+    again = train_pattern("causal-self", "dense", Training(**{**vars(how), "steps": 20}))
+    assert again.accuracy is not None
+    assert again.accuracy < 0.7
+
+
+def test_a_method_without_the_form_names_those_that_have_it() -> None:
+    found = train_pattern("noncausal-self", "cca", Training(steps=1))
+    assert found.accuracy is None
+    assert "cca has no form for noncausal-self; these have one: dense" in found.reason
+    with pytest.raises(SettingError, match="did you mean linformer"):
+        model_for("causal-self", "linforme", 10, Training())
+    with pytest.raises(SettingError, match="width=0"):
+        Training(width=0)
+
+
+def test_the_command() -> None:
+    words = "patterns --methods dense,cca --patterns causal-self,causal-cross --length 12 --steps 2 --width 16 --json"
+    done = CliRunner().invoke(app, words.split())
+    assert done.exit_code == 0, done.output
+    rows = json.loads(done.stdout)
+    assert [(row["pattern"], row["method"], row["accuracy"] is None) for row in rows] == [
+        ("causal-self", "dense", False), ("causal-self", "cca", False), ("causal-cross", "dense", False),
+        ("causal-cross", "cca", True),
+    ]  # fmt: skip
+    assert isinstance(CliRunner().invoke(app, ["patterns", "--patterns", "causal"]).exception, SettingError)

@@ -16,6 +16,7 @@ from mgam.cli.eval import register as register_evaluation
 from mgam.cli.failure import DEBUG_VARIABLE
 from mgam.cli.info import register as register_info
 from mgam.cli.methods import methods
+from mgam.cli.patterns import register as register_patterns
 from mgam.cli.verify import register as register_verify
 
 app = typer.Typer(
@@ -33,6 +34,7 @@ register_verify(app)
 app.command("env")(env)
 app.command("methods")(methods)
 register_evaluation(app)
+register_patterns(app)
 
 
 def _show_version(wanted: bool) -> None:

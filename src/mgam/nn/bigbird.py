@@ -65,6 +65,5 @@ class BigBirdAttention(SelfAttention):
         last = min(max(size, (total - 1) * size), tokens)
         ends = torch.cat((torch.arange(min(size, tokens)), torch.arange(last, tokens)))
         ends = ends.to(device)
-        every = torch.ones(len(ends), tokens, dtype=torch.bool, device=device)
-        full = over_entries(seen.q[:, :, ends], seen.k, seen.v, every, self.scale).out
+        full = over_entries(seen.q[:, :, ends], seen.k, seen.v, torch.full_like(ends, tokens), self.scale).out
         return out.index_copy(2, ends, full)

@@ -74,7 +74,6 @@ class CoreContextAttention(SelfAttention):
         if seen.k.shape[2] < group:
             return near.out
         k, v = self.cores(seen)
-        read = torch.arange(k.shape[2], device=k.device) < cores_of(seen.own)[:, None]
-        far = over_entries(seen.q, k, v, read, self.scale)
+        far = over_entries(seen.q, k, v, cores_of(seen.own), self.scale)
         far = Part(far.out, far.lse + math.log(group) * self.mass)
         return merge([far, near]).out

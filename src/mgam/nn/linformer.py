@@ -37,5 +37,4 @@ class LinformerAttention(SelfAttention):
         if tokens > self.longest:
             raise SettingError(f"{tokens} tokens; this LinformerAttention was made for at most {self.longest}")
         k, v = self.rows_of_keys[:, :tokens] @ seen.k, self.rows_of_values[:, :tokens] @ seen.v
-        every = torch.ones(seen.q.shape[2], k.shape[2], dtype=torch.bool, device=k.device)
-        return over_entries(seen.q, k, v, every, self.scale).out
+        return over_entries(seen.q, k, v, torch.full_like(seen.own, k.shape[2]), self.scale).out

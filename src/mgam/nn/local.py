@@ -75,7 +75,7 @@ class LocalAttention(SelfAttention):
         if self.causal or not self.global_tokens:
             return out
         count = min(self.global_tokens, out.shape[2])
-        every = torch.ones(count, seen.k.shape[2], dtype=torch.bool, device=out.device)
+        every = torch.full_like(seen.own[:count], seen.k.shape[2])
         full = over_entries(seen.q[:, :, :count], seen.k, seen.v, every, self.scale).out
         return torch.cat((full, out[:, :, count:]), 2)
 

@@ -62,7 +62,5 @@ class LongformerAttention(LocalAttention):
             return out
         q = self.turned(self.split(self.global_query(seen.states[:, :count])), seen.first)
         k, v = seen.more["global_k"], seen.more["global_v"]
-        read = torch.ones(count, k.shape[2], dtype=torch.bool, device=out.device)
-        if self.causal:
-            read = torch.arange(k.shape[2], device=out.device) <= seen.own[:count, None]
+        read = seen.own[:count] + 1 if self.causal else torch.full_like(seen.own[:count], k.shape[2])
         return torch.cat((over_entries(q, k, v, read, self.scale).out, out[:, :, count:]), 2)

@@ -1,4 +1,4 @@
-"""A small decoder and a small encoder whose attention is any module of this room."""
+"""A small decoder, encoder and reader of a source, whose attention is any module of this room."""
 
 from __future__ import annotations
 
@@ -9,6 +9,8 @@ from torch import Tensor, nn
 
 from mgam.errors import SettingError
 from mgam.nn.base import SelfAttention, State
+from mgam.nn.cross import CrossAttention
+from mgam.nn.full import FullAttention
 
 Make = Callable[[], SelfAttention]
 
@@ -77,3 +79,56 @@ class Encoder(_Model):
     """Sees the whole text at every token."""
 
     causal = False
+
+
+class CrossLayer(nn.Module):
+    """Full attention to the target itself, then attention to the source, then a feed-forward part."""
+
+    def __init__(self, own: SelfAttention, attention: CrossAttention, width: int) -> None:
+        super().__init__()
+        self.own, self.attention = own, attention
+        self.norms = nn.ModuleList(nn.RMSNorm(width) for _ in range(3))
+        self.feed = nn.Sequential(nn.Linear(width, 4 * width), nn.GELU(), nn.Linear(4 * width, width))
+
+    def forward(self, states: Tensor, source: Tensor) -> Tensor:
+        """(B, L, width) and the source (B, S, width) -> (B, L, width)."""
+        states = states + self.own(self.norms[0](states))
+        states = states + self.attention(self.norms[1](states), source)
+        return states + self.feed(self.norms[2](states))
+
+
+class CrossReader(nn.Module):
+    """Reads a source with full attention, and lets a target look at it by any module of cross attention.
+
+    Args:
+        make: makes the cross attention of a layer.
+        causal: whether a target token sees only the target's past.
+    """
+
+    def __init__(
+        self,
+        vocabulary: int,
+        width: int,
+        heads: int,
+        make: Callable[[], CrossAttention],
+        *,
+        causal: bool,
+        layers: int = 1,
+    ) -> None:
+        super().__init__()
+        self.embed = nn.Embedding(vocabulary, width)
+        self.told = nn.ModuleList(Layer(FullAttention(width, heads, causal=False), width) for _ in range(layers))
+        own = [FullAttention(width, heads, causal=causal) for _ in range(layers)]
+        self.layers = nn.ModuleList(CrossLayer(part, make(), width) for part in own)
+        self.between = nn.RMSNorm(width)
+        self.norm, self.head = nn.RMSNorm(width), nn.Linear(width, vocabulary, bias=False)
+
+    def forward(self, target: Tensor, source: Tensor) -> Tensor:
+        """Logits (B, T, vocabulary) of target tokens (B, T), from source tokens (B, S)."""
+        told = self.embed(source)
+        for layer in self.told:
+            told = layer(told)
+        states, told = self.embed(target), self.between(told)
+        for layer in self.layers:
+            states = layer(states, told)
+        return self.head(self.norm(states))

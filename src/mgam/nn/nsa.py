@@ -8,9 +8,9 @@ import torch
 from torch import Tensor, nn
 
 from mgam.errors import SettingError
-from mgam.merge import merge
+from mgam.merge import Part, merge
 from mgam.nn.base import Seen, SelfAttention, above
-from mgam.nn.sparse import by_blocks, by_lists, over_entries, spans
+from mgam.nn.sparse import by_blocks, by_lists, over_entries, slices, spans
 
 BLOCK = 64
 """Queries that gather their window together; it changes nothing in the result."""
@@ -97,22 +97,35 @@ class NativeSparseAttention(SelfAttention):
 
         k, v = seen.more["window_k"], seen.more["window_v"]
         parts = [by_blocks(seen.q, k, v, seen.first, BLOCK, index, near, self.scale)]
-        probabilities = None
+        compressed = None
         if tokens >= self.length:
-            k, v = self.compressed(seen)
-            legal = torch.arange(k.shape[2], device=device) * self.stride + self.length - 1 <= own[:, None]
-            parts.insert(0, over_entries(seen.q, k, v, legal, self.scale))
+            compressed, v = self.compressed(seen)
+            parts.insert(0, over_entries(seen.q, compressed, v, self.complete(own), self.scale))
+        selected = []
+        step = slices(seen.q, max(tokens // self.stride, self.blocks * self.select))
+        for low in range(0, len(own), step):
+            q = seen.q[:, :, low : low + step]
             with torch.no_grad():
-                logits = self.scale * seen.q.unflatten(1, (self.kv_heads, -1)) @ k[:, :, None].transpose(-1, -2)
-                probabilities = torch.softmax(logits.masked_fill(~legal, -torch.inf), -1).nan_to_num(0.0).sum(2)
-        with torch.no_grad():
-            lists = self.selection(probabilities, own, tokens, len(seen.q))
-        parts.insert(-1, by_lists(seen.q, seen.k, seen.v, seen.first, lists, self.scale))
+                asked = None if compressed is None else self.probabilities(q, compressed, own[low : low + step])
+                lists = self.selection(asked, own[low : low + step], tokens, len(q))
+            selected.append(by_lists(q, seen.k, seen.v, seen.first + low, lists, self.scale))
+        out, lse = (torch.cat([getattr(part, name) for part in selected], 2) for name in ("out", "lse"))
+        parts.insert(-1, Part(out, lse))
         if self.fusion == "one":
             return merge(parts).out
         gates = torch.sigmoid(self.gates(seen.states)).unflatten(2, (self.heads, 3)).permute(3, 0, 2, 1)[..., None]
         outs = [part.out for part in parts]
         return sum(gate * out for gate, out in zip(gates[3 - len(outs) :], outs, strict=True))
+
+    def complete(self, own: Tensor) -> Tensor:
+        """Compressed blocks that a query may read: those that ended."""
+        return ((own - self.length + 1) // self.stride + 1).clamp_min(0)
+
+    def probabilities(self, q: Tensor, compressed: Tensor, own: Tensor) -> Tensor:
+        """Softmax weights (B, K, L, N) of compressed blocks, summed over the heads of a group."""
+        legal = torch.arange(compressed.shape[2], device=q.device) < self.complete(own)[:, None]
+        logits = self.scale * q.unflatten(1, (self.kv_heads, -1)) @ compressed[:, :, None].transpose(-1, -2)
+        return torch.softmax(logits.masked_fill(~legal, -torch.inf), -1).nan_to_num(0.0).sum(2)
 
     def selection(self, probabilities: Tensor | None, own: Tensor, tokens: int, rows: int) -> Tensor:
         """Tokens (B, K, L, M) of the chosen blocks; `probabilities` (B, K, L, N) are those of compressed blocks."""

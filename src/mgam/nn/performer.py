@@ -42,20 +42,9 @@ class PerformerAttention(SelfAttention):
         """Other random features (the paper: every thousand steps of training)."""
         self.features.copy_(orthogonal(self.features.shape[0], self.dim, seed))
 
-    def of_queries(self, q: Tensor) -> Tensor:
-        """Features (..., T, M) of queries."""
-        wide = q.to(torch.promote_types(q.dtype, torch.float32)) * self.dim**-0.25
-        logits = wide @ self.features.to(wide).T
-        return torch.exp(logits - logits.amax(-1, keepdim=True).detach())
-
-    def of_keys(self, k: Tensor) -> Tensor:
-        """Features (..., T, M) of keys."""
-        wide = k.to(torch.promote_types(k.dtype, torch.float32)) * self.dim**-0.25
-        return torch.exp(wide @ self.features.to(wide).T - wide.square().sum(-1, keepdim=True) / 2)
-
     def attend(self, seen: Seen) -> Tensor:
         """Sums over the whole text, or over the past."""
-        q, k = self.of_queries(seen.q.unflatten(1, (self.kv_heads, -1))), self.of_keys(seen.k)
+        q, k = of_queries(seen.q.unflatten(1, (self.kv_heads, -1)), self.features), of_keys(seen.k, self.features)
         v = torch.nn.functional.pad(seen.v.to(k.dtype), (0, 1), value=1.0)
         if not self.causal:
             return _divided(q @ (k.transpose(-1, -2) @ v)[:, :, None]).flatten(1, 2).to(seen.v.dtype)
@@ -67,7 +56,7 @@ class PerformerAttention(SelfAttention):
             return super().step(states, state)
         state = state or State()
         q, new = self._project(states, state.tokens)
-        q, k = self.of_queries(q.unflatten(1, (self.kv_heads, -1))), self.of_keys(new["k"])
+        q, k = of_queries(q.unflatten(1, (self.kv_heads, -1)), self.features), of_keys(new["k"], self.features)
         v = torch.nn.functional.pad(new["v"].to(k.dtype), (0, 1), value=1.0)
         none = k.new_zeros(*k.shape[:2], k.shape[3], v.shape[3])
         out, total = self._scan(q, k, v, state.kept.get("sum", none))
@@ -85,6 +74,19 @@ class PerformerAttention(SelfAttention):
         near = (q @ k[:, :, None].transpose(-1, -2)).tril()
         out = q @ past[:, :, None] + near @ v[:, :, None]
         return _divided(out).flatten(3, 4)[:, :, :, :length].flatten(1, 2), before + sums.sum(2)
+
+
+def of_queries(q: Tensor, features: Tensor) -> Tensor:
+    """Features (..., T, M) of queries (..., T, D)."""
+    wide = q.to(torch.promote_types(q.dtype, torch.float32)) * q.shape[-1] ** -0.25
+    logits = wide @ features.to(wide).T
+    return torch.exp(logits - logits.amax(-1, keepdim=True).detach())
+
+
+def of_keys(k: Tensor, features: Tensor) -> Tensor:
+    """Features (..., T, M) of keys (..., T, D)."""
+    wide = k.to(torch.promote_types(k.dtype, torch.float32)) * k.shape[-1] ** -0.25
+    return torch.exp(wide @ features.to(wide).T - wide.square().sum(-1, keepdim=True) / 2)
 
 
 def _divided(sums: Tensor) -> Tensor:

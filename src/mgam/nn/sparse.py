@@ -43,12 +43,25 @@ def softmax(logits: Tensor, seen: Tensor, values: Tensor) -> Part:
     return Part(out, lse.masked_fill(~any_seen[..., 0], -torch.inf))
 
 
-def over_entries(q: Tensor, k: Tensor, v: Tensor, seen: Tensor, scale: float) -> Part:
-    """Each query over the same entries: q (B, H, L, D), k and v (B, K, M, D), seen (L, M)."""
-    heads = k.shape[1]
-    grouped = q.unflatten(1, (heads, -1))
-    part = softmax(scale * grouped @ k[:, :, None].transpose(-1, -2), seen, v[:, :, None])
-    return Part(part.out.flatten(1, 2), part.lse.flatten(1, 2))
+def over_entries(q: Tensor, k: Tensor, v: Tensor, count: Tensor, scale: float) -> Part:
+    """Each query over the first `count` (L,) of the same entries: q (B, H, L, D), k and v (B, K, M, D)."""
+    grouped, number = q.unflatten(1, (k.shape[1], -1)), torch.arange(k.shape[2], device=k.device)
+    step = slices(q, k.shape[2])
+    parts = [
+        softmax(
+            scale * grouped[:, :, :, low : low + step] @ k[:, :, None].transpose(-1, -2),
+            number < count[low : low + step, None],
+            v[:, :, None],
+        )
+        for low in range(0, max(1, q.shape[2]), step)
+    ]
+    out, lse = (torch.cat([getattr(part, name) for part in parts], 3).flatten(1, 2) for name in ("out", "lse"))
+    return Part(out, lse)
+
+
+def slices(q: Tensor, entries: int) -> int:
+    """Queries of q (B, H, L, D) whose logits over so many entries are written out at a time."""
+    return max(1, ELEMENTS // max(1, q.shape[0] * q.shape[1] * entries))
 
 
 def by_blocks(q: Tensor, k: Tensor, v: Tensor, first: int, block: int, index: Tensor, see: See, scale: float) -> Part:
