@@ -1,0 +1,235 @@
+"""Markdown tables and plots of what was measured."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+from statistics import fmean, median, stdev
+from typing import Any
+
+from growth import exponent
+
+from mgam import methods
+from mgam.evaluation.results import ResultsFile, Row, summarise
+
+
+def write(folder: Path) -> None:
+    """Writes `decoders.md`, `trained.md`, `growth.md` and their plots into the folder, from what is there."""
+    parts = {"decoders": _decoders, "trained": _trained, "growth": _growth}
+    for name, make in parts.items():
+        text = make(folder)
+        if text:
+            (folder / f"{name}.md").write_text(text, encoding="utf-8")
+            print(text)
+
+
+def _decoders(folder: Path) -> str:
+    files = [ResultsFile(path, print) for path in sorted(folder.glob("decoders.*.jsonl"))]
+    trials = [trial for file in files for trial in file.trials.values()]
+    if not trials:
+        return ""
+    rows = summarise(trials)
+    (folder / "decoders.json").write_text(
+        json.dumps([row.to_json() for row in rows], indent=1) + "\n", encoding="utf-8"
+    )
+    run = files[0].runs[0]
+    lines = [
+        "# Methods that read with an unmodified decoder",
+        "",
+        f"{run.get('date')}, {run.get('device')}, commit {run.get('commit')}; {run.get('processes')} processes shared "
+        "a device, so seconds compare within a table and are no speed figures. Scores in percent ± standard error "
+        "(trials); loss in nats per token. Entries, seconds and memory are means over the question tasks.",
+        "",
+    ]
+    for model in dict.fromkeys(row.model for row in rows):
+        for length in sorted({row.length for row in rows if row.model == model}):
+            chosen = [row for row in rows if (row.model, row.length) == (model, length)]
+            lines += [f"## {model}, {length:,} tokens", "", *_table(chosen), "", _frontier(chosen), ""]
+    _plot_quality(rows, folder / "decoders.svg")
+    return "\n".join(lines)
+
+
+def _table(rows: Sequence[Row]) -> list[str]:
+    tasks = list(dict.fromkeys(row.task for row in rows))
+    names = list(dict.fromkeys(row.method for row in rows))
+    lines = [f"| method | {' | '.join(tasks)} | entries | seconds | GiB |", f"|---|{'---|' * (len(tasks) + 3)}"]
+    for name in sorted(names, key=lambda one: one != "dense"):
+        own = {row.task: row for row in rows if row.method == name}
+        asked = [row for row in own.values() if row.unit == "percent" and row.score is not None]
+        costs = (
+            _mean(asked, "entries_per_query", "{:,.0f}"),
+            _mean(asked, "seconds", "{:.2f}"),
+            _mean(asked, "peak_memory_bytes", "{:.1f}", 2**30),
+        )
+        lines.append(f"| {name} | {' | '.join(_cell(own.get(task)) for task in tasks)} | {' | '.join(costs)} |")
+    return lines
+
+
+def _cell(row: Row | None) -> str:
+    if row is None:
+        return "not measured"
+    if row.score is None:
+        return row.status
+    error = "" if row.stderr is None else f" ± {row.stderr:.1f}" if row.unit == "percent" else f" ± {row.stderr:.3f}"
+    return (f"{row.score:.0f}" if row.unit == "percent" else f"{row.score:.3f}") + f"{error} ({row.trials})"
+
+
+def _mean(rows: Iterable[Row], field: str, form: str, by: float = 1.0) -> str:
+    found = [getattr(row, field) for row in rows if getattr(row, field) is not None]
+    return form.format(fmean(found) / by) if found else ""
+
+
+def _points(rows: Sequence[Row]) -> dict[str, tuple[float, float]]:
+    """Mean score over the question tasks, and entries, of the methods that were asked all of them."""
+    asked = [row for row in rows if row.unit == "percent" and row.score is not None]
+    tasks = {row.task for row in asked}
+    found = {}
+    for name in dict.fromkeys(row.method for row in asked):
+        own = [row for row in asked if row.method == name]
+        if {row.task for row in own} == tasks:
+            found[name] = (fmean(row.entries_per_query or 0 for row in own), fmean(row.score or 0 for row in own))
+    return found
+
+
+def _frontier(rows: Sequence[Row]) -> str:
+    points = _points(rows)
+    best = [
+        name
+        for name, (entries, score) in points.items()
+        if score > 0 and not any(e <= entries and s >= score and (e, s) != (entries, score) for e, s in points.values())
+    ]
+    if not best:
+        return "No method found anything here."
+    shown = ", ".join(f"{name} ({points[name][1]:.0f} % at {points[name][0]:,.0f})" for name in sorted(best))
+    return f"On the frontier of mean score against entries read: {shown}."
+
+
+def _plot_quality(rows: Sequence[Row], path: Path) -> None:
+    plots = _plots()
+    models = list(dict.fromkeys(row.model for row in rows))
+    lengths = sorted({row.length for row in rows})
+    figure, axes = plots.subplots(
+        len(models), len(lengths), figsize=(4.2 * len(lengths), 3.6 * len(models)), squeeze=False
+    )
+    for line, model in zip(axes, models, strict=True):
+        for axis, length in zip(line, lengths, strict=True):
+            for name, (entries, score) in _points([r for r in rows if (r.model, r.length) == (model, length)]).items():
+                axis.plot(entries, score, "o", color="C3" if name == "mgam" else "C0" if name != "dense" else "black")
+                axis.annotate(name, (entries, score), fontsize=7, xytext=(3, 3), textcoords="offset points")
+            axis.set(title=f"{model}, {length // 1024}k", xscale="log", xlabel="entries read per query", ylim=(-5, 105))
+        line[0].set_ylabel("mean score, percent")
+    figure.tight_layout()
+    figure.savefig(path)
+
+
+def _trained(folder: Path) -> str:
+    path = folder / "trained.jsonl"
+    if not path.exists():
+        return ""
+    lines = [json.loads(line) for line in path.read_text().splitlines()]
+    one = lines[0]
+    text = [
+        "# Methods that must be trained",
+        "",
+        f"Small decoders from scratch, width {one['width']}, at most {one['steps']} steps of {one['rows']} texts; "
+        f"{one['machine']}, commit {one['commit']}; {one['processes']} processes shared the device. Accuracy in "
+        "percent on unseen texts, and the steps after which it was learned (a training ends at 99.5 %).",
+        "",
+    ]
+    for length in sorted({line["length"] for line in lines}):
+        tasks = list(dict.fromkeys(line["task"] for line in lines))
+        text += [
+            f"## {length} tokens",
+            "",
+            f"| method | {' | '.join(tasks)} | seconds |",
+            f"|---|{'---|' * (len(tasks) + 1)}",
+        ]
+        for name in dict.fromkeys(line["method"] for line in lines):
+            own = [line for line in lines if (line["method"], line["length"]) == (name, length)]
+            cells = [_accuracy([line for line in own if line["task"] == task]) for task in tasks]
+            text.append(f"| {name} | {' | '.join(cells)} | {sum(line['seconds'] for line in own):.0f} |")
+        text.append("")
+    return "\n".join(text)
+
+
+def _accuracy(lines: Sequence[dict[str, Any]]) -> str:
+    if not lines:
+        return "not measured"
+    found = [100 * line["accuracy"] for line in lines]
+    spread = f" ± {stdev(found) / len(found) ** 0.5:.1f}" if len(found) > 1 else ""
+    return f"{fmean(found):.1f}{spread} ({median(line['steps'] for line in lines):,.0f} steps)"
+
+
+def _growth(folder: Path) -> str:
+    path = folder / "growth.jsonl"
+    if not path.exists():
+        return ""
+    lines = [json.loads(line) for line in path.read_text().splitlines()]
+    names = list(dict.fromkeys(line["method"] for line in lines))
+    text = [
+        "# Growth",
+        "",
+        f"{lines[0]['machine']}, commit {lines[0]['commit']}. One layer of 8 query heads, 2 KV heads and 64 "
+        "dimensions, batch 1; decoders read in calls of 2,048 tokens in bfloat16 (float32 on a CPU), modules in one "
+        "pass in float32. The exponent is the slope of log time over log length in the longer half of the lengths; the "
+        "claimed one is that of reading a text, for methods of generation that of one token.",
+        "",
+        "| method | timed as | longest | seconds | spread | MiB | exponent | of a token | claimed | MiB kept |",
+        "|---|---|---|---|---|---|---|---|---|---|",
+    ]
+    for name in names:
+        own = sorted((line for line in lines if line["method"] == name), key=lambda line: line["length"])
+        last = own[-1]
+        slope = exponent([(line["length"], median(line["seconds"])) for line in own])
+        tokens = [(line["length"], line["token_seconds"]) for line in own if "token_seconds" in line]
+        step = exponent(tokens) if tokens else None
+        claimed = f"{last['grows']:g}" + (" (token)" if methods.get(name).phase == "decode" else "")
+        spread = f"{min(last['seconds']):.3g} to {max(last['seconds']):.3g}"
+        text.append(
+            f"| {name} | {last['form']} | {last['length']:,} | {median(last['seconds']):.4g} | {spread} | "
+            f"{_mebibytes(last.get('peak_bytes'))} | {_number(slope)} | {_number(step)} | {claimed} | "
+            f"{_mebibytes(last.get('kept_bytes'))} |"
+        )
+    _plot_growth(lines, names, folder / "growth.svg")
+    return "\n".join([*text, ""])
+
+
+def _number(value: float | None) -> str:
+    return "" if value is None else f"{value:.2f}"
+
+
+def _mebibytes(value: int | None) -> str:
+    return "" if value is None else f"{value / 2**20:,.1f}"
+
+
+def _plot_growth(lines: Sequence[dict[str, Any]], names: Sequence[str], path: Path) -> None:
+    plots = _plots()
+    figure, axes = plots.subplots(1, 3, figsize=(17, 6))
+    wanted = (
+        ("seconds of reading a text", lambda line: median(line["seconds"])),
+        ("seconds of one generated token", lambda line: line.get("token_seconds")),
+        ("MiB above what was held before", lambda line: line["peak_bytes"] and line["peak_bytes"] / 2**20),
+    )
+    for axis, (title, value) in zip(axes, wanted, strict=True):
+        for number, name in enumerate(names):
+            points = sorted((line["length"], value(line)) for line in lines if line["method"] == name and value(line))
+            if points:
+                style = ("-", "--", ":")[number // 10]
+                slope = exponent(points)
+                label = f"{name} {_number(slope)}"
+                axis.plot(*zip(*points, strict=True), style, marker=".", label=label, color=f"C{number % 10}")
+        axis.set(title=title, xscale="log", yscale="log", xlabel="tokens")
+        axis.legend(fontsize=7, title="measured exponent", title_fontsize=7)
+    figure.tight_layout()
+    figure.savefig(path)
+
+
+def _plots() -> Any:
+    import matplotlib
+
+    matplotlib.use("Agg")
+    matplotlib.rcParams["svg.hashsalt"] = "mgam"
+    import matplotlib.pyplot
+
+    return matplotlib.pyplot

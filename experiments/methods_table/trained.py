@@ -1,0 +1,91 @@
+"""Methods that must be trained: small models from scratch on recall, copying and a needle; full attention beside."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import multiprocessing
+from collections.abc import Iterator
+from concurrent.futures import ProcessPoolExecutor, as_completed
+from dataclasses import asdict
+from typing import Any
+
+import torch
+
+from mgam.evaluation.machine import conditions
+from mgam.evaluation.patterns.tasks import IGNORED, Batch, make_batch
+from mgam.evaluation.patterns.train import SIZES, Training, able, train
+
+VOCABULARY = 32
+
+
+def recall(rows: int, length: int, seed: int, device: str) -> Batch:
+    """Pairs of key and value, then the keys again in another order: the value is to follow each."""
+    return make_batch("causal-self", rows, length, seed, keys=16, device=device)
+
+
+def copying(rows: int, length: int, seed: int, device: str) -> Batch:
+    """A random text, then the same again."""
+    draw = torch.Generator().manual_seed(seed)
+    first = torch.randint(0, VOCABULARY, (rows, length // 2), generator=draw)
+    text = torch.cat((first, first), 1)
+    answer = torch.full_like(text, IGNORED)
+    answer[:, length // 2 : -1] = text[:, length // 2 + 1 :]
+    return Batch("causal-self", VOCABULARY, text.to(device), answer.to(device))
+
+
+def needle(rows: int, length: int, seed: int, device: str) -> Batch:
+    """One marked token anywhere in noise; after the mark at the end it is to follow."""
+    draw = torch.Generator().manual_seed(seed)
+    text = torch.randint(0, VOCABULARY - 1, (rows, length), generator=draw)
+    place = torch.randint(0, length - 3, (rows, 1), generator=draw)
+    answer = torch.full_like(text, IGNORED)
+    answer[:, -1:] = text.gather(1, place + 1)
+    text.scatter_(1, place, VOCABULARY - 1)
+    text[:, -1] = VOCABULARY - 1
+    return Batch("causal-self", VOCABULARY, text.to(device), answer.to(device))
+
+
+TASKS = {"recall": recall, "copying": copying, "needle": needle}
+
+
+def one(task: str, method: str, how: dict[str, Any]) -> dict[str, Any]:
+    """Trains one model; called in a process of its own."""
+    torch.set_num_threads(1)
+    training = Training(**how)
+
+    def batch(rows: int, seed: int) -> Batch:
+        return TASKS[task](rows, training.length, seed, training.device)
+
+    return {"task": task, **asdict(train(task, "causal-self", method, batch, training)), **how}
+
+
+def measure(options: argparse.Namespace) -> Iterator[dict[str, Any]]:
+    """One line per task, method and seed; what is in the file already is not trained again."""
+    path = options.out / "trained.jsonl"
+    lines = [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
+    done = {(line["task"], line["method"], line["length"], line["seed"]) for line in lines}
+    named = options.methods.split(",") if options.methods else able("causal-self")
+    how = {"width": options.width, "steps": options.steps, "device": options.device, "rows": options.rows}
+    jobs = [
+        (task, method, {**how, "length": length, "seed": seed})
+        for seed in range(options.seed, options.seed + options.seeds)
+        for length in map(int, options.lengths.split(","))
+        for task in TASKS
+        for method in named
+        if method in SIZES and (task, method, length, seed) not in done
+    ]
+    found = conditions(options.device)
+    context = multiprocessing.get_context("spawn")
+    with path.open("a") as file, ProcessPoolExecutor(options.workers, mp_context=context) as pool:
+        waiting = [pool.submit(one, *job) for job in jobs]
+        for ready in as_completed(waiting):
+            line = {
+                **ready.result(),
+                "processes": options.workers,
+                "machine": found["device"],
+                "commit": found["commit"],
+            }
+            file.write(json.dumps(line) + "\n")
+            file.flush()
+            yield line
