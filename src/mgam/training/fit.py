@@ -126,7 +126,7 @@ class _Trainer(Trainer):
         super().log({**logs, **(self.parts if "loss" in logs else {})}, *args, **kwargs)
 
 
-class _Log(TrainerCallback):
+class Log(TrainerCallback):
     """Writes what Trainer logs as JSON lines, and says how far it is."""
 
     def __init__(self, path: Path, say: Say) -> None:
@@ -200,7 +200,7 @@ def fit(
     trainer = _Trainer(
         model, fitting.sampling, list(network_layers(network)), model=network,
         args=_arguments(place, fitting, model), train_dataset=course, data_collator=_collate,
-        callbacks=[_Log(place / LOG, say)],
+        callbacks=[Log(place / LOG, say)],
     )  # fmt: skip
     started = time.perf_counter()
     try:

@@ -52,17 +52,19 @@ class LayerSearch(nn.Module):
         self.voice_bias = nn.Parameter(torch.zeros(heads))
 
     @torch.no_grad()
-    def begin(self, queries: Tensor, keys: Tensor, scale: float) -> None:
-        """Starts at the principal directions of the keys, as the queries weigh them.
-
-        Shapes: queries (H*G, n, D), keys (H, m, D).
-        """
-        states = queries.float().unflatten(0, (self.heads, self.group)).transpose(1, 2).flatten(2)  # (H, n, G*D)
-        search = keys.float()
+    def measure(self, queries: Tensor, keys: Tensor) -> None:
+        """Notes how queries (H*G, n, D) and keys (H, m, D) lie, so that both can be centred and scaled."""
+        states = self._joined(queries)
         self.query_mean.copy_(states.mean(1))
         self.query_scale.copy_(states.std(1).clamp_min(TINY))
-        self.key_mean.copy_(search.mean(1))
-        self.key_scale.copy_(search.std(1).clamp_min(TINY))
+        self.key_mean.copy_(keys.float().mean(1))
+        self.key_scale.copy_(keys.float().std(1).clamp_min(TINY))
+
+    @torch.no_grad()
+    def begin(self, queries: Tensor, keys: Tensor, scale: float) -> None:
+        """Starts at the principal directions of the keys, as the queries weigh them; shapes as in `measure`."""
+        self.measure(queries, keys)
+        states, search = self._joined(queries), keys.float()
         weight = states.square().mean(1).sqrt().unflatten(1, (self.group, self.dim)).mean(1) * self.key_scale
         weight = weight.clamp_min(TINY * float(weight.max()) + TINY)
         centred = (search - self.key_mean[:, None]) / self.key_scale[:, None] * weight[:, None]
@@ -79,6 +81,26 @@ class LayerSearch(nn.Module):
                 part = turned / len(mine) ** 0.5
                 self.query[:, rows, columns] = self.query_scale[:, rows, None] * part
                 self.query_bias[:, columns] += (self.query_mean[:, rows, None] * part).sum(1)
+
+    @torch.no_grad()
+    def adopt(self, weights: SearchWeights) -> None:
+        """Goes on from a search that was fitted before; `measure` comes first."""
+        there = weights.on(self.query.device, torch.float32)
+        moved = (self.key_mean[..., None] * there.key).sum(1) - there.key_bias  # (H, r-1)
+        query, bias = there.query.clone(), there.query_bias.clone()
+        for slot in range(self.slots):
+            columns, pull = slice(slot * self.width, (slot + 1) * self.width - 1), (slot + 1) * self.width - 1
+            query[..., pull] -= (query[..., columns] @ moved[..., None])[..., 0]
+            bias[:, pull] -= (bias[:, columns] * moved).sum(-1)
+        self.query.copy_(query * self.query_scale[..., None])
+        self.query_bias.copy_(bias + (self.query_mean[..., None] * query).sum(1))
+        self.key.copy_(there.key * self.key_scale[..., None])
+        self.voice.copy_(there.voice * self.query_scale)
+        self.voice_bias.copy_(there.voice_bias + (self.query_mean * there.voice).sum(1))
+
+    def _joined(self, queries: Tensor) -> Tensor:
+        """Queries (H*G, n, D) with the heads of a group side by side: (H, n, G*D)."""
+        return queries.float().unflatten(0, (self.heads, self.group)).transpose(1, 2).flatten(2)
 
     def weights(self, name: str, *, short: bool = False) -> SearchWeights:
         """The same search without centring: gradients flow through. `short`: rounded to what half precision holds."""

@@ -1,0 +1,421 @@
+"""Low-rank training of a model that reads by a learned policy: to look things up far back, and to read covers.
+
+The model reads long texts through its covers, just as it does when it is used: a document in blocks that are decided by
+what came before them, then questions and answers token by token. Two losses: of the next token (of answers, and of
+stretches of the text), through the covers; and of the search, which must rank the chunk that holds an answer first. The
+second reaches the queries and keys of the model too, so that these become easier to search.
+"""
+
+from __future__ import annotations
+
+import copy
+import json
+import random
+import time
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.utils.data import Dataset
+from transformers import AttentionInterface, Trainer, TrainerCallback, TrainingArguments
+from transformers.masking_utils import AttentionMaskInterface
+
+from mgam.errors import SettingError
+from mgam.integrations.transformers import attention
+from mgam.integrations.transformers.apply import Applied, applied_to, apply
+from mgam.integrations.transformers.low_rank import FOLDER
+from mgam.levels import Levels
+from mgam.policies.files import FittedPolicy
+from mgam.policies.learned import Learned, best_logits
+from mgam.schedule import Schedule, Span
+from mgam.training.checkpoints import last_whole
+from mgam.training.fit import CHECKPOINTS, LOG, FittingError, Log, Say
+from mgam.training.lookups import Asked, Lookup, LookupMaker
+from mgam.training.network import LayerSearch, SearchNetwork
+from mgam.training.teacher import Seen, watching
+
+NAME = "mgam_lesson"
+ENOUGH = 0.25
+"""Share of the search at which a chunk is opened anyway: more is not asked for."""
+
+
+@dataclass(frozen=True)
+class Reading:
+    """The dials of low-rank training."""
+
+    lengths: tuple[int, ...] = (6144, 12288, 24576)
+    """Tokens of a text. The first half of the steps takes shorter ones more often."""
+    steps: int = 400
+    minutes: float = 0.0
+    """Ends sooner after so long; 0: no limit."""
+    batch: int = 2
+    """Texts of a step, over all devices."""
+    questions: int = 8
+    rate: float = 4e-4
+    search_rate: float = 1e-3
+    rank: int = 16
+    prose: float = 0.3
+    """Weight of the loss on text, beside that on answers."""
+    stretch: int = 1024
+    """Tokens of each text whose loss counts."""
+    search_weight: float = 0.2
+    save_every: int = 100
+    seed: int = 0
+    settings: tuple[tuple[str, Any], ...] = ()
+    """Settings of `mgam.apply` to read with."""
+
+    def __post_init__(self) -> None:
+        if not self.lengths or min(self.lengths) < 2048 or self.steps < 1 or self.batch < 1 or self.rank < 1:
+            raise SettingError("lengths start at 2048 tokens; steps, batch and rank at 1")
+
+
+class Lookups(Dataset[Lookup]):
+    """Lookup number n of a run."""
+
+    def __init__(self, maker: LookupMaker, reading: Reading) -> None:
+        self.maker, self.reading = maker, reading
+
+    def __len__(self) -> int:
+        return self.reading.steps * self.reading.batch
+
+    def __getitem__(self, number: int) -> Lookup:
+        rng = random.Random(f"length/{self.reading.seed}/{number}")
+        late = number / len(self)
+        lengths = self.reading.lengths
+        weights = [
+            (0.5 + late) ** (2 * place) * (1.6 - late) ** (2 * (len(lengths) - place)) for place in range(len(lengths))
+        ]
+        return self.maker.make(number, rng.choices(lengths, weights=weights)[0], self.reading.questions)
+
+
+class Pupil(nn.Module):
+    """The model with its adapter, and the searches of its layers: what is trained, and nothing else, is its state."""
+
+    def __init__(self, model: Any, network: SearchNetwork, reading: Reading, levels: Levels) -> None:
+        super().__init__()
+        self.model, self.network, self.reading, self.levels = model, network, reading, levels
+        self.window = int(applied_to(model).settings.window)
+
+    def trained(self) -> dict[str, Tensor]:
+        """Names and tensors of all that changes, and of what centres the searches."""
+        found = {name: one.data for name, one in self.named_parameters() if one.requires_grad}
+        return found | {f"network.{name}": one for name, one in self.network.state_dict().items()}
+
+    def state_dict(self, *args: Any, **kwargs: Any) -> dict[str, Any]:  # type: ignore[override]
+        """Only what is trained: a checkpoint does not hold the model."""
+        return self.trained()
+
+    def load_state_dict(self, state_dict: Mapping[str, Any], *args: Any, **kwargs: Any) -> Any:
+        """Takes what `state_dict` gave."""
+        there = self.trained()
+        for name, value in state_dict.items():
+            there[name].copy_(value.to(there[name].device))
+        return nn.modules.module._IncompatibleKeys([], [])
+
+    def forward(
+        self, ids: Tensor, document: int, asked: tuple[Asked, ...], place: int
+    ) -> tuple[Tensor, dict[str, Tensor]]:
+        """Loss of one lookup: ids (T,); `place` draws the stretch of text whose loss counts."""
+        applied = applied_to(self.model)
+        self._renew(applied)
+        block = applied.settings.block
+        applied.schedule = Schedule((Span(document, block), Span(None, 1)))
+        searched: list[Tensor] = []
+        voters = _Voters.of(asked, self.levels, self.window, ids.device)
+
+        def visit(layer: int, queries: Tensor, keys: Tensor) -> None:
+            if voters is not None:
+                searched.append(evidence_loss(self.network.layer(layer), queries, keys, voters, self.levels))
+
+        with shown(self.model, visit):
+            hidden = (
+                self.model.get_base_model().get_decoder()(input_ids=ids[None], use_cache=False).last_hidden_state[0]
+            )
+        answers = torch.cat([torch.arange(*one.answer) for one in asked]).to(ids.device)
+        first = place % max(1, document - self.reading.stretch - 1)
+        text = torch.arange(first + 1, min(first + 1 + self.reading.stretch, document), device=ids.device)
+        told = self._loss(hidden, ids, answers)
+        read = self._loss(hidden, ids, text)
+        found = torch.stack(searched).mean() if searched else told.new_zeros(())
+        loss = told + self.reading.prose * read + self.reading.search_weight * found
+        return loss, {"answers": told.detach(), "text": read.detach(), "search": found.detach()}
+
+    def _loss(self, hidden: Tensor, ids: Tensor, targets: Tensor) -> Tensor:
+        """Mean loss of the tokens at `targets`."""
+        head = self.model.get_base_model().get_output_embeddings()
+        return nn.functional.cross_entropy(head(hidden[targets - 1]).float(), ids[targets])
+
+    @torch.no_grad()
+    def _renew(self, applied: Applied) -> None:
+        """Makes layers read by the searches as they are now."""
+        for key, there in list(applied._readings.items()):
+            if isinstance(there.policy, Learned):
+                weights = self.network.layer(key[0]).weights("lesson")
+                policy = Learned(weights, **_dials(there.policy))
+                applied._readings[key] = type(there)(**{**vars(there), "policy": policy})
+
+
+def _dials(policy: Learned) -> dict[str, Any]:
+    return {name: value for name, value in vars(policy).items() if name != "weights"}
+
+
+@dataclass(frozen=True)
+class _Voters:
+    """All positions that look something up, and what they look for.
+
+    Shapes (P voters, Q questions): place (P,), visible (P,) chunks before each one's window, evidence (P, 2) first and
+    last chunk, question (P,) which question it belongs to, answering (P,) whether it stands at or after the answer's
+    beginning.
+    """
+
+    place: Tensor
+    visible: Tensor
+    evidence: Tensor
+    question: Tensor
+    answering: Tensor
+    questions: int
+
+    @classmethod
+    def of(cls, asked: tuple[Asked, ...], levels: Levels, window: int, device: torch.device) -> _Voters | None:
+        """None when every answer stands in a window or in the sink."""
+        rows = []
+        number = 0
+        for one in asked:
+            first, last = one.evidence[0] // levels.chunk, (one.evidence[1] - 1) // levels.chunk
+            visible = max(0, one.question[0] - window + 1) // levels.chunk
+            if first < 1 or last >= visible:
+                continue
+            for place in range(one.question[0], one.answer[1] - 1):
+                rows.append((place, visible, first, last, number, int(place >= one.question[1] - 1)))
+            number += 1
+        if not rows:
+            return None
+        table = torch.tensor(rows, device=device).T
+        return cls(table[0], table[1], table[2:4].T, table[4], table[5].bool(), number)
+
+
+def evidence_loss(search: LayerSearch, queries: Tensor, keys: Tensor, voters: _Voters, levels: Levels) -> Tensor:
+    """How far the search of a layer is from ranking what is asked for first.
+
+    Shapes: queries (1, H*G, T, D), keys (1, H, T, D), before rotation. Each voter of an answer decides for itself;
+    those of a question decide together.
+    """
+    weights = search.weights("lesson")
+    asked = weights.ask(queries[:, :, voters.place])[0]  # (H, s, P, r)
+    chunks = keys.shape[2] // levels.chunk
+    fine = keys[0, :, : chunks * levels.chunk].unflatten(1, (chunks, -1, levels.search)).mean(3)
+    short = weights.keys(fine.transpose(1, 2))  # (H, S, C, r)
+    heads, slots, count, _ = asked.shape
+    logits = best_logits(asked.flatten(1, 2), short, chunks).view(heads, slots, count, chunks)
+    number = torch.arange(chunks, device=logits.device)
+    far = (number >= 1) & (number < voters.visible[:, None])  # (P, C)
+    there = (number >= voters.evidence[:, :1]) & (number <= voters.evidence[:, 1:])
+    logits = logits.masked_fill(~far, -torch.inf)
+    alone = torch.softmax(logits, -1).mean(1)  # (H, P, C)
+    right = (alone * there).sum(-1)
+    single = -(right.clamp(1e-6, ENOUGH) / ENOUGH).log()
+    single = (single * voters.answering).sum(-1) / voters.answering.sum().clamp_min(1)
+    shares = torch.softmax(torch.cat((asked[..., -1:], logits), -1), -1)[..., 1:].mean(1)
+    shares = shares * ~voters.answering[:, None]
+    index = voters.question[None, :, None].expand_as(shares)
+    together = shares.new_zeros(heads, voters.questions, chunks).scatter_add(1, index, shares)
+    hit = there.new_zeros(voters.questions, chunks)
+    hit[voters.question] = there
+    share = (together * hit).sum(-1) / together.sum(-1).clamp_min(1e-9)
+    return single.mean() - (share.clamp(1e-6, ENOUGH) / ENOUGH).log().mean()
+
+
+@contextmanager
+def shown(model: Any, visit: Any) -> Iterator[None]:
+    """While it lasts, layers that read through covers show their queries and keys, before rotation, to `visit`."""
+    AttentionInterface.register(NAME, _attention)
+    AttentionMaskInterface.register(NAME, attention.mask)
+    before = []
+    for index, layer in applied_to(model).layers.items():
+        module: Any = layer
+        before.append((module, module.config))
+        module.config = copy.copy(module.config)
+        module.config._attn_implementation = NAME
+        module._mgam_visit = (index, visit)
+    try:
+        yield
+    finally:
+        for module, config in before:
+            module.config = config
+            del module._mgam_visit
+
+
+def _attention(module: nn.Module, query: Tensor, key: Tensor, value: Tensor, *args: Any, **kwargs: Any) -> Any:
+    index, visit = module._mgam_visit  # type: ignore[misc]
+    visit(index, query, key)
+    return attention.attention(module, query, key, value, *args, **kwargs)
+
+
+class _Trainer(Trainer):
+    """Trains a pupil, one lookup at a time on each device."""
+
+    parts: dict[str, float]
+
+    def compute_loss(  # type: ignore[override]
+        self, model: nn.Module, inputs: dict[str, Any], return_outputs: bool = False, **rest: Any
+    ) -> Any:
+        """The pupil's own loss."""
+        lookup: Lookup = inputs["lookup"]
+        ids = lookup.ids.to(self.args.device)
+        loss, parts = model(ids, lookup.document, lookup.asked, int(lookup.ids.sum()) * 7919)
+        if not bool(torch.isfinite(loss)):
+            raise FittingError(f"the loss is not a number any more at step {self.state.global_step + 1}: {parts}")
+        self.parts = {name: float(value) for name, value in parts.items()}
+        return (loss, None) if return_outputs else loss
+
+    def log(self, logs: dict[str, float], *args: Any, **kwargs: Any) -> None:
+        """Adds the parts of the loss."""
+        super().log({**logs, **(self.parts if "loss" in logs else {})}, *args, **kwargs)
+
+    def create_optimizer(self, model: Any = None) -> Any:
+        """Two rates: of the adapter, and of the searches."""
+        pupil: Any = self.model
+        if self.optimizer is None:
+            groups = [
+                {
+                    "params": [one for one in pupil.model.parameters() if one.requires_grad],
+                    "lr": self.args.learning_rate,
+                },
+                {"params": list(pupil.network.parameters()), "lr": pupil.reading.search_rate},
+            ]
+            self.optimizer = torch.optim.AdamW(groups, weight_decay=0.0, betas=(0.9, 0.98))
+        return self.optimizer
+
+
+class _Clock(TrainerCallback):
+    """Lets the rate fall to nothing by the last step or the last minute, whichever comes first."""
+
+    def __init__(self, minutes: float) -> None:
+        self.minutes, self.begin = minutes, time.perf_counter()
+        self.full: list[float] = []
+
+    def on_train_begin(self, args: Any, state: Any, control: Any, **rest: Any) -> None:
+        """Starts the clock."""
+        self.begin = time.perf_counter()
+
+    def on_step_begin(self, args: Any, state: Any, control: Any, optimizer: Any = None, **rest: Any) -> None:
+        """Sets the rates."""
+        done = state.global_step / max(1, state.max_steps)
+        if self.minutes:
+            done = max(done, (time.perf_counter() - self.begin) / (60 * self.minutes))
+        self.full = self.full or [group["initial_lr"] for group in optimizer.param_groups]
+        rise = min(1.0, (state.global_step + 1) / 20)
+        for group, full in zip(optimizer.param_groups, self.full, strict=True):
+            group["lr"] = full * rise * max(0.02, min(1.0, 1.5 * (1 - done)))
+        if done >= 1:
+            control.should_training_stop = True
+
+    def on_step_end(self, args: Any, state: Any, control: Any, **rest: Any) -> None:
+        """Ends in time."""
+        if self.minutes and time.perf_counter() - self.begin > 60 * self.minutes:
+            control.should_training_stop = control.should_save = True
+
+
+def fit_reading(
+    model: Any,
+    policy: str | Path,
+    maker: LookupMaker,
+    folder: str | Path,
+    reading: Reading | None = None,
+    *,
+    say: Say = print,
+) -> FittedPolicy:
+    """Trains an adapter, and a policy further, so that the model looks things up in texts longer than its window.
+
+    Args:
+        model: a transformers decoder, on its device; LoRA layers of PEFT are put into it.
+        policy: the folder of a policy that was fitted to it.
+        folder: where the trained policy and its adapter (`lora/`) go.
+
+    Raises:
+        SettingError: the policy is of another model; a run of other dials is there.
+        FittingError: the loss is no number any more.
+    """
+    from peft import LoraConfig, get_peft_model
+
+    reading = reading or Reading()
+    place = Path(folder)
+    place.mkdir(parents=True, exist_ok=True)
+    start = FittedPolicy.load(policy)
+    torch.manual_seed(reading.seed)
+    network = SearchNetwork(
+        {int(layer): sizes for layer, sizes in start.model.layers.items()}, start.width, start.slots
+    )
+    network.to(model.device)
+    example = maker.make(0, min(reading.lengths), reading.questions)
+
+    def visit(seen: Seen) -> None:
+        layer = network.layer(seen.layer)
+        layer.measure(seen.queries[0, :, ::4], seen.keys[0, :, ::4])
+        layer.adopt(start.layers[seen.layer])
+
+    with watching(model, visit), torch.no_grad():
+        model.get_decoder()(input_ids=example.ids[None].to(model.device), use_cache=False)
+    targets = ["q_proj", "k_proj", "v_proj", "o_proj"]
+    config = LoraConfig(r=reading.rank, lora_alpha=2 * reading.rank, target_modules=targets, task_type="CAUSAL_LM")
+    tuned = get_peft_model(model, config)
+    settings = {**dict(reading.settings), "policy": str(policy), "lookahead": "none"}
+    apply(tuned, **settings)
+    levels = applied_to(tuned).settings.pyramid_levels
+    pupil = Pupil(tuned, network, reading, levels)
+    arguments = TrainingArguments(
+        output_dir=str(place / CHECKPOINTS), max_steps=reading.steps, per_device_train_batch_size=1,
+        gradient_accumulation_steps=max(1, reading.batch // _world()), learning_rate=reading.rate,
+        lr_scheduler_type="constant", max_grad_norm=1.0, seed=reading.seed, logging_steps=10,
+        save_steps=reading.save_every, save_total_limit=2, report_to=[], remove_unused_columns=False,
+        disable_tqdm=True, use_cpu=model.device.type == "cpu", dataloader_num_workers=0 if reading.steps < 20 else 2,
+        dataloader_pin_memory=False, average_tokens_across_devices=False, logging_nan_inf_filter=False,
+    )  # fmt: skip
+    trainer = _Trainer(
+        model=pupil, args=arguments, train_dataset=Lookups(maker, reading),
+        data_collator=lambda items: {"lookup": items[0]}, callbacks=[Log(place / LOG, say), _Clock(reading.minutes)],
+    )  # fmt: skip
+    kept = last_whole(place / CHECKPOINTS)
+    began = time.perf_counter()
+    trainer.train(resume_from_checkpoint=None if kept is None else str(kept))
+    notes = {
+        **start.notes, "reading": json.loads(json.dumps(asdict(reading), default=str)),
+        "reading_steps": trainer.state.global_step, "reading_seconds": round(time.perf_counter() - began, 1),
+    }  # fmt: skip
+    fitted = FittedPolicy(
+        start.model, start.width, start.slots, start.search, network.exported(), start.defaults, notes
+    )
+    if trainer.is_world_process_zero():
+        fitted.save(place)
+        save_adapter(tuned, place / FOLDER)
+    return fitted
+
+
+def _world() -> int:
+    import os
+
+    return max(1, int(os.environ.get("WORLD_SIZE", "1")))
+
+
+def save_adapter(tuned: Any, folder: Path) -> None:
+    """Writes the adapter as PEFT does, in half precision and without the machine's paths."""
+    from peft import get_peft_model_state_dict
+    from safetensors.torch import save_file
+
+    folder.mkdir(parents=True, exist_ok=True)
+    state = get_peft_model_state_dict(tuned)
+    save_file(
+        {name: one.detach().cpu().half().contiguous() for name, one in state.items()},
+        folder / "adapter_model.safetensors",
+    )
+    config = tuned.peft_config["default"]
+    body = {
+        "peft_type": "LORA", "task_type": "CAUSAL_LM", "r": config.r, "lora_alpha": config.lora_alpha,
+        "target_modules": sorted(config.target_modules), "bias": "none", "lora_dropout": 0.0, "use_dora": False,
+        "use_rslora": False, "base_model_name_or_path": "", "inference_mode": True,
+    }  # fmt: skip
+    (folder / "adapter_config.json").write_text(json.dumps(body, indent=1) + "\n", encoding="utf-8")
