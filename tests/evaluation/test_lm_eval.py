@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import json
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -87,3 +90,48 @@ def test_prompts_may_be_longer_than_the_trained_window(folder: Path) -> None:
 def test_arguments_that_are_not_known_are_refused(folder: Path) -> None:
     with pytest.raises(SettingError, match="window"):
         model(folder, windwo=3)
+
+
+def test_our_tasks_run_in_the_harness(folder: Path, tmp_path: Path) -> None:
+    """The samples that mgam eval reads, by the harness from its command on: the replies are scored as ours are."""
+    from lm_eval import simple_evaluate
+    from lm_eval.tasks import TaskManager
+
+    from mgam.evaluation.harness import score, write_tasks
+    from mgam.evaluation.registry import find_tasks
+    from mgam.evaluation.texts import TextLibrary
+    from mgam.evaluation.tokens import TokenCounter
+
+    reader = model(folder, budget=64, window=32)
+    counter, texts = TokenCounter(reader.tokenizer), TextLibrary(tmp_path)
+    names = write_tasks(tmp_path / "tasks", find_tasks(["passkey"]), [1024], 2, 0, counter, texts)
+    assert names == ["mgam_passkey_1024"]
+    record = json.loads((tmp_path / "tasks" / "mgam_passkey_1024.jsonl").read_text().splitlines()[0])
+    assert score(record, f"It is {record['gold']}.") == 1.0
+    assert score(record, "") == 0.0
+    manager = TaskManager(include_path=str(tmp_path / "tasks"))
+    found = simple_evaluate(reader, tasks=names, task_manager=manager, bootstrap_iters=0)
+    assert found["results"]["mgam_passkey_1024"]["score,none"] == 0.0
+    assert len(found["samples"]["mgam_passkey_1024"]) == 2
+    with pytest.raises(SettingError, match="measures losses"):
+        write_tasks(tmp_path, find_tasks(["loss_shipped"]), [1024], 1, 0, counter, texts)
+
+
+def test_the_command_of_the_harness(folder: Path, tmp_path: Path) -> None:
+    """`lm-eval --model mgam` on a task file, in a process of its own."""
+    (tmp_path / "rows.jsonl").write_text(json.dumps({"text": SHORT, "answer": "w3"}) + "\n")
+    (tmp_path / "own.yaml").write_text(
+        "task: own_words\ndataset_path: json\ndataset_kwargs:\n  data_files:\n    test: "
+        f"{tmp_path / 'rows.jsonl'}\ntest_split: test\noutput_type: multiple_choice\ndoc_to_text: '{{{{text}}}}'\n"
+        "doc_to_choice: ['w3', 'w4']\ndoc_to_target: '{{answer}}'\nmetric_list:\n  - metric: acc\n"
+    )
+    words = [sys.executable, "-m", "mgam.integrations.lm_eval", "--model", "mgam", "--tasks", "own_words"]
+    words += ["--model_args", f"pretrained={folder},method=mgam,budget=64,window=32", "--device", "cpu"]
+    words += ["--include_path", str(tmp_path), "--output_path", str(tmp_path / "out")]
+    done = subprocess.run(words, capture_output=True, text=True, timeout=600, check=False)
+    assert done.returncode == 0, done.stderr[-2000:]
+    assert "own_words" in done.stdout
+    wrong = subprocess.run([*words[:8], "pretrained=nothing/here/at/all", *words[9:]], capture_output=True, text=True,
+                           timeout=600, check=False)  # fmt: skip
+    assert wrong.returncode != 0
+    assert "no folder or file" in wrong.stderr

@@ -55,13 +55,17 @@ def evaluate(
         str, typer.Option(help="Tokens at start,end of a document in which no needle may stand, as 64,512.")
     ] = "0,0",
     prose: Annotated[str | None, typer.Option(help="Text source of prose haystacks; see mgam data list.")] = None,
+    export: Annotated[
+        Path | None,
+        typer.Option(help="Write the samples as tasks of lm-evaluation-harness to this folder, and stop."),
+    ] = None,
     listed: Annotated[bool, typer.Option("--list", help="List the tasks and stop.")] = False,
 ) -> None:
     """Measure how far a model reads, with dense attention beside every method."""
     if listed:
         _print_tasks(as_json)
         return
-    from mgam.evaluation.session import Session, evaluate_session
+    from mgam.evaluation.session import Session, evaluate_session, export_session
 
     notes = Console(stderr=True)
     session = Session(
@@ -80,6 +84,10 @@ def evaluate(
         prose=prose,
         batch_size=batch_size,
     )
+    if export is not None:
+        for name in export_session(session, export, notes):
+            typer.echo(name)
+        return
     outcome = evaluate_session(session, notes)
     if outcome is None:  # one of several processes; the first one reports
         return

@@ -109,6 +109,21 @@ def evaluate_session(session: Session, notes: Console) -> Outcome | None:
     )
 
 
+def export_session(session: Session, folder: Path, notes: Console) -> list[str]:
+    """Writes the samples of a session as tasks of lm-evaluation-harness; returns their names.
+
+    Raises:
+        SettingError: as `evaluate_session` does, and for tasks that the harness cannot score.
+    """
+    from mgam.evaluation.harness import write_tasks
+
+    tasks, texts = find_tasks(session.tasks), TextLibrary(prose=session.prose)
+    _require_texts(tasks, texts)
+    tokenizer = _load(session, notes)[0][1]
+    lengths = parse_lengths(session.lengths)
+    return write_tasks(folder, tasks, lengths, session.trials, session.seed, TokenCounter(tokenizer), texts)
+
+
 def gather(files: Sequence[Path], notes: Console) -> Outcome:
     """All trials of some results files as one outcome: parts of a run that were made apart, or one that was cut.
 
