@@ -84,6 +84,10 @@ class Settings:
     """Of a learned policy: the share of all attention that is to be read as tokens, as it predicts. Blocks that look
     nearby then open less than the budget. None: every block spends its budget."""
 
+    middle: int = 0
+    """Of a learned policy: how much of the budget goes to regions in which nothing is opened, but which are read as
+    fine summaries instead of coarse ones."""
+
     def __post_init__(self) -> None:
         levels = self.pyramid_levels
         if not isinstance(self.budget, int) or isinstance(self.budget, bool) or self.budget < levels.chunk:
@@ -100,6 +104,11 @@ class Settings:
         if self.recall is not None and (self.policy is None or not 0 < self.recall <= 1):
             raise SettingError(
                 f"recall={self.recall!r} must lie above 0 and be at most 1, and needs a learned policy (policy=FOLDER)"
+            )
+        if not isinstance(self.middle, int) or not 0 <= self.middle <= self.budget - levels.chunk:
+            raise SettingError(
+                f"middle={self.middle!r} must be a whole number from 0 to the budget less one chunk "
+                f"({self.budget - levels.chunk})"
             )
         if self.policy is not None and self.positions != "granular":
             raise SettingError(

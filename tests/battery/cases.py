@@ -6,11 +6,14 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
 
+import torch
+
 from mgam import methods
 from mgam.levels import Levels
 from mgam.methods import Method
 from mgam.policies import Dyadic, Policy, Scored, Window
 from mgam.policies.compact import Compact
+from mgam.policies.learned import Learned, SearchWeights
 from mgam.settings import Settings
 
 LEVELS = (1, 4, 16)
@@ -120,13 +123,16 @@ class Case:
     """Settings besides the small ones."""
     opens: Callable[[int], int] = sink
     """Chunks before the window -> chunks opened."""
-    summaries: Summaries = coarsest
+    summaries: Summaries | None = coarsest
+    """None: which regions are read finely is decided too."""
     begins: Callable[[int, int], int] = windowed
     """Where a block is decided, and the window -> first token that it must read there."""
     cover: str | None = None
     """What the settings make of the declared cover."""
     make: Callable[[Settings, float], Policy] | None = None
     """A policy other than the method's, for what its settings do not reach."""
+    fewer: bool = False
+    """Whether it may open fewer: what a block deserves is decided too."""
 
     @property
     def evicts(self) -> bool:
@@ -159,6 +165,27 @@ def compact(s: Settings, scale: float) -> Policy:
     return Scored(s.budget, s.window, s.rest, s.mass, scale, s.every, Compact(dims=16, bits=8, calibrate=20))
 
 
+def learned(**dials: Any) -> Callable[[Settings, float], Policy]:
+    """A learned policy whose searches mirror and mix the dimensions of queries and keys: it finds what these find."""
+
+    def make(s: Settings, scale: float) -> Policy:
+        from .trial import DIM, GROUP, HEADS
+
+        rng = torch.Generator().manual_seed(7)
+        signs = torch.randn(HEADS, DIM, 1, generator=rng).sign()
+        turn = signs * torch.stack([torch.eye(DIM)[torch.randperm(DIM, generator=rng)] for _ in range(HEADS)])
+        query = torch.zeros(HEADS, GROUP * DIM, GROUP * (DIM + 1))
+        for head in range(GROUP):  # one search query for each head
+            query[:, head * DIM : (head + 1) * DIM, head * (DIM + 1) : head * (DIM + 1) + DIM] = turn * scale
+        pull, voice = torch.randn(2, HEADS, GROUP * DIM, generator=rng) * 0.1
+        query[:, :, DIM] = pull
+        bias = torch.zeros(HEADS, GROUP * (DIM + 1))
+        weights = SearchWeights("battery", GROUP, query, bias, turn, torch.zeros(HEADS, DIM), voice, bias[:, 0])
+        return Learned(weights, s.budget, s.window, s.rest, s.mass, middle=s.middle, **dials)
+
+    return make
+
+
 CASES = [
     Case("dense", "dense", opens=lambda available: 0, summaries=nothing, begins=everything),
     Case("streaming-llm", "streaming-llm", summaries=nothing),
@@ -171,6 +198,13 @@ CASES = [
     Case("mgam-half-mass", "mgam", {"budget": ENOUGH}, {"mass": 0.5}, within(2)),
     Case("mgam-compact", "mgam", {"budget": ENOUGH}, {}, within(2), make=compact),
     Case("mgam-flat", "mgam", {"budget": ENOUGH}, {"levels": (1, 4), "budget": 12}, within(3)),
+    Case("learned", "mgam", {"budget": ENOUGH}, opens=within(2), make=learned()),
+    Case(
+        "learned-drop", "mgam", {"budget": ENOUGH}, {"rest": "drop"}, within(2), nothing, cover="drops", make=learned()
+    ),
+    Case("learned-thin", "mgam", {"budget": ENOUGH}, {"block": 20}, within(2), make=learned(thin=4)),
+    Case("learned-recall", "mgam", opens=within(2), make=learned(recall=0.6), fewer=True),
+    Case("learned-middle", "mgam", {"budget": ENOUGH}, {"budget": 12, "middle": 4}, within(2), None, make=learned()),
     Case("quest", "quest", {"budget": ENOUGH}, {}, alone(2), nothing),
     Case("longheads", "longheads", {"budget": ENOUGH}, {}, within(2), nothing),
     Case("snapkv", "snapkv", {"budget": ENOUGH}, {"budget": 12}),

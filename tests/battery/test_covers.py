@@ -55,9 +55,11 @@ def test_entries_follow_the_formula(trial: Trial) -> None:
             assert int(cover.window_start[number]) == begin
             for head in range(cover.opened.shape[1]):
                 opened = set(cover.opened[number, head].tolist()) - {-1}
-                assert len(opened) == trial.case.opens(begin // trial_levels.chunk)
+                wanted = trial.case.opens(begin // trial_levels.chunk)
+                assert len(opened) <= wanted if trial.case.fewer else len(opened) == wanted
                 found = [set(index[number, head].tolist()) - {-1} for index in cover.summaries]
-                assert found == trial.case.summaries(trial_levels, begin, opened)
+                if trial.case.summaries is not None:
+                    assert found == trial.case.summaries(trial_levels, begin, opened)
                 before = len(opened) * trial_levels.chunk + sum(map(len, found))
                 assert int(cover.entries()[number, head]) == before <= policy.read_at_most(begin, trial_levels)
                 totals[0] += sum(len(opened) * trial_levels.chunk + query + 1 - begin for query in range(start, stop))

@@ -13,6 +13,7 @@ they choose tokens or blocks of one level, and do not predict a budget.
 
 from __future__ import annotations
 
+import functools
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
@@ -248,7 +249,8 @@ class Learned:
             size, width = levels.sizes[level], levels.sizes[level] // levels.chunk
             count = -(-left.shape[-1] // width)
             wide = (0, count * width - left.shape[-1])
-            region = torch.nn.functional.pad(left, wide).unflatten(-1, (count, width)).sum(-1)
+            parts = torch.nn.functional.pad(left, wide).unflatten(-1, (count, width)).unbind(-1)
+            region = functools.reduce(torch.add, parts)  # in one order whatever the shape: equal regions must tie
             split = torch.nn.functional.pad(opened, wide).unflatten(-1, (count, width)).any(-1)
             whole = (torch.arange(1, count + 1, device=start.device) * size)[None, None] <= start[:, None, None]
             region = region.masked_fill(split | ~whole, -1.0)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import json
 import math
 import os
@@ -16,26 +17,22 @@ from torch import Tensor, nn
 from torch.utils.data import Dataset
 from transformers import Trainer, TrainerCallback, TrainingArguments
 
-from mgam.errors import MgamError, SettingError
+from mgam.errors import SettingError
 from mgam.integrations.transformers.fitted import shape_of
 from mgam.integrations.transformers.models import architecture
 from mgam.levels import Levels
-from mgam.policies.files import FittedPolicy, ModelShape
+from mgam.policies.files import FittedPolicy
 from mgam.training.checkpoints import last_whole
 from mgam.training.lessons import Sampling, lessons_of
 from mgam.training.lookups import LookupMaker
 from mgam.training.network import SearchNetwork
+from mgam.training.runs import CHECKPOINTS, LOG, FittingError, NotANumberError, open_run, saying_why
 from mgam.training.teacher import Seen, watching
 from mgam.training.texts import Document, Windows, fingerprint
 
+__all__ = ["CHECKPOINTS", "LOG", "Fitting", "FittingError", "Log", "Say", "fit"]
+
 Say = Callable[[str], None]
-RUN = "run.json"
-LOG = "log.jsonl"
-CHECKPOINTS = "checkpoints"
-
-
-class FittingError(MgamError):
-    """Fitting stopped; the message says where, why, and what was kept."""
 
 
 @dataclass(frozen=True)
@@ -115,7 +112,7 @@ class _Trainer(Trainer):
         if not bool(torch.isfinite(loss)):
             layers = parts["layers"].view(len(lessons), -1).mean(1)
             bad = [number for number, value in zip(lessons, layers.tolist(), strict=True) if not math.isfinite(value)]
-            raise FittingError(
+            raise NotANumberError(
                 f"the loss is not a number any more at step {self.state.global_step + 1}, in layers {bad}"
             )
         self.parts = {name: float(value) for name, value in parts.items() if name != "layers"}
@@ -185,7 +182,8 @@ def fit(
     shape = shape_of(model)
     windows = Windows(documents, fitting.tokens, fitting.steps * fitting.batch, fitting.seed)
     course = Course(windows, lookups if fitting.lookup_tokens else None, fitting.lookup_tokens)
-    _open(place, fitting, shape, documents, resume)
+    what = {"dials": asdict(fitting), "model": asdict(shape), "data": fingerprint(documents)}
+    open_run(place, what, resume)
     for parameter in model.parameters():
         parameter.requires_grad_(False)
     model.eval()
@@ -197,25 +195,16 @@ def fit(
         begin(network, model, windows, fitting)
     else:
         say(f"going on from {kept.name}")
+    if model.device.type == "cpu":
+        say(foretell(network, model, course, fitting))
     trainer = _Trainer(
         model, fitting.sampling, list(network_layers(network)), model=network,
         args=_arguments(place, fitting, model), train_dataset=course, data_collator=_collate,
         callbacks=[Log(place / LOG, say)],
     )  # fmt: skip
     started = time.perf_counter()
-    try:
+    with saying_why(place, fitting.rate):
         trainer.train(resume_from_checkpoint=None if kept is None else str(kept))
-    except FittingError as error:
-        last = last_whole(place / CHECKPOINTS)
-        raise FittingError(
-            f"{error}; the last good checkpoint is {last}. Fit anew with a lower --rate ({fitting.rate} now) or "
-            "another --seed"
-        ) from error
-    except OSError as error:
-        raise FittingError(
-            f"fitting stopped: {error}; the last whole checkpoint is {last_whole(place / CHECKPOINTS)}. "
-            "Make room and call it again: it goes on from there"
-        ) from error
     fitted = FittedPolicy(
         shape, fitting.width, fitting.slots, fitting.search, network.exported(),
         notes={
@@ -225,7 +214,8 @@ def fit(
         },
     )  # fmt: skip
     if trainer.is_world_process_zero():
-        fitted.save(place)
+        with saying_why(place, fitting.rate):
+            fitted.save(place)
     return replace(fitted, folder=place)
 
 
@@ -270,6 +260,23 @@ def begin(network: SearchNetwork, model: Any, windows: Dataset[dict[str, Tensor]
         model.get_decoder()(input_ids=windows[0]["input_ids"][None].to(model.device), use_cache=False)
 
 
+def foretell(network: SearchNetwork, model: Any, course: Dataset[dict[str, Tensor]], fitting: Fitting) -> str:
+    """How long a fit will take on this machine, by one text."""
+    trial = copy.deepcopy(network)
+    began = time.perf_counter()
+    text = _collate([course[0]])
+    loss, _ = trial(lessons_of(model, text["input_ids"].to(model.device), text["number"].tolist(), fitting.sampling))
+    loss.backward()
+    each = time.perf_counter() - began
+    minutes = each * fitting.steps * fitting.batch / 60
+    whole = f"{minutes:.0f} min" if minutes < 120 else f"{minutes / 60:.1f} hours"
+    return (
+        f"no GPU is used: a text of {fitting.tokens:,} tokens takes {each:.1f} s here, so {fitting.steps} steps of "
+        f"{fitting.batch} texts take about {whole}; "
+        "fewer --steps or shorter --tokens take less"
+    )
+
+
 def _collate(items: list[dict[str, Tensor]]) -> dict[str, Tensor]:
     return {name: torch.stack([item[name] for item in items]) for name in items[0]}
 
@@ -287,25 +294,3 @@ def _arguments(place: Path, fitting: Fitting, model: Any) -> TrainingArguments:
         remove_unused_columns=False, disable_tqdm=True, use_cpu=model.device.type == "cpu", dataloader_num_workers=0,
         dataloader_pin_memory=False, average_tokens_across_devices=False, logging_nan_inf_filter=False,
     )  # fmt: skip
-
-
-def _open(place: Path, fitting: Fitting, shape: ModelShape, documents: Sequence[Document], resume: bool) -> None:
-    """Notes what the run is, or checks that it is the one that is there."""
-    run = json.loads(json.dumps({"fitting": asdict(fitting), "model": asdict(shape), "data": fingerprint(documents)}))
-    path = place / RUN
-    if path.exists():
-        try:
-            there = json.loads(path.read_text(encoding="utf-8"))
-        except ValueError:
-            there = None
-        if not resume or there != run:
-            raise SettingError(
-                f"{place} holds a fit {'' if there == run else 'of another model, other data or other dials'}; "
-                "give a new folder with -o"
-            )
-        return
-    try:
-        place.mkdir(parents=True, exist_ok=True)
-        path.write_text(json.dumps(run, indent=1) + "\n", encoding="utf-8")
-    except OSError as error:
-        raise SettingError(f"{place} cannot be written ({error}); give another folder with -o") from error

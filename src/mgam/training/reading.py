@@ -27,15 +27,17 @@ from transformers.masking_utils import AttentionMaskInterface
 from mgam.errors import SettingError
 from mgam.integrations.transformers import attention
 from mgam.integrations.transformers.apply import Applied, applied_to, apply
+from mgam.integrations.transformers.fitted import shape_of
 from mgam.integrations.transformers.low_rank import FOLDER
 from mgam.levels import Levels
-from mgam.policies.files import FittedPolicy
+from mgam.policies.files import FittedPolicy, resolve
 from mgam.policies.learned import Learned, best_logits
 from mgam.schedule import Schedule, Span
 from mgam.training.checkpoints import last_whole
-from mgam.training.fit import CHECKPOINTS, LOG, FittingError, Log, Say
+from mgam.training.fit import Log, Say
 from mgam.training.lookups import Asked, Lookup, LookupMaker
 from mgam.training.network import LayerSearch, SearchNetwork
+from mgam.training.runs import CHECKPOINTS, LOG, NotANumberError, open_run, saying_why
 from mgam.training.teacher import Seen, watching
 
 NAME = "mgam_lesson"
@@ -268,7 +270,7 @@ class _Trainer(Trainer):
         ids = lookup.ids.to(self.args.device)
         loss, parts = model(ids, lookup.document, lookup.asked, int(lookup.ids.sum()) * 7919)
         if not bool(torch.isfinite(loss)):
-            raise FittingError(f"the loss is not a number any more at step {self.state.global_step + 1}: {parts}")
+            raise NotANumberError(f"the loss is not a number any more at step {self.state.global_step + 1}: {parts}")
         self.parts = {name: float(value) for name, value in parts.items()}
         return (loss, None) if return_outputs else loss
 
@@ -344,8 +346,9 @@ def fit_reading(
 
     reading = reading or Reading()
     place = Path(folder)
-    place.mkdir(parents=True, exist_ok=True)
-    start = FittedPolicy.load(policy)
+    start = FittedPolicy.load(resolve(policy))
+    start.check(shape_of(model), start.search)
+    open_run(place, {"dials": asdict(reading), "policy": _name(start), "texts": maker.seed}, resume=True)
     torch.manual_seed(reading.seed)
     network = SearchNetwork(
         {int(layer): sizes for layer, sizes in start.model.layers.items()}, start.width, start.slots
@@ -381,7 +384,8 @@ def fit_reading(
     )  # fmt: skip
     kept = last_whole(place / CHECKPOINTS)
     began = time.perf_counter()
-    trainer.train(resume_from_checkpoint=None if kept is None else str(kept))
+    with saying_why(place, reading.rate):
+        trainer.train(resume_from_checkpoint=None if kept is None else str(kept))
     notes = {
         **start.notes, "reading": json.loads(json.dumps(asdict(reading), default=str)),
         "reading_steps": trainer.state.global_step, "reading_seconds": round(time.perf_counter() - began, 1),
@@ -390,9 +394,15 @@ def fit_reading(
         start.model, start.width, start.slots, start.search, network.exported(), start.defaults, notes
     )
     if trainer.is_world_process_zero():
-        fitted.save(place)
-        save_adapter(tuned, place / FOLDER)
+        with saying_why(place, reading.rate):
+            fitted.save(place)
+            save_adapter(tuned, place / FOLDER)
     return fitted
+
+
+def _name(policy: FittedPolicy) -> str:
+    """What tells a policy from others: a hash of its weights."""
+    return next(iter(policy.layers.values())).name.split(".")[0]
 
 
 def _world() -> int:
