@@ -124,10 +124,10 @@ def _sample_cell(model: str | None, device: str, length: int, method: str) -> di
     import torch
     from transformers import DynamicCache
 
-    from mgam.documents.asking import CALL
     from mgam.evaluation.machine import conditions
     from mgam.integrations.loading import load
     from mgam.integrations.memory import peak_memory_bytes
+    from mgam.integrations.transformers.call_size import LEAST as CALL
 
     loaded = load(model, device=device)[0]
     config = loaded.config.get_text_config(decoder=True)

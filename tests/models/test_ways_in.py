@@ -176,7 +176,7 @@ def test_long_prompts_are_read_in_calls(monkeypatch: pytest.MonkeyPatch) -> None
     model, ids = applied(GEMMA, lookahead="block"), tokens(2, 120)
     whole = produce(model, ids)
     monkeypatch.setattr(prefill, "LONG_PROMPT", 50)
-    monkeypatch.setattr(prefill, "PREFILL", 24)
+    monkeypatch.setattr(prefill, "call_size", lambda model, rows: 24)
     seen: list[int] = []
     hook = model.model.register_forward_pre_hook(
         lambda module, args, kwargs: seen.append(kwargs["input_ids"].shape[1]), with_kwargs=True

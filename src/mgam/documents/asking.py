@@ -19,10 +19,8 @@ from mgam.engine import Record
 from mgam.errors import DocumentError
 from mgam.integrations.memory import peak_memory_bytes
 from mgam.integrations.transformers import Applied, PyramidCache
+from mgam.integrations.transformers.call_size import call_size
 from mgam.schedule import Schedule
-
-CALL = 2048
-"""Tokens read in one call of the model."""
 
 
 @dataclass(frozen=True)
@@ -200,8 +198,9 @@ def _read_document(
 ) -> None:
     """Reads all but the question, without logits."""
     decoder = model.get_decoder()
-    for first in range(0, document, CALL):
-        last = min(first + CALL, document)
+    size = call_size(model)
+    for first in range(0, document, size):
+        last = min(first + size, document)
         positions = torch.arange(first, last, device=ids.device)[None]
         decoder(input_ids=ids[:, first:last], position_ids=positions, past_key_values=cache, use_cache=True)
         if on_progress is not None:

@@ -34,14 +34,13 @@ from mgam.documents.tokens import Tokens, check_equal, tokens_of
 from mgam.errors import DigestError, SettingError, UnsupportedModelError
 from mgam.integrations.transformers import Applied, PyramidCache, applied_to
 from mgam.integrations.transformers.cache import PyramidLayer
+from mgam.integrations.transformers.call_size import LEAST, call_size
 from mgam.integrations.transformers.tail import Tail
 from mgam.policies import Dyadic, Full, Scored, Window
 from mgam.pyramid import Pyramid
 from mgam.schedule import Schedule, Span
 from mgam.settings import Settings
 
-CALL = 2048
-"""Tokens read in one call of the model."""
 SEGMENT = 4096
 """Tokens in a segment, unless calls, blocks and chunks need more."""
 
@@ -55,14 +54,21 @@ Progress = Callable[[int, int], None]
 class Grid:
     """Where calls and segments begin."""
 
-    call: int = CALL
-    segment: int = SEGMENT
+    call: int
+    segment: int
 
-    def fitted(self, applied: Applied) -> Grid:
-        """The same, with segments on which calls, blocks and all chunks end."""
-        call = -(-self.call // applied.settings.block) * applied.settings.block
+    @classmethod
+    def of(cls, model: Any, applied: Applied, memory: int | None, call: int | None, segment: int) -> Grid:
+        """Calls of about `call` tokens in whole blocks, and segments on which calls, blocks and all chunks end.
+
+        Without `call`, calls are as large as they are everywhere, but small under a memory bound: what a call reads
+        stays in memory until its segment is written.
+        """
+        if call is None:
+            call = call_size(model) if memory is None else LEAST
+        call = -(-call // applied.settings.block) * applied.settings.block
         step = step_of(applied.settings, call)
-        return Grid(call, -(-self.segment // step) * step)
+        return cls(call, -(-segment // step) * step)
 
 
 def digest(
@@ -75,7 +81,8 @@ def digest(
     memory: int | None = None,
     eight_bits: bool = False,
     room: int = 0,
-    grid: Grid | None = None,
+    call: int | None = None,
+    segment: int = SEGMENT,
     on_progress: Progress | None = None,
 ) -> Manifest:
     """Digests texts into a folder, or goes on where an earlier call was stopped; see `Document.digest`."""
@@ -91,7 +98,8 @@ def digest(
             manifest = _go_on(path, model, tokenizer, sources, append=append)
         else:
             shape = shape_of(model, applied, eight_bits)
-            manifest = _new(model, tokenizer, sources, applied, shape, (grid or Grid()).fitted(applied))
+            grid = Grid.of(model, applied, memory, call, segment)
+            manifest = _new(model, tokenizer, sources, applied, shape, grid)
             _check_memory(manifest, memory, room, model.device)
             texts_kept = tuple(write_text(path, n, source.name, source.text) for n, source in enumerate(sources))
             manifest = manifest.with_(texts=texts_kept)

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from mgam.documents import digesting
 from mgam.documents.asking import Answer, Streamer, per_level, settings_of
-from mgam.documents.digesting import Grid, check_model, load_layer, set_recent
+from mgam.documents.digesting import check_model, load_layer, set_recent
 from mgam.documents.evidence import find_evidence
 from mgam.documents.paged import PagedPyramid
 from mgam.documents.pool import Counts, Pool
@@ -66,7 +66,7 @@ class Document:
         memory: str | int | None = None,
         eight_bits: bool = False,
         segment: int = digesting.SEGMENT,
-        call: int = digesting.CALL,
+        call: int | None = None,
         room: int = ROOM,
         on_progress: Callable[[int, int], None] | None = None,
     ) -> Document:
@@ -80,7 +80,8 @@ class Document:
             memory: bound of keys, values, summaries and search keys, such as `2GiB`; the weights and a call's work come
                 on top.
             eight_bits: keep keys and values rounded to 8 bits.
-            segment: tokens in a file of the digest; call: tokens read at once. Rounded up to fit blocks and chunks.
+            segment: tokens in a file of the digest; call: tokens read at once (None: 2,048, and more on a GPU without a
+                memory bound). Rounded up to fit blocks and chunks.
             room: as in `open`.
             on_progress: called with tokens digested so far and tokens in all.
 
@@ -94,7 +95,7 @@ class Document:
         bound = parse_memory(memory)
         digesting.digest(
             model, tokenizer, texts, Path(path), append=append, memory=bound, eight_bits=eight_bits, room=room,
-            grid=Grid(call, segment), on_progress=on_progress,
+            call=call, segment=segment, on_progress=on_progress,
         )  # fmt: skip
         return cls.open(path, model, tokenizer, memory=memory, room=room)
 

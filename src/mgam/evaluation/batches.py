@@ -11,9 +11,8 @@ from torch import Tensor
 
 from mgam.documents.prompt import Prompt, build
 from mgam.documents.sources import Source
-
-CALL = 2048
-"""Columns read in one call of the model, as in `mgam ask`."""
+from mgam.integrations.transformers import prefill
+from mgam.integrations.transformers.call_size import call_size
 
 
 @dataclass(frozen=True)
@@ -30,7 +29,7 @@ class Batch:
 def read_batch(model: Any, tokenizer: Any, documents: Sequence[str], questions: Sequence[str], limit: int) -> Batch:
     """Answers each question from its document, greedily, with at most `limit` tokens.
 
-    The calls are those of `mgam.documents.asking.ask`; no evidence is recorded.
+    Each row is read in calls that cut none of its query blocks, as it would be alone; no evidence is recorded.
     """
     prompts = [
         build(tokenizer, [Source("document", document)], question)
@@ -39,7 +38,12 @@ def read_batch(model: Any, tokenizer: Any, documents: Sequence[str], questions: 
     pad = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else tokenizer.eos_token_id
     ids, mask = _left_padded([prompt.ids for prompt in prompts], pad, model.device)
     cache, record = _open_cache(model, prompts, ids.shape[1] + limit)
-    _read(model, ids, mask, cache, ids.shape[1] - max(prompt.question for prompt in prompts))
+    size = call_size(model, len(prompts))
+    if record is None:
+        _read(model, ids, mask, cache, ids.shape[1] - max(prompt.question for prompt in prompts), size)
+    else:
+        lengths, texts = [len(prompt.ids) for prompt in prompts], [prompt.document for prompt in prompts]
+        prefill.read(model, cache, ids, lengths, texts, _whole_blocks(size, model))
     produced = model.generate(
         ids,
         attention_mask=mask,
@@ -93,12 +97,18 @@ def _open_cache(model: Any, prompts: Sequence[Prompt], columns: int) -> tuple[An
     return cache, record
 
 
-def _read(model: Any, ids: Tensor, mask: Tensor, cache: Any, columns: int) -> None:
+def _whole_blocks(size: int, model: Any) -> int:
+    """A call that cuts no query block."""
+    block = int(model._mgam_applied.settings.block)
+    return max(block, size // block * block)
+
+
+def _read(model: Any, ids: Tensor, mask: Tensor, cache: Any, columns: int, size: int) -> None:
     """Reads the first `columns`, which all belong to documents, without logits."""
     decoder = model.get_decoder()
     positions = (mask.cumsum(1) - 1).clamp_min(0)
-    for first in range(0, columns, CALL):
-        last = min(first + CALL, columns)
+    for first in range(0, columns, size):
+        last = min(first + size, columns)
         decoder(
             input_ids=ids[:, first:last],
             attention_mask=mask[:, :last],

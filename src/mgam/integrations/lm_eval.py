@@ -19,6 +19,7 @@ from mgam.errors import MgamError, SettingError
 from mgam.integrations.loading import load
 from mgam.integrations.transformers.apply import apply
 from mgam.integrations.transformers.cache import PyramidCache
+from mgam.integrations.transformers.call_size import call_size
 from mgam.schedule import Schedule
 from mgam.settings import Settings
 
@@ -28,10 +29,8 @@ try:
 except ImportError as error:
     raise MgamError("lm-evaluation-harness is not installed; pip install 'mgam[eval]'") from error
 
-CALL = 2048
-"""Tokens read in one call while no logits are wanted."""
 LOGITS_CALL = 512
-"""The same where they are."""
+"""Tokens read in one call where their logits are wanted."""
 LONGEST = 1 << 20
 """Tokens that a prompt may have when granular positions lift the limit of the trained window."""
 EMBEDDED = "default"
@@ -112,8 +111,9 @@ class MgamLM(HFLM):
         cache, length = self._cache(inps.shape[1]), inps.shape[1]
         silent = max(0, length - self._wanted)
         decoder = self.model.get_decoder()
-        for first in range(0, silent, CALL):
-            decoder(input_ids=inps[:, first : min(first + CALL, silent)], past_key_values=cache, use_cache=True)
+        size = call_size(self.model)
+        for first in range(0, silent, size):
+            decoder(input_ids=inps[:, first : min(first + size, silent)], past_key_values=cache, use_cache=True)
         parts = []
         for first in range(silent, length, LOGITS_CALL):
             part = inps[:, first : min(first + LOGITS_CALL, length)]

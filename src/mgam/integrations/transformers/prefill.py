@@ -10,6 +10,7 @@ from torch import Tensor
 
 from mgam.errors import SettingError, UnsupportedModelError
 from mgam.integrations.transformers.cache import PyramidCache, RowsLayer
+from mgam.integrations.transformers.call_size import call_size
 from mgam.schedule import Schedule
 from mgam.settings import Settings
 
@@ -17,8 +18,7 @@ if TYPE_CHECKING:
     from mgam.integrations.transformers.apply import Applied
 
 LONG_PROMPT = 4096
-"""Prompts longer than this are read in calls of `PREFILL` tokens, so that a layer's activations stay small."""
-PREFILL = 2048
+"""Prompts longer than this are read in calls (`call_size`), so that a layer's activations stay small."""
 ROOM = 256
 """Generated tokens that there is room for from the start; more takes copying."""
 
@@ -48,7 +48,9 @@ def prepare(model: Any, applied: Applied, args: tuple[Any, ...], kwargs: dict[st
     schedules = [of_prompt(applied.settings, length) for length in lengths]
     cache = PyramidCache(model, schedules, reserve=ids.shape[1] + ROOM)
     kwargs["past_key_values"] = cache
-    size = _option(model, kwargs, "prefill_chunk_size") or (PREFILL if ids.shape[1] > LONG_PROMPT else None)
+    size = _option(model, kwargs, "prefill_chunk_size")
+    if not size and ids.shape[1] > LONG_PROMPT:
+        size = call_size(model, ids.shape[0])
     kwargs.pop("prefill_chunk_size", None)
     if _option(model, kwargs, "prefill_chunk_size") is not None:
         kwargs["prefill_chunk_size"] = None  # said in a configuration: it is seen to here
