@@ -7,7 +7,7 @@ import json
 import os
 import subprocess
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -17,6 +17,7 @@ import mgam
 from mgam.cli import run
 from mgam.documents import asking
 from mgam.documents.asking import Answer
+from mgam.documents.estimate import Estimate
 from mgam.documents.evidence import Evidence
 from mgam.errors import UnsupportedModelError
 from mgam.integrations import loading
@@ -82,27 +83,34 @@ def calls(monkeypatch: pytest.MonkeyPatch) -> dict[str, Any]:
         seen["apply"] = {"method": method, **settings}
         return model
 
-    def ask(model: Any, tokenizer: Any, sources: Any, question: str, **options: Any) -> Answer:
-        seen["ask"] = {"sources": sources, "question": question, **options}
+    def ask(model: Any, tokenizer: Any, sources: Any, questions: Sequence[str], **options: Any) -> Iterator[Answer]:
+        seen["ask"] = {"sources": sources, "questions": questions, **options}
         for done in (100, 180):
             options["on_progress"](done, 180)
-        for piece in (" Ada", " keeps it."):
-            options["on_text"](piece)
-        excerpt = sources[0].text[4:40]
-        return Answer(
-            answer="Ada keeps it.",
-            evidence=[Evidence(sources[0].name, 4, 40, excerpt, 0.75)],
-            entries_per_level={"1": 150.0, "64": 2.5},
-            tokens={"document": 180, "question": 7, "answer": 4},
-            seconds={"reading": 1.5, "answering": 0.25},
-            peak_memory_bytes=2**30,
-            settings={"budget": 1024},
-        )
+        for number, _ in enumerate(questions):
+            for piece in (" Ada", " keeps it."):
+                options["on_text"](piece)
+            sure = (0.9, 0.1, 0.9)[number]
+            yield Answer(
+                answer="Ada keeps it.",
+                evidence=[Evidence(sources[0].name, 4, 40, sources[0].text[4:40], 0.75)],
+                entries_per_level={"1": 150.0, "64": 2.5},
+                tokens={"document": 180, "question": 7, "answer": 4},
+                seconds={"reading": 1.5, "answering": 0.25},
+                peak_memory_bytes=2**30,
+                settings={"budget": 1024},
+                confidence=sure,
+                found=sure > 0.5,
+            )
+
+    def estimate(model: Any, tokens: int) -> Estimate:
+        seen["estimate"] = tokens
+        return Estimate(tokens, 83.0, 2**29, 2**33)
 
     monkeypatch.setattr(loading, "load", load)
     monkeypatch.setattr(mgam, "apply", apply, raising=False)
-    monkeypatch.setattr(asking, "ask", ask)
-    monkeypatch.setattr("mgam.integrations.memory.refuse_if_too_large", lambda *_: seen.setdefault("memory", True))
+    monkeypatch.setattr(asking, "ask_each", ask)
+    monkeypatch.setattr("mgam.documents.estimate.estimate", estimate)
     return seen
 
 
@@ -117,7 +125,10 @@ def test_answer_evidence_and_facts(command: Command, calls: dict[str, Any], text
     assert "1.00 GiB" in done.out
     assert "180 of 180 tokens" in done.err
     assert "tokens/s" in done.err
-    assert calls["memory"]
+    assert "180 tokens: reading will take about 1 min 23 s, about 0.5 GiB (8.0 GiB are free)" in done.err
+    assert done.err.index("1 min 23 s") < done.err.index("tokens/s")
+    assert "yes, confidence 0.90" in done.out
+    assert calls["estimate"] == len(Path(text).read_text().split())
 
 
 def test_json_prints_one_object_and_nothing_else(command: Command, calls: dict[str, Any], text: str) -> None:
@@ -125,20 +136,39 @@ def test_json_prints_one_object_and_nothing_else(command: Command, calls: dict[s
     assert (done.code, done.err) == (0, "")
     result = json.loads(done.out)
     wanted = {"answer", "evidence", "entries_per_level", "tokens", "seconds", "peak_memory_bytes", "settings"}
-    assert wanted <= set(result)
+    assert wanted | {"question", "confidence", "found", "estimate"} == set(result)
+    assert result["estimate"] == {"tokens": 180, "seconds": 83.0, "memory_bytes": 2**29, "free_bytes": 2**33}
     assert set(result["evidence"][0]) == {"file", "start", "end", "text", "share"}
     assert result["evidence"][0]["file"] == text
     assert result["seconds"]["reading"] == 1.5
     assert result["seconds"]["loading"] >= 0
 
 
+def test_several_questions(command: Command, calls: dict[str, Any], text: str) -> None:
+    more = ("-q", "Since when?", "--question", " Where? ")
+    done = command("ask", text, QUESTION, *more)
+    assert done.code == 0
+    assert calls["ask"]["questions"] == [QUESTION, "Since when?", "Where?"]
+    places = [done.out.index(f"{question}\nAda keeps it.\n") for question in calls["ask"]["questions"]]
+    assert places == sorted(places)
+    assert done.out.count("What the answer rests on") == 3
+    assert done.out.count("Not found in the text, it seems: the confidence is 0.10") == 1
+    assert calls["load"]
+    listed = json.loads(command("ask", text, QUESTION, *more, "--json").out)
+    assert [one["question"] for one in listed] == calls["ask"]["questions"]
+    assert [one["found"] for one in listed] == [True, False, True]
+    assert [one["seconds"]["loading"] > 0 for one in listed] == [listed[0]["seconds"]["loading"] > 0, False, False]
+
+
 def test_options_reach_the_library(command: Command, calls: dict[str, Any], text: str) -> None:
     options = (
         "--model m --budget 256 --device cpu --max-new-tokens 9 --lookahead none --dense-until 128 --dtype bfloat16"
     )
-    assert command("ask", text, text, QUESTION, *options.split(), "--download", "--method", "dyadic").code == 0
+    options += " --download --method dyadic --positions absolute"
+    assert command("ask", text, text, QUESTION, *options.split()).code == 0
     assert calls["load"].items() >= {"name": "m", "device": "cpu", "dtype": "bfloat16", "download": True}.items()
-    assert calls["apply"] == {"method": "dyadic", "budget": 256, "lookahead": "none", "dense_until": 128}
+    dials = {"budget": 256, "lookahead": "none", "dense_until": 128, "positions": "absolute"}
+    assert calls["apply"] == {"method": "dyadic", **dials}
     assert calls["ask"]["max_new_tokens"] == 9
     assert [source.name for source in calls["ask"]["sources"]] == [text, text]
 
@@ -146,7 +176,7 @@ def test_options_reach_the_library(command: Command, calls: dict[str, Any], text
 def test_the_default_is_the_library_default(command: Command, calls: dict[str, Any], text: str) -> None:
     assert command("ask", text, QUESTION).code == 0
     assert calls["load"].items() >= {"name": None, "device": "auto", "dtype": None, "download": False}.items()
-    assert calls["apply"] == {"method": "mgam", "budget": mgam.Settings().budget}
+    assert calls["apply"] == {"method": "mgam"}
 
 
 def test_standard_input(command: Command, calls: dict[str, Any], monkeypatch: pytest.MonkeyPatch) -> None:
@@ -169,6 +199,8 @@ def test_markup_in_a_text_is_shown_as_it_is(command: Command, calls: dict[str, A
         (["FILE"], "Missing argument 'FILE...'"),
         (["FILE", ""], "question is empty"),
         (["FILE", "  \n"], "question is empty"),
+        (["FILE", QUESTION, "-q", " "], "one of the questions is empty"),
+        (["FILE", QUESTION, "--positions", "relative"], "'relative'"),
         (["FILE", QUESTION, "--budget", "lots"], "'lots' is not a whole number"),
         (["FILE", QUESTION, "--budget", "3"], "budget=3"),
         (["FILE", QUESTION, "--budget", "-64"], "budget=-64"),
@@ -238,11 +270,11 @@ def test_whatever_happens_while_reading(
     kind: str,
     said: str,
 ) -> None:
-    def ask(*_: Any, on_progress: Callable[[int, int], None], **__: Any) -> Answer:
+    def ask(*_: Any, on_progress: Callable[[int, int], None], **__: Any) -> Iterator[Answer]:
         on_progress(1, 180)
         raise error
 
-    monkeypatch.setattr(asking, "ask", ask)
+    monkeypatch.setattr(asking, "ask_each", ask)
     plain = command("ask", text, QUESTION)
     assert plain.code == code
     assert said in plain.err.splitlines()[-1]
@@ -253,7 +285,7 @@ def test_whatever_happens_while_reading(
 
 def test_debug_shows_where(command: Command, calls: dict[str, Any], text: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("MGAM_DEBUG", "")  # so that the variable is put back after the test
-    monkeypatch.setattr(asking, "ask", lambda *_, **__: 1 / 0)
+    monkeypatch.setattr(asking, "ask_each", lambda *_, **__: 1 / 0)
     assert "ZeroDivisionError: division by zero" in command("--debug", "ask", text, QUESTION).err.split("Traceback")[1]
 
 
@@ -263,7 +295,7 @@ def test_too_little_memory(command: Command, calls: dict[str, Any], text: str, m
     def refuse(*_: Any) -> None:
         raise MemoryBudgetError("reading 180 tokens takes 9 GiB, and 1 GiB are free")
 
-    monkeypatch.setattr("mgam.integrations.memory.refuse_if_too_large", refuse)
+    monkeypatch.setattr("mgam.documents.estimate.estimate", refuse)
     done = command("ask", text, QUESTION, "--json")
     assert (done.code, done.error["kind"]) == (2, "MemoryBudgetError")
     assert "ask" not in calls
@@ -285,6 +317,34 @@ def test_methods(command: Command) -> None:
     assert {"mgam", "dense"} <= {method["name"] for method in listed}
     assert all("causal" in method for method in listed)
     assert "mgam:" in command("methods").out
+
+
+def completed(words: str) -> list[str]:
+    """What a shell offers for the last of some words, by the script that `--show-completion` prints for it."""
+    environment = {
+        **os.environ,
+        "PYTHONPATH": str(Path(mgam.__file__).parents[1]),
+        "_MGAM_COMPLETE": "complete_bash",
+        "COMP_WORDS": words,
+        "COMP_CWORD": str(len(words.split(" ")) - 1),
+    }
+    done = subprocess.run([sys.executable, "-m", "mgam"], env=environment, capture_output=True, text=True, timeout=60)
+    assert done.stderr == ""
+    return done.stdout.split()
+
+
+def test_shell_completion() -> None:
+    assert completed("mgam me") == ["methods"]
+    assert {"ask", "digest", "env"} <= set(completed("mgam "))
+    assert completed("mgam ask book.txt --posit") == ["--positions"]
+    assert completed("mgam ask book.txt --positions ") == ["granular", "absolute"]
+
+
+def test_shell_completion_can_be_installed(command: Command, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("shellingham.detect_shell", lambda: ("bash", "/bin/bash"), raising=False)
+    script = command("--show-completion", "bash").out
+    assert "_MGAM_COMPLETE=complete_bash" in script
+    assert "--install-completion" in command("--help").out
 
 
 def test_version_and_help(command: Command) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -199,14 +200,20 @@ def test_one_line(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     model = LLAMA.make(torch.float32)
     monkeypatch.setattr(loading, "load", lambda name, **options: loading.Loaded(model, "tokenizer"))
     asked: list[object] = []
-    monkeypatch.setattr(asking, "ask", lambda *args, **options: asked.append((args, options)) or "an answer")
+
+    def ask_each(*args: Any, **options: Any) -> list[str]:
+        asked.append((args, options))
+        return [f"answer to {question}" for question in args[3]]
+
+    monkeypatch.setattr(asking, "ask_each", ask_each)
     for name in ("one.txt", "two.txt"):
         (tmp_path / name).write_text(f"This is {name}.", encoding="utf-8")
     read = mgam.reader("some/model", budget=16, **SMALL)
-    assert read(tmp_path / "one.txt", "What is it?") == "an answer"
-    assert read([tmp_path / "one.txt", str(tmp_path / "two.txt")], "What?", max_new_tokens=3) == "an answer"
+    assert read(tmp_path / "one.txt", "What is it?") == "answer to What is it?"
+    both = read([tmp_path / "one.txt", str(tmp_path / "two.txt")], ["What?", "Why?"], max_new_tokens=3)
+    assert both == ["answer to What?", "answer to Why?"]
     (_, _, first, question), _ = asked[0]  # type: ignore[misc]
-    assert ([source.text for source in first], question) == (["This is one.txt."], "What is it?")
+    assert ([source.text for source in first], question) == (["This is one.txt."], ["What is it?"])
     (_, _, both, _), options = asked[1]  # type: ignore[misc]
     assert [source.text for source in both] == ["This is one.txt.", "This is two.txt."]
     assert options["max_new_tokens"] == 3

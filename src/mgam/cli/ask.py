@@ -1,11 +1,11 @@
-"""`mgam ask FILE... "question"`: read, answer, and show what the answer rests on."""
+"""`mgam ask FILE... "question"`: read, answer, and show what the answers rest on."""
 
 from __future__ import annotations
 
 import os
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass, replace
 from enum import StrEnum
 from typing import TYPE_CHECKING, Annotated, Any
@@ -18,6 +18,7 @@ from mgam.errors import SettingError
 if TYPE_CHECKING:
     from mgam.cli.progress import Stage
     from mgam.documents.asking import Answer
+    from mgam.documents.estimate import Estimate
     from mgam.documents.sources import Source
     from mgam.integrations.loading import Loaded
 
@@ -27,6 +28,13 @@ class Lookahead(StrEnum):
 
     none = "none"
     block = "block"
+
+
+class Positions(StrEnum):
+    """Where entries stand."""
+
+    granular = "granular"
+    absolute = "absolute"
 
 
 class NumberFormat(StrEnum):
@@ -50,7 +58,7 @@ class Request:
     """What was asked for, before anything is loaded."""
 
     files: Sequence[str]
-    question: str
+    questions: Sequence[str]
     model: str | None
     device: str
     dtype: str | None
@@ -65,9 +73,17 @@ class Request:
 def ask(
     files: Annotated[
         list[str],
-        typer.Argument(metavar="FILE...", help="Text files, or one digest; - is standard input.", show_default=False),
+        typer.Argument(
+            metavar="FILE...",
+            help="Texts (plain, Markdown, HTML, PDF), or one digest; - is standard input.",
+            show_default=False,
+        ),
     ],
     question: Annotated[str, typer.Argument(metavar="QUESTION", help="What you want to know.", show_default=False)],
+    more: Annotated[
+        list[str] | None,
+        typer.Option("--question", "-q", metavar="QUESTION", help="A further question; repeat it for more."),
+    ] = None,
     model: Annotated[
         str | None,
         typer.Option(
@@ -75,17 +91,31 @@ def ask(
         ),
     ] = None,
     budget: Annotated[
-        int,
+        int | None,
         typer.Option(
-            parser=whole_number, metavar="TOKENS", help="What a query may read in full outside window and sink."
+            parser=whole_number,
+            metavar="TOKENS",
+            help="What a query may read in full outside window and sink.",
+            show_default="1024, or the method's own",
         ),
-    ] = 1024,
+    ] = None,
     device: Annotated[str, typer.Option(help="auto, cpu, cuda, cuda:1, mps.")] = "auto",
     max_new_tokens: Annotated[
         int, typer.Option(parser=whole_number, metavar="TOKENS", help="The answer's greatest length.")
     ] = 64,
-    as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object and nothing else.")] = False,
-    method: Annotated[str, typer.Option(help="How the text is read; dense reads all of it, slowly.")] = "mgam",
+    as_json: Annotated[
+        bool, typer.Option("--json", help="Print one JSON object, or a list for several questions, and nothing else.")
+    ] = False,
+    method: Annotated[
+        str, typer.Option(help="How the text is read, see: mgam methods; dense reads all of it, slowly.")
+    ] = "mgam",
+    positions: Annotated[
+        Positions | None,
+        typer.Option(
+            help="Where entries stand: at their rank in what is read, for any length, or at their place in the text.",
+            show_default="granular, or the method's own",
+        ),
+    ] = None,
     lookahead: Annotated[
         Lookahead | None,
         typer.Option(
@@ -110,15 +140,20 @@ def ask(
     ] = False,
     memory: Annotated[str | None, typer.Option(metavar="SIZE", help="Of a digest: " + MEMORY_HELP)] = None,
 ) -> None:
-    """Ask a question of one or more texts, however long.
+    """Ask one or more questions of one or more texts, however long; the texts are read once.
 
-    The answer appears as it is made; then the passages it rests on, what was read at which level, time and memory.
+    What reading will take is said first. The answer appears as it is made; then the passages it rests on, whether it
+    seems to stand in the text, what was read at which level, time and memory.
     """
-    dials = {"budget": budget, "lookahead": lookahead and lookahead.value, "dense_until": dense_until}
-    settings = {name: value for name, value in dials.items() if value is not None}
+    dials = {
+        "budget": budget,
+        "lookahead": lookahead and lookahead.value,
+        "dense_until": dense_until,
+        "positions": positions and positions.value,
+    }
     request = Request(
         files,
-        question.strip(),
+        [one.strip() for one in (question, *(more or ()))],
         model,
         device,
         dtype and dtype.value,
@@ -126,17 +161,17 @@ def ask(
         memory,
         method,
         max_new_tokens,
-        settings,
+        {name: value for name, value in dials.items() if value is not None},
     )
     _refuse_bad_request(request)
     quiet_libraries()
-    answer = _answer(request, silent=as_json)
-    _print_json(request, answer) if as_json else _print_rest(answer)
+    _run(request, as_json=as_json)
 
 
 def _refuse_bad_request(request: Request) -> None:
-    if not request.question:
-        raise SettingError('the question is empty; ask something, as in: mgam ask FILE "Who is the captain?"')
+    if not all(request.questions):
+        which = "the question" if len(request.questions) == 1 else "one of the questions"
+        raise SettingError(f'{which} is empty; ask something, as in: mgam ask FILE "Who is the captain?"')
     if request.files.count("-") > 1:
         raise SettingError("standard input (-) is named more than once, and can be read once only")
     if request.max_new_tokens < 1:
@@ -151,36 +186,65 @@ def quiet_libraries() -> None:
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "true")
 
 
-def _answer(request: Request, *, silent: bool) -> Answer:
+def _run(request: Request, *, as_json: bool) -> None:
+    """Asks all questions and prints the answers: as they come, or as JSON at the end."""
     from mgam.cli.progress import Stage
+    from mgam.cli.result import show
+
+    several = len(request.questions) > 1
+    found: list[dict[str, Any]] = []
+    with Stage(silent=as_json) as stage:
+        answers = _ask_digest(request, stage) if is_digest(request.files[0]) else _ask_texts(request, stage)
+        for number, question in enumerate(request.questions):
+            if several:
+                stage.head(question, first=not number)
+            answer, known = next(answers)
+            stage.finish()
+            if as_json:
+                found.append({"question": question, **asdict(answer), **known})
+            else:
+                show(answer)
+    if as_json:
+        _print_json(found if several else found[0])
+
+
+def _ask_texts(request: Request, stage: Stage) -> Iterator[tuple[Answer, dict[str, Any]]]:
+    """Answers, each with what else is known of it."""
+    from mgam.documents.reading import answers
     from mgam.documents.sources import read_source
 
-    if is_digest(request.files[0]):
-        return _ask_digest(request, silent=silent)
     if request.memory is not None:
         raise SettingError("--memory bounds the reading of digests; make one first: mgam digest FILE... -o NAME.mgam")
     sources = [read_source(name) for name in request.files]  # before torch is imported: a wrong name is told at once
-    _refuse_bad_settings(request)
-    with Stage(silent=silent) as stage:
-        started = time.perf_counter()
-        loaded = _load(request, stage)
-        loading = time.perf_counter() - started
-        stage.begin(_count_and_check(loaded, sources))
-        answer = _read_and_answer(request, loaded, sources, stage)
-    return replace(answer, seconds={"loading": round(loading, 3), **answer.seconds})
+    dials = _checked_dials(request)
+    started = time.perf_counter()
+    loaded = _load(request, stage)
+    loading = round(time.perf_counter() - started, 3)
+    model, retrieval = _applied(request, loaded, dials)
+    estimate = _estimate(model, loaded.tokenizer, sources, stage)
+    stage.begin(estimate.tokens)
+    how: dict[str, Any] = {
+        "max_new_tokens": request.max_new_tokens,
+        "on_progress": stage.advance,
+        "on_text": stage.write,
+        "retrieval": retrieval,
+    }
+    for answer in answers(model, loaded.tokenizer, sources, request.questions, **how):
+        yield replace(answer, seconds={"loading": loading, **answer.seconds}), {"estimate": asdict(estimate)}
+        loading = 0.0
 
 
-def _ask_digest(request: Request, *, silent: bool) -> Answer:
-    from mgam.cli.progress import Stage
-
+def _ask_digest(request: Request, stage: Stage) -> Iterator[tuple[Answer, dict[str, Any]]]:
+    """Answers, each with what else is known of it: nothing."""
     if len(request.files) > 1:
         raise SettingError("one digest is asked at a time; add texts with: mgam digest FILE... -o NAME.mgam --append")
     path, model = request.files[0], request.model
     _refuse_other_settings(request, path)
-    with Stage(silent=silent) as stage:
-        document, seconds = open_document(path, model, request.device, request.download, request.memory, stage)
-        answer = document.ask(request.question, max_new_tokens=request.max_new_tokens, on_text=stage.write)
-    return replace(answer, seconds={**seconds, **answer.seconds})
+    document, seconds = open_document(path, model, request.device, request.download, request.memory, stage)
+    for question in request.questions:
+        answer = document.ask(question, max_new_tokens=request.max_new_tokens, on_text=stage.write)
+        yield replace(answer, seconds={**seconds, **answer.seconds}), {}
+        seconds = dict.fromkeys(seconds, 0.0)
 
 
 def _refuse_other_settings(request: Request, path: str) -> None:
@@ -191,17 +255,17 @@ def _refuse_other_settings(request: Request, path: str) -> None:
 
     manifest = Manifest.read(Path(path))
     kept = {**manifest.settings.as_dict(), "dense_until": manifest.dense_until}
-    usual = {"method": "mgam", "budget": 1024}
-    for name, value in {**request.settings, "method": request.method}.items():
-        if value not in (kept[name], usual.get(name)):
+    asked = {**request.settings, **({} if request.method == "mgam" else {"method": request.method})}
+    for name, value in asked.items():
+        if value != kept[name]:
             raise SettingError(f"{path} was digested with {name} {kept[name]} and is asked with it; leave out {value}")
 
 
-def _refuse_bad_settings(request: Request) -> None:
-    """Before a model is loaded for nothing."""
+def _checked_dials(request: Request) -> Any:
+    """The method's dials, checked before a model is loaded for nothing."""
     from mgam import methods
 
-    methods.get(request.method).checked(**request.settings)
+    return methods.get(request.method).checked(**request.settings)
 
 
 def _load(request: Request, stage: Stage) -> Loaded:
@@ -213,43 +277,30 @@ def _load(request: Request, stage: Stage) -> Loaded:
     )
 
 
-def _count_and_check(loaded: Loaded, sources: Sequence[Source]) -> int:
-    """Tokens of all sources, where there is memory for them; else the memory's error."""
-    from mgam.integrations.memory import refuse_if_too_large
-
-    tokens = sum(len(loaded.tokenizer(source.text, verbose=False).input_ids) for source in sources)
-    refuse_if_too_large(loaded.model, tokens)
-    return tokens
-
-
-def _read_and_answer(request: Request, loaded: Loaded, sources: Sequence[Source], stage: Stage) -> Answer:
+def _applied(request: Request, loaded: Loaded, dials: Any) -> tuple[Any, Any]:
+    """The model as it is to read, and the dials of a loop around it where the method is one."""
     import mgam
     from mgam import methods
-    from mgam.documents import asking, infiniretri
 
-    method = methods.get(request.method)
-    how: dict[str, Any] = {
-        "max_new_tokens": request.max_new_tokens,
-        "on_progress": stage.advance,
-        "on_text": stage.write,
-    }
-    if method.form == "loop":
-        how["retrieval"] = method.checked(**request.settings)
-        return infiniretri.ask(loaded.model, loaded.tokenizer, sources, request.question, **how)
-    model = mgam.apply(loaded.model, request.method, **request.settings)
-    return asking.ask(model, loaded.tokenizer, sources, request.question, **how)
+    if methods.get(request.method).form == "loop":
+        return loaded.model, dials
+    return mgam.apply(loaded.model, request.method, **request.settings), None
 
 
-def _print_json(request: Request, answer: Answer) -> None:
+def _estimate(model: Any, tokenizer: Any, sources: Sequence[Source], stage: Stage) -> Estimate:
+    """What reading will take, said before it begins; refused where memory cannot suffice."""
+    from mgam.documents.estimate import estimate
+
+    stage.say("estimating what reading will take")
+    tokens = sum(len(tokenizer(source.text, verbose=False).input_ids) for source in sources)
+    found = estimate(model, tokens)
+    stage.note(found.in_words())
+    return found
+
+
+def _print_json(found: object) -> None:
     import json
 
-    result = {"question": request.question, **asdict(answer)}
-    json.dump(result, sys.stdout, ensure_ascii=False, default=str)
+    json.dump(found, sys.stdout, ensure_ascii=False, default=str)
     sys.stdout.write("\n")
     sys.stdout.flush()
-
-
-def _print_rest(answer: Answer) -> None:
-    from mgam.cli.result import show
-
-    show(answer)

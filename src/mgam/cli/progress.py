@@ -26,6 +26,7 @@ class Stage:
         self._started = time.perf_counter()
         self._next_line = 1
         self._wrote = False
+        self._heading: str | None = None
 
     def __enter__(self) -> Stage:
         return self
@@ -33,10 +34,8 @@ class Stage:
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        self._close()
-        if self._wrote:
-            sys.stdout.write("\n")
-            sys.stdout.flush()
+        self._heading = None
+        self.finish()
 
     def say(self, note: str) -> None:
         """Show a note until the next one."""
@@ -49,6 +48,27 @@ class Stage:
             self._status.start()
         else:
             self._status.update(Text(note))
+
+    def note(self, line: str) -> None:
+        """Show a line that stays."""
+        if self._silent:
+            return
+        self._close()
+        self._console.print(line, markup=False)
+
+    def head(self, question: str, *, first: bool) -> None:
+        """Put a line before the next answer that says what it answers."""
+        self._heading = question if first else f"\n{question}"
+
+    def finish(self) -> None:
+        """End an answer."""
+        if self._heading is not None:
+            self.write("")
+        self._close()
+        if self._wrote:
+            sys.stdout.write("\n")
+            sys.stdout.flush()
+            self._wrote = False
 
     def begin(self, total: int) -> None:
         """Start the clock of reading about `total` tokens."""
@@ -78,6 +98,9 @@ class Stage:
         if self._silent:
             return
         self._close()
+        if self._heading is not None:
+            sys.stdout.write(f"{self._heading}\n")
+            self._heading = None
         sys.stdout.write(text if self._wrote else text.lstrip())
         sys.stdout.flush()
         self._wrote = self._wrote or bool(text.strip())

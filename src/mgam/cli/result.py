@@ -19,14 +19,28 @@ def show(answer: Answer, console: Console | None = None) -> None:
     """Print everything that belongs to `answer` but the answer itself."""
     console = console or Console(highlight=False)
     console.print()
+    if answer.found is False:
+        console.print(_doubt(answer.confidence))
+        console.print()
     console.print(_evidence(answer.evidence) if answer.evidence else _no_evidence(answer))
     facts = Table.grid(padding=(0, 2))
+    if answer.confidence is not None:
+        facts.add_row("found", f"{'yes' if answer.found else 'no'}, confidence {answer.confidence:.2f}")
     facts.add_row("tokens", _listed({name: f"{count:,}" for name, count in answer.tokens.items()}))
     facts.add_row("entries", _entries(answer.entries_per_level))
     facts.add_row("time", _listed({name: f"{seconds:,.1f} s" for name, seconds in answer.seconds.items()}))
     facts.add_row("memory", f"{answer.peak_memory_bytes / 2**30:.2f} GiB at the peak of the process")
     console.print()
     console.print(facts)
+
+
+def _doubt(confidence: float | None) -> Text:
+    from mgam.documents.confidence import FOUND
+
+    return Text(
+        f"Not found in the text, it seems: the confidence is {confidence:.2f}, and answers that stand in a text mostly "
+        f"have {FOUND} or more."
+    )
 
 
 def _evidence(passages: list[Evidence]) -> Table:

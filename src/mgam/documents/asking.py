@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 from transformers import DynamicCache, TextStreamer
 
+from mgam.documents.confidence import Watch, confidence, is_found
 from mgam.documents.evidence import Evidence, find_evidence
 from mgam.documents.prompt import Prompt, build
 from mgam.documents.sources import Source
@@ -37,6 +38,10 @@ class Answer:
     """Seconds spent `reading` and `answering`."""
     peak_memory_bytes: int
     settings: dict[str, Any]
+    confidence: float | None = None
+    """From 0 to 1: how far the answer rests on the texts (`mgam.documents.confidence`); None where it is not known."""
+    found: bool | None = None
+    """Whether the answer seems to stand in the texts: a hint, by a threshold on `confidence`."""
 
 
 def ask(
@@ -110,6 +115,7 @@ def _answers(
             memory = _Memory.of(model, prompt, room, keep=len(prompts) > 1, on_progress=on_progress)
         read = time.perf_counter()
         cache, record = memory.turn_to(prompt, again=number + 1 < len(prompts))
+        watch = Watch()
         ids = torch.tensor([prompt.ids], device=model.device)
         produced = model.generate(
             ids,
@@ -121,9 +127,11 @@ def _answers(
             top_p=None,
             top_k=None,
             pad_token_id=tokenizer.pad_token_id if tokenizer.pad_token_id is not None else tokenizer.eos_token_id,
+            logits_processor=watch.as_list(),
             streamer=Streamer(tokenizer, on_text) if on_text is not None else None,
         )
         answer_ids = produced[0, ids.shape[1] :]
+        sure = confidence(model, tokenizer, prompt.asked, answer_ids, watch)
         done = time.perf_counter()
         applied = memory.applied
         evidence: list[Evidence] = []
@@ -137,6 +145,8 @@ def _answers(
             seconds={"reading": round(read - begin, 3), "answering": round(done - read, 3)},
             peak_memory_bytes=peak_memory_bytes(),
             settings=settings_of(model, applied),
+            confidence=sure,
+            found=is_found(sure),
         )
 
 

@@ -15,6 +15,7 @@ from torch import Tensor
 
 from mgam.documents import digesting
 from mgam.documents.asking import Answer, Streamer, per_level, settings_of
+from mgam.documents.confidence import Watch, confidence, is_found
 from mgam.documents.digesting import check_model, load_layer, set_recent
 from mgam.documents.evidence import find_evidence
 from mgam.documents.paged import PagedPyramid
@@ -271,12 +272,16 @@ class Chat:
         spans = (*self.spans, Span(border + len(asked), document._question_block, document._lookahead))
         record = Record(evidence_from=border)
         document.cache.watch(record)
-        streamer = Streamer(tokenizer, on_text)
+        streamer, watch = Streamer(tokenizer, on_text), Watch()
         begin = time.perf_counter()
         try:
-            new = document.continue_from(ids, spans, owner=self, max_new_tokens=max_new_tokens, streamer=streamer)
+            new = document.continue_from(
+                ids, spans, owner=self, max_new_tokens=max_new_tokens, streamer=streamer,
+                logits_processor=watch.as_list(),
+            )  # fmt: skip
         finally:
             document.cache.watch(None)
+        sure = confidence(model, tokenizer, question, torch.tensor(new, device=model.device), watch)
         done = time.perf_counter()
         self._remember(ids, spans, new)
         applied = applied_to(model)
@@ -293,6 +298,8 @@ class Chat:
             },
             peak_memory_bytes=peak_memory_bytes(),
             settings=settings_of(model, applied),
+            confidence=sure,
+            found=is_found(sure),
         )
 
     def _remember(self, ids: list[int], spans: tuple[Span, ...], new: list[int]) -> None:

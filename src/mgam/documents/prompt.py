@@ -26,6 +26,8 @@ class Prompt:
     starts: list[int]
     """Where each source's text begins in the whole prompt, in characters."""
     sources: tuple[Source, ...]
+    asked: str
+    """The question as it was given."""
 
     @property
     def question(self) -> int:
@@ -72,7 +74,17 @@ def build(tokenizer: Any, sources: Sequence[Source], question: str) -> Prompt:
     offsets = [tuple(pair) for pair in encoded["offset_mapping"]]
     border = origin + len(body)
     document = next((n for n, (begin, end) in enumerate(offsets) if begin >= border and end > begin), len(offsets))
-    return Prompt(list(encoded["input_ids"]), document, offsets, [origin + start for start in starts], tuple(sources))
+    begins = [origin + start for start in starts]
+    return Prompt(list(encoded["input_ids"]), document, offsets, begins, tuple(sources), question)
+
+
+def bare(tokenizer: Any, question: str) -> list[int]:
+    """Tokens of the question alone, as the model would be asked it without a text."""
+    if getattr(tokenizer, "chat_template", None):
+        messages = [{"role": "user", "content": question.strip()}]
+        text = tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
+        return list(tokenizer(text, add_special_tokens=False)["input_ids"])
+    return list(tokenizer(question.strip() + "\nAnswer:")["input_ids"])
 
 
 def joined(sources: Sequence[Source]) -> tuple[str, list[int]]:

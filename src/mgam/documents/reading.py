@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, overload
 
 from mgam.documents.sources import Source, read_source
 
@@ -25,6 +25,7 @@ class FileReader:
     retrieval: Any = None
     """Dials of infini-retri, where that is the method."""
 
+    @overload
     def __call__(
         self,
         files: Files | Sequence[Files],
@@ -32,26 +33,72 @@ class FileReader:
         *,
         max_new_tokens: int = 64,
         on_text: Callable[[str], None] | None = None,
-    ) -> Answer:
-        """Reads the files and answers.
+    ) -> Answer: ...
+
+    @overload
+    def __call__(
+        self,
+        files: Files | Sequence[Files],
+        question: list[str] | tuple[str, ...],
+        *,
+        max_new_tokens: int = 64,
+        on_text: Callable[[str], None] | None = None,
+    ) -> list[Answer]: ...
+
+    def __call__(
+        self,
+        files: Files | Sequence[Files],
+        question: str | list[str] | tuple[str, ...],
+        *,
+        max_new_tokens: int = 64,
+        on_text: Callable[[str], None] | None = None,
+    ) -> Answer | list[Answer]:
+        """Reads the files, once, and answers: one question with an answer, several with a list of answers.
 
         Args:
             files: a path or several, or `mgam.documents.sources.Source` for texts that are at hand.
-            question: what is asked.
-            max_new_tokens: most tokens of the answer.
-            on_text: called with each piece of the answer as it is generated.
+            question: what is asked; several are answered one after the other and do not see one another.
+            max_new_tokens: most tokens of an answer.
+            on_text: called with each piece of an answer as it is generated.
 
         Raises:
-            DocumentError: a file cannot be read, or the question is empty.
+            DocumentError: a file cannot be read, or a question is empty.
         """
-        from mgam.documents import asking, infiniretri
-
         given = [files] if isinstance(files, str | os.PathLike | Source) else list(files)
         sources = [file if isinstance(file, Source) else read_source(file) for file in given]
-        how: dict[str, Any] = {"max_new_tokens": max_new_tokens, "on_text": on_text}
-        if self.retrieval is not None:
-            return infiniretri.ask(self.model, self.tokenizer, sources, question, retrieval=self.retrieval, **how)
-        return asking.ask(self.model, self.tokenizer, sources, question, **how)
+        asked = [question] if isinstance(question, str) else list(question)
+        found = list(
+            answers(
+                self.model, self.tokenizer, sources, asked, retrieval=self.retrieval, max_new_tokens=max_new_tokens,
+                on_text=on_text,
+            )
+        )  # fmt: skip
+        return found[0] if isinstance(question, str) else found
+
+
+def answers(
+    model: Any,
+    tokenizer: Any,
+    sources: Sequence[Source],
+    questions: Sequence[str],
+    *,
+    retrieval: Any = None,
+    **how: Any,
+) -> Iterator[Answer]:
+    """Answers to several questions, as they are made; `how` goes to `mgam.documents.asking.ask_each`.
+
+    With `retrieval`, the dials of infini-retri, the texts are read anew for each question, which that method needs.
+
+    Raises:
+        DocumentError: an empty question, no question or no text.
+    """
+    from mgam.documents import asking, infiniretri
+
+    if retrieval is None or not questions:
+        yield from asking.ask_each(model, tokenizer, sources, questions, **how)
+    else:
+        for question in questions:
+            yield infiniretri.ask(model, tokenizer, sources, question, retrieval=retrieval, **how)
 
 
 def reader(

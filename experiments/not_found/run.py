@@ -1,0 +1,140 @@
+"""Does confidence tell whether an answer stands in a text?
+
+    mgam data fetch novels speeches essays
+    python experiments/not_found/run.py ask --split tune --out tune.jsonl
+    python experiments/not_found/run.py report tune.jsonl
+
+Each text is real prose with three invented facts in it; three questions are asked of these and three of facts that it
+does not hold. Tuning and testing have other texts and other facts.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import random
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import mgam
+from mgam.documents.asking import ask_each
+from mgam.documents.confidence import FOUND
+from mgam.documents.sources import Source
+from mgam.evaluation.splits import Split
+from mgam.evaluation.texts import TextLibrary
+from mgam.integrations.loading import load
+
+PROSE = ("novels", "speeches", "essays")
+INVENTED = json.loads((Path(__file__).parent / "facts.json").read_text(encoding="utf-8"))
+FACTS: list[tuple[str, str, str]] = INVENTED["facts"]
+"""A statement with room for a value, its question, and the kind of value. The first half tunes, the second tests."""
+THRESHOLDS = (0.3, 0.35, 0.4, 0.45, 0.5, 0.55, 0.6)
+
+
+def main() -> None:
+    """Asks, or reports what was asked."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    what = parser.add_subparsers(dest="what", required=True)
+    asking = what.add_parser("ask")
+    asking.add_argument("--split", choices=("tune", "test"), required=True)
+    asking.add_argument("--documents", type=int, default=24)
+    asking.add_argument("--tokens", type=int, default=1200, help="of prose in each text")
+    asking.add_argument("--model", default=None)
+    asking.add_argument("--out", type=Path, required=True)
+    what.add_parser("report").add_argument("files", type=Path, nargs="+")
+    given = parser.parse_args()
+    if given.what == "ask":
+        ask_all(given.split, given.documents, given.tokens, given.model, given.out)
+    else:
+        rows = [json.loads(line) for file in given.files for line in file.read_text(encoding="utf-8").splitlines()]
+        report(rows)
+
+
+def ask_all(split: Split, documents: int, tokens: int, name: str | None, out: Path) -> None:
+    """Adds a line of JSON for each question."""
+    model, tokenizer = load(name)
+    mgam.apply(model)
+    library, rng = TextLibrary(), random.Random(split)
+    facts = FACTS[: len(FACTS) // 2] if split == "tune" else FACTS[len(FACTS) // 2 :]
+    texts = [text for source in PROSE if library.has(source) for text in library.texts(source, split)]
+    with out.open("a", encoding="utf-8") as file:
+        for _ in range(documents):
+            prose = cut(library.sentences(rng.choice(texts)), tokens, tokenizer, rng)
+            chosen = rng.sample(facts, 6)
+            held = {question: value(kind, rng) for _, question, kind in chosen[:3]}
+            for statement, question, _ in chosen[:3]:
+                prose.insert(rng.randrange(len(prose)), " " + statement.format(held[question]))
+            source = Source("text", "".join(prose).strip())
+            questions = [question for _, question, _ in chosen]
+            for question, answer in zip(
+                questions, ask_each(model, tokenizer, [source], questions, max_new_tokens=24), strict=True
+            ):
+                there = question in held
+                row = {
+                    "question": question,
+                    "there": there,
+                    "right": there and plain(held[question]) in plain(answer.answer),
+                    "answer": answer.answer,
+                    "confidence": answer.confidence,
+                    "top": answer.evidence[0].share if answer.evidence else None,
+                    "tokens": answer.tokens["document"],
+                }
+                file.write(json.dumps(row) + "\n")
+                file.flush()
+
+
+def cut(sentences: Sequence[str], tokens: int, tokenizer: Any, rng: random.Random) -> list[str]:
+    """Sentences of about so many tokens, from a place that is drawn."""
+    taken: list[str] = []
+    count = 0
+    for sentence in sentences[rng.randrange(max(1, len(sentences) - 400)) :]:
+        taken.append(sentence)
+        count += len(tokenizer(sentence).input_ids)
+        if count >= tokens:
+            break
+    return taken
+
+
+def value(kind: str, rng: random.Random) -> str:
+    """A value of a kind."""
+    return str(rng.randrange(1000, 99999)) if kind == "number" else rng.choice(INVENTED["values"][kind])
+
+
+def plain(text: str) -> str:
+    """Letters and digits that are compared."""
+    return text.lower().replace(",", "")
+
+
+def report(rows: list[dict[str, Any]]) -> None:
+    """How well confidence separates, and what each threshold would mark as not found."""
+    absent, right = [row for row in rows if not row["there"]], [row for row in rows if row["right"]]
+    print(f"{len(rows)} questions, {len(rows) - len(absent)} facts in the text, {len(right)} answered rightly")
+    print(f"area under the curve, right answers against absent facts: {area(right, absent, confidence):.2f}")
+    if all(row["top"] is not None for row in rows):
+        print(f"the same by the share of the first passage: {area(right, absent, lambda row: row['top']):.2f}")
+    print(f"\n| below | marked | of these not right | absent facts marked | right answers marked |\n{'|---' * 5}|")
+    for threshold in sorted({*THRESHOLDS, FOUND}):
+        marked = [row for row in rows if row["confidence"] < threshold]
+        wrong = sum(not row["right"] for row in marked) / max(1, len(marked))
+        missing = sum(not row["there"] for row in marked)
+        lost = sum(row["right"] for row in marked)
+        print(
+            f"| {threshold}{' (FOUND)' if threshold == FOUND else ''} | {len(marked)} | {wrong:.0%} "
+            f"| {missing} of {len(absent)} | {lost} of {len(right)} |"
+        )
+
+
+def confidence(row: dict[str, Any]) -> float:
+    """What is judged."""
+    return float(row["confidence"])
+
+
+def area(high: Sequence[dict[str, Any]], low: Sequence[dict[str, Any]], of: Callable[[dict[str, Any]], float]) -> float:
+    """How often one of `high` stands above one of `low`."""
+    pairs = [(of(a) > of(b)) + (of(a) == of(b)) / 2 for a in high for b in low]
+    return sum(pairs) / max(1, len(pairs))
+
+
+if __name__ == "__main__":
+    main()
