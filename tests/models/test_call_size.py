@@ -18,7 +18,8 @@ class _Somewhere:
 
     dtype = torch.bfloat16
 
-    def __init__(self, device: str, hidden: int, inner: int) -> None:
+    def __init__(self, device: str, hidden: int, inner: int, applied: bool = True) -> None:
+        self._mgam_applied = applied or None
         self.device = torch.device(device)
         text = SimpleNamespace(hidden_size=hidden, intermediate_size=inner)
         self.config = SimpleNamespace(get_text_config=lambda decoder: text)
@@ -31,5 +32,6 @@ def test_calls_grow_with_the_gpu_and_shrink_with_the_batch(monkeypatch: pytest.M
     assert call_size(BY_NAME["llama"].make()) == sizes.LEAST
     assert [call_size(small, rows) for rows in (1, 8, 64)] == [16384, 16384, 2048]
     assert [call_size(large, rows) for rows in (1, 2, 16)] == [16384, 8192, 2048]
+    assert call_size(_Somewhere("cuda", 576, 1536, applied=False)) == sizes.LEAST
     memory.total_memory = 2**30
     assert call_size(large) == sizes.LEAST

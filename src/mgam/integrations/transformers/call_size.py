@@ -18,10 +18,11 @@ def call_size(model: Any, rows: int = 1) -> int:
     """Columns that `rows` rows of a long text are read in at once: a power of two from 2,048 to 16,384.
 
     It follows from the model and the device's whole memory, not from what is free: one machine always reads one text
-    in the same calls.
+    in the same calls. A model that mgam was not applied to takes small ones: its masks hold a number for each pair of
+    a call's token and the text's.
     """
     device: torch.device = model.device
-    if device.type != "cuda":
+    if device.type != "cuda" or getattr(model, "_mgam_applied", None) is None:
         return LEAST
     total = torch.cuda.get_device_properties(device).total_memory
     fitting = int(total // SHARE // (max(1, rows) * activation_bytes(model)))
