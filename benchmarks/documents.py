@@ -7,7 +7,8 @@
 
 Each is a cell: done once, kept with its conditions in benchmarks/results/documents.<device>.json, and made anew with
 --again. A digest that was stopped goes on. Digests are kept in --folder; `ask` and `bits` make the one they need.
-The text is shipped prose, repeated, with ten pass keys at ten depths; every question asks for one of them.
+The text is prose (--sources: the test split of fetched ones), repeated where it ends, with ten pass keys at ten depths;
+every question asks for one of them.
 """
 
 from __future__ import annotations
@@ -18,7 +19,7 @@ import random
 import subprocess
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any
@@ -39,6 +40,8 @@ Folder = Annotated[Path, typer.Option(help="Where digests are kept.")]
 Eight = Annotated[bool, typer.Option("--eight-bits", help="Pages in 8 bits.")]
 Again = Annotated[bool, typer.Option("--again", help="Make the cell anew.")]
 Budget = Annotated[int, typer.Option(help="Tokens that a query may read in full.")]
+Sources = Annotated[str, typer.Option(help="Text sources, one after the other, with commas; see mgam data list.")]
+Host = Annotated[bool, typer.Option("--host", help="Pages wait in main memory, not on disk.")]
 
 
 @dataclass(frozen=True)
@@ -52,6 +55,8 @@ class Cell:
     folder: Path
     eight_bits: bool
     budget: int = 1024
+    sources: str = ""
+    host: bool = False
 
     @property
     def path(self) -> Path:
@@ -63,23 +68,26 @@ class Cell:
 @app.command()
 def digest(
     tokens: Tokens = 32_000, memory: Memory = None, model: Model = None, device: Device = "auto",
-    folder: Folder = Path("digests"), eight_bits: Eight = False, budget: Budget = 1024, again: Again = False,
+    folder: Folder = Path("digests"), eight_bits: Eight = False, budget: Budget = 1024, sources: Sources = "",
+    again: Again = False,
 ) -> None:  # fmt: skip
     """Seconds, peak memory of the process and bytes on disk of digesting."""
-    cell = Cell(tokens, memory, model, device, folder, eight_bits, budget)
+    cell = Cell(tokens, memory, model, device, folder, eight_bits, budget, sources)
     _keep("digest", cell, again, lambda: _apart("digest", cell))
 
 
 @app.command()
 def ask(
     tokens: Tokens = 32_000, memory: Memory = None, model: Model = None, device: Device = "auto",
-    folder: Folder = Path("digests"), eight_bits: Eight = False, budget: Budget = 1024, again: Again = False,
+    folder: Folder = Path("digests"), eight_bits: Eight = False, budget: Budget = 1024, sources: Sources = "",
+    host: Host = False, again: Again = False,
 ) -> None:  # fmt: skip
     """Opening (with cold and warm file caches), first token of 20 questions, hits by depth, peak memory."""
-    cell = Cell(tokens, memory, model, device, folder, eight_bits, budget)
+    cell = Cell(tokens, memory, model, device, folder, eight_bits, budget, sources, host)
     if not (cell.path / "manifest.json").exists():
         _keep("digest", cell, again, lambda: _apart("digest", cell))
-    _keep("ask", cell, again, lambda: {"cold": _apart("ask cold", cell), "warm": _apart("ask", cell)})
+    kind = "ask, host tier" if host else "ask"
+    _keep(kind, cell, again, lambda: {"cold": _apart("ask cold", cell), "warm": _apart("ask", cell)})
 
 
 @app.command()
@@ -155,13 +163,24 @@ def _load(cell: Cell) -> tuple[Any, Any]:
     return loaded.model, loaded.tokenizer
 
 
-def _text(tokenizer: Any, tokens: int) -> str:
-    """Shipped prose of about so many tokens, a pass key at each of ten depths."""
+def _sentences(sources: str) -> Iterator[str]:
+    """Running prose without end: as haystacks take it, or the test split of some sources, one after the other."""
     from mgam.evaluation.texts import TextLibrary
 
+    library = TextLibrary()
+    if not sources:
+        yield from library.prose(random.Random(0))
+    texts = [text for source in sources.split(",") for text in library.texts(source, "test")]
+    while True:
+        for text in texts:
+            yield from library.sentences(text)
+
+
+def _text(tokenizer: Any, tokens: int, sources: str) -> str:
+    """Prose of about so many tokens, a pass key at each of ten depths."""
     sentences: list[str] = []
     count = 0
-    for sentence in TextLibrary().prose(random.Random(0)):
+    for sentence in _sentences(sources):
         sentences.append(sentence)
         count += len(tokenizer(sentence, add_special_tokens=False).input_ids)
         if count >= tokens:
@@ -183,7 +202,7 @@ def _digest(cell: Cell) -> dict[str, Any]:
     from mgam.integrations.memory import peak_memory_bytes
 
     model, tokenizer = _load(cell)
-    source = Source("prose", _text(tokenizer, cell.tokens))
+    source = Source("prose", _text(tokenizer, cell.tokens, cell.sources))
     first: list[int] = []
     began = time.perf_counter()
     manifest = make(
@@ -216,12 +235,13 @@ def _ask_cold(cell: Cell) -> dict[str, Any]:
 
 
 def _ask(cell: Cell, questions: int = 2 * NEEDLES) -> dict[str, Any]:
-    from mgam.documents.document import Document
+    from mgam.documents.document import Document, Tier
     from mgam.integrations.memory import peak_memory_bytes
 
     model, tokenizer = _load(cell)
     began = time.perf_counter()
-    document = Document.open(cell.path, model, tokenizer, memory=cell.memory)
+    tier: Tier = "host" if cell.host else "disk"
+    document = Document.open(cell.path, model, tokenizer, memory=cell.memory, tier=tier)
     opened = time.perf_counter() - began
     rows = []
     for trial in range(questions):
@@ -240,6 +260,7 @@ def _ask(cell: Cell, questions: int = 2 * NEEDLES) -> dict[str, Any]:
     return {
         "tokens": len(document.tokens),
         "seconds_to_open": round(opened, 2),
+        "seconds_to_open_and_first_token": round(opened + rows[0]["seconds_to_first_token"], 2),
         "first_token_median": sorted(row["seconds_to_first_token"] for row in rows)[len(rows) // 2],
         "first_token_worst": max(row["seconds_to_first_token"] for row in rows),
         "hits": sum(row["hit"] for row in rows[:NEEDLES]),
@@ -260,7 +281,7 @@ def _bits(cell: Cell) -> dict[str, Any]:
     from mgam.documents.tokens import Frame
 
     model, tokenizer = _load(cell)
-    source = Source("prose", _text(tokenizer, cell.tokens))
+    source = Source("prose", _text(tokenizer, cell.tokens, cell.sources))
     logits: dict[bool, list[Any]] = {}
     found: dict[str, Any] = {}
     for eight in (False, True):
@@ -314,7 +335,8 @@ def _fetch(tokens: int, layers: int, held: int, opened: int, window: int, steps:
         for layer in range(held)
     ])  # fmt: skip
     per_layer = heads * (opened + window)
-    pool = Pool(shape, 2 * per_layer, device, host.fetch)  # so small that nothing is found again
+    pool = Pool(shape, 2 * per_layer, device)  # so small that nothing is found again
+    host.serve(pool)
     pool.reserve(chunks)
     rng = np.random.default_rng(0)
 

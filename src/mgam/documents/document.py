@@ -145,7 +145,10 @@ class Document:
             layer.pyramid = PagedPyramid(manifest.shape.levels, pool, number, total)
             layer.lazy_initialization(pool.keys, pool.values)
         tokens, recent = _load(store, cache)
-        pool.fetch = store.read_pages if tier == "disk" else HostPages.of(store, device).fetch
+        if tier == "disk":
+            pool.fetch = store.read_pages
+        else:
+            HostPages.of(store, device).serve(pool)
         sources = [Source(text.name, store.text(number)) for number, text in enumerate(manifest.texts)]
         return cls(folder, model, tokenizer, manifest, tokens, sources, pool, cache, store, recent)
 

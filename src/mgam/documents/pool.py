@@ -20,6 +20,9 @@ from mgam.errors import MemoryBudgetError
 Fetch = Callable[[int, Numbers, Numbers, Tensor], None]
 """Fills pages (n, page_bytes) of a layer from KV heads (n,) and chunks (n,)."""
 
+Place = Callable[[int, Numbers, Numbers, Tensor, Tensor, Tensor], None]
+"""Writes pages of a layer, from KV heads (n,) and chunks (n,), into slots (n,) of a pool's keys and values at once."""
+
 STAGED = 512
 """Pages fetched at a time."""
 LEAST = 256
@@ -45,6 +48,8 @@ class Pool:
     slots: int
     device: torch.device
     fetch: Fetch | None = None
+    place: Place | None = None
+    """Used in place of `fetch` where the slower tier can be read from the device."""
     counts: Counts = field(default_factory=Counts)
 
     def __post_init__(self) -> None:
@@ -127,8 +132,18 @@ class Pool:
         self._free_count += len(slots)
 
     def _bring(self, layer: int, heads: Numbers, chunks: Numbers) -> None:
-        assert self.fetch is not None, "a page is nowhere"
+        assert self.fetch is not None or self.place is not None, "a page is nowhere"
         slots = self._take(len(heads))
+        if self.place is not None:
+            self.place(layer, heads, chunks, torch.from_numpy(slots.astype(np.int64)), self.keys, self.values)
+            self._enter(layer, heads, chunks, slots)
+        else:
+            self._stage(layer, heads, chunks, slots)
+        self.counts.fetched += len(heads)
+
+    def _stage(self, layer: int, heads: Numbers, chunks: Numbers, slots: Numbers) -> None:
+        """Fetches pages by way of main memory."""
+        assert self.fetch is not None
         index = torch.from_numpy(slots.astype(np.int64)).to(self.device)
         for first in range(0, len(heads), len(self._staged)):
             part = slice(first, first + len(self._staged))
@@ -141,11 +156,13 @@ class Pool:
             keys, values = decode(staged.to(self.device), self.shape)
             self.keys[index[part]] = keys
             self.values[index[part]] = values
-            here = slots[part]
-            self.tables[layer][heads[part], chunks[part]] = here
-            self._owner[here] = np.stack((np.full(len(here), layer), heads[part], chunks[part]), 1)
-            self._used[here] = self._clock
-        self.counts.fetched += len(heads)
+            self._enter(layer, heads[part], chunks[part], slots[part])
+
+    def _enter(self, layer: int, heads: Numbers, chunks: Numbers, slots: Numbers) -> None:
+        """Notes what slots hold now."""
+        self.tables[layer][heads, chunks] = slots
+        self._owner[slots] = np.stack((np.full(len(slots), layer), heads, chunks), 1)
+        self._used[slots] = self._clock
 
     def _give_back(self, slots: Numbers) -> None:
         self._used[slots] = -1

@@ -8,7 +8,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from mgam.documents.pool import LEAST
+from mgam import kernels
+from mgam.documents.pool import LEAST, Pool
 from mgam.documents.store.layout import CODES, SIZES, Shape
 from mgam.documents.store.segment import Numbers
 from mgam.documents.store.store import Store
@@ -88,8 +89,26 @@ class HostPages:
             layers.append(pages)
         return cls(layers)
 
+    def serve(self, pool: Pool) -> None:
+        """Gives a pool its pages: a GPU reads plain ones itself where they are pinned, others go through the CPU."""
+        plain = pool.shape.bits != 8 and all(pages.is_pinned() for pages in self.layers)
+        if plain and kernels.serve(pool.keys):
+            pool.place = self.place
+        else:
+            pool.fetch = self.fetch
+
     def fetch(self, layer: int, heads: Numbers, chunks: Numbers, pages: Tensor) -> None:
         """Copies pages (n, page_bytes) of KV heads (n,) and chunks (n,)."""
+        flat, index = self._rows(layer, heads, chunks)
+        torch.index_select(flat, 0, index, out=pages)
+
+    def place(self, layer: int, heads: Numbers, chunks: Numbers, slots: Tensor, keys: Tensor, values: Tensor) -> None:
+        """Copies them into slots (n,) of a pool's keys and values, by a kernel that reads main memory."""
+        from mgam.documents.place_triton import place_pages
+
+        place_pages(*self._rows(layer, heads, chunks), slots, keys, values)
+
+    def _rows(self, layer: int, heads: Numbers, chunks: Numbers) -> tuple[Tensor, Tensor]:
         kept = self.layers[layer]
         index = torch.from_numpy(np.asarray(chunks, np.int64) * kept.shape[1] + np.asarray(heads, np.int64))
-        torch.index_select(kept.view(-1, kept.shape[-1]), 0, index, out=pages)
+        return kept.view(-1, kept.shape[-1]), index

@@ -1,0 +1,64 @@
+"""Pages that a kernel copies from pinned memory into a pool, against pages that the CPU copies."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+import torch
+
+from mgam.documents.pool import Pool
+from mgam.documents.store.layout import Shape
+from mgam.documents.tiers import HostPages
+from mgam.levels import Levels
+from triton_cases import DEVICE, needs_triton
+
+pytestmark = needs_triton
+
+HEADS, CHUNKS, LAYERS = 2, 9, 2
+
+
+def pools(chunk: int, dim: int) -> tuple[Pool, Pool, HostPages]:
+    """A pool that reads host memory itself, one that is given staged pages, and the pages of both."""
+    shape = Shape(LAYERS, 4, HEADS, dim, "bfloat16", Levels((1, chunk, 4 * chunk)), 0, 16)
+    made = torch.randint(0, 256, (LAYERS, CHUNKS, HEADS, shape.page_bytes), dtype=torch.uint8)
+    host = HostPages([layer.pin_memory() if DEVICE == "cuda" else layer for layer in made])
+    one, other = (Pool(shape, 3 * HEADS, torch.device(DEVICE)) for _ in range(2))
+    one.place, other.fetch = host.place, host.fetch
+    for pool in (one, other):
+        pool.reserve(CHUNKS)
+    return one, other, host
+
+
+@pytest.mark.parametrize(("chunk", "dim"), [(8, 64), (64, 96), (4, 256)])
+def test_placed_as_staged(chunk: int, dim: int) -> None:
+    one, other, _ = pools(chunk, dim)
+    rng = np.random.default_rng(0)
+    for step in range(12):
+        heads, chunks = rng.integers(0, HEADS, 5), rng.integers(0, CHUNKS, 5)
+        found = [pool.slots_of(step % LAYERS, heads, chunks) for pool in (one, other)]
+        for kept in ("keys", "values"):
+            got, want = (getattr(pool, kept)[slots] for pool, slots in zip((one, other), found, strict=True))
+            assert torch.equal(got.view(torch.uint8), want.view(torch.uint8))
+    assert one.counts == other.counts
+    assert one.counts.fetched > 3 * HEADS
+
+
+def test_pages_of_another_size_are_refused() -> None:
+    from mgam.documents.place_triton import place_pages
+
+    one, _, host = pools(8, 64)
+    none = torch.zeros(1, dtype=torch.int64)
+    with pytest.raises(ValueError, match="do not fit"):
+        place_pages(host.layers[0].view(-1, host.layers[0].shape[-1])[:, :-16], none, none, one.keys, one.values)
+
+
+@pytest.mark.skipif(DEVICE == "cpu", reason="only a CUDA device reads pinned memory itself")
+def test_a_gpu_takes_plain_pinned_pages_itself() -> None:
+    one, other, host = pools(64, 64)
+    one.place = other.fetch = None
+    host.serve(one)
+    HostPages([layer.clone() for layer in host.layers]).serve(other)
+    assert one.place is not None
+    assert one.fetch is None
+    assert other.place is None
+    assert other.fetch is not None
