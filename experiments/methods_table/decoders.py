@@ -63,10 +63,12 @@ def work(options: argparse.Namespace) -> None:
     found = {**conditions(str(model.device)), "model": name, "seed": options.seed, "processes": options.workers}
     results.begin({**found, "command": f"experiments/methods_table/run.py decoders --trials {options.trials}"})
     bench = Bench(TokenCounter(tokenizer), TextLibrary(), SampleCache(say=print), results, say=print)
-    last: dict[tuple[str, str], tuple[int, float]] = {}
+    for path in sorted(options.out.glob(f"decoders.{name}.*.jsonl")):  # what other processes did before
+        results.trials |= ResultsFile(path, print).trials
+    took: dict[tuple[str, bool, int], list[float]] = {}
     for length, trials, method, task in _cells(options):
-        left = options.until - time.time()
-        guess = _guess(last.get((method, task.name)), length)
+        left, kind = options.until - time.time(), task.score_losses is not None
+        guess = _guess(took, method, kind, length)
         if left < 0 or guess > left:
             _skipped(options, name, method, task.name, length, trials, guess, left)
             continue
@@ -79,9 +81,9 @@ def work(options: argparse.Namespace) -> None:
             _skipped(options, name, method, task.name, length, trials, guess, left, f"{type(error).__name__}: {error}")
         finally:
             reader.close()
-        took = time.perf_counter() - begun
-        last[method, task.name] = (length, took)
-        print(f"{os.getpid()} {name} {method} {task.name} {length} {took:.1f} s, {left:.0f} s left", flush=True)
+        seconds = time.perf_counter() - begun
+        took.setdefault((method, kind, length), []).append(seconds)
+        print(f"{os.getpid()} {name} {method} {task.name} {length} {seconds:.1f} s, {left:.0f} s left", flush=True)
 
 
 def _cells(options: argparse.Namespace) -> Iterator[tuple[int, int, str, Task]]:
@@ -100,9 +102,16 @@ def _at_once(length: int) -> int:
     return AT_ONCE.get(length, 1 if length > 131072 else 5)
 
 
-def _guess(before: tuple[int, float] | None, length: int) -> float:
-    """Seconds that a cell may take: as the square of the length."""
-    return 0.0 if before is None else before[1] * (length / before[0]) ** 2
+def _guess(took: dict[tuple[str, bool, int], list[float]], method: str, kind: bool, length: int) -> float:
+    """Seconds that a cell may take, from the fastest of the method's cells at the next shorter length.
+
+    The first cell of a method compiles its kernels, so it says little about the others.
+    """
+    shorter = [other for name, one, other in took if (name, one) == (method, kind) and other < length]
+    if not shorter:
+        return 0.0
+    near = max(shorter)
+    return min(took[method, kind, near]) * (length / near) ** 1.3
 
 
 def _skipped(options: argparse.Namespace, *cell: Any) -> None:
