@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import random
 from typing import Any
 
@@ -10,6 +11,9 @@ import torch
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
+from mgam.documents.prompt import build
+from mgam.documents.sources import Source
+from mgam.errors import DocumentError
 from mgam.evaluation.adapters import ModelReader
 from mgam.evaluation.reader import BatchReader, LossReader
 from mgam.evaluation.texts import words
@@ -49,6 +53,7 @@ def test_a_batch_answers_as_single_readings_do(tiny: tuple[Any, Any], label: str
     reader.close()
     assert [one.answer for one in batch] == [one.answer for one in single]
     assert all(one.seconds > 0 and one.peak_memory_bytes > 0 for one in [*batch, *single])
+    assert all(0 < (one.preprocess_seconds or 0) < one.seconds for one in [*batch, *single])
 
 
 def test_fewer_entries_are_read_and_evidence_is_shown(tiny: tuple[Any, Any]) -> None:
@@ -94,3 +99,22 @@ def test_memory_that_is_not_there_is_said(tiny: tuple[Any, Any], monkeypatch: py
     monkeypatch.setattr(tiny[0], "generate", out_of_memory)
     with pytest.raises(DoesNotFitError, match="80 GiB"):
         reader.read(DOCUMENTS[0], QUESTIONS[0], 4)
+
+
+def test_a_tokenizer_without_a_chat_template_is_asked_in_plain_words(tiny: tuple[Any, Any]) -> None:
+    _, tokenizer = tiny
+    assert not tokenizer.chat_template
+    prompt = build(tokenizer, [Source("a", DOCUMENTS[0])], QUESTIONS[0])
+    text = tokenizer.decode(prompt.ids)
+    assert text.endswith(f"{QUESTIONS[0]}\nAnswer:")
+    assert DOCUMENTS[0] in text
+    source, start, end = prompt.place(prompt.document - 40, prompt.document - 20) or (None, 0, 0)
+    assert source is not None
+    assert 0 < start < end <= len(DOCUMENTS[0])
+
+
+def test_a_chat_template_that_changes_the_text_is_refused(tiny: tuple[Any, Any]) -> None:
+    tokenizer = copy.deepcopy(tiny[1])
+    tokenizer.chat_template = "{% for m in messages %}{{ m['content'] | upper }}{% endfor %}"
+    with pytest.raises(DocumentError, match="use a tokenizer without a template"):
+        build(tokenizer, [Source("a", DOCUMENTS[0])], QUESTIONS[0])

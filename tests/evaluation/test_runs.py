@@ -10,7 +10,9 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from typer.testing import CliRunner
 
+from mgam.cli.app import app
 from mgam.errors import DocumentError, SettingError
 from mgam.evaluation.adapters import parse_method
 from mgam.evaluation.cache import SampleCache
@@ -313,3 +315,25 @@ def test_the_leaderboard_is_made_from_reports(bench: Bench, tmp_path: Path) -> N
         leaderboard(folder)
     with pytest.raises(DocumentError, match="holds no reports"):
         leaderboard(tmp_path / "nothing")
+
+
+def test_one_page_of_several_runs(bench: Bench, tmp_path: Path) -> None:
+    """Parts that were measured apart, and a run that was cut, come to one page by `mgam report`."""
+    run(Plan(PLAN.tasks, [1024], 4), RuleReader("dense"), bench)
+    other = Bench(bench.counter, bench.texts, bench.samples, ResultsFile(tmp_path / "other.jsonl"))
+    bench.results.begin({"device": "one", "commit": "a", "command": "mgam eval --lengths 1k"})
+    other.results.begin({"device": "another", "commit": "a", "command": "mgam eval --lengths 2k"})
+    run(Plan(PLAN.tasks, [2048], 4), RuleReader("dense", window=10), other)
+    page = tmp_path / "all.html"
+    words = ["report", str(bench.results.path), str(other.results.path), "--to", str(page)]
+    done = CliRunner().invoke(app, words)
+    assert done.exit_code == 0, done.output
+    whole = json.loads(page.with_suffix(".json").read_text())
+    assert {(row["length"], row["score"]) for row in whole["rows"]} == {(1024, 100.0), (2048, 0.0)}
+    assert whole["conditions"]["device"] == "one, another"
+    assert whole["command"] == "mgam eval --lengths 1k; mgam eval --lengths 2k"
+    missing = CliRunner().invoke(app, ["report", str(tmp_path / "none.jsonl"), "--to", str(page)])
+    assert isinstance(missing.exception, SettingError)
+    (tmp_path / "empty.jsonl").write_text("")
+    empty = CliRunner().invoke(app, ["report", str(tmp_path / "empty.jsonl"), "--to", str(page)])
+    assert "no trial is in there" in str(empty.exception)

@@ -4,7 +4,10 @@ from __future__ import annotations
 
 import json
 import random
+import sys
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
 
 import pytest
 
@@ -102,4 +105,40 @@ def test_published_records_come_from_files_or_are_refused_in_words(
     monkeypatch.setenv("HF_HUB_OFFLINE", "1")
     monkeypatch.setenv("HF_DATASETS_OFFLINE", "1")
     with pytest.raises(DocumentError, match="synthetic"):
+        fetch_sources(["hotpotqa"], root=tmp_path, say=lambda message: None)
+
+
+@pytest.mark.parametrize("name", ["hotpotqa", "narrativeqa", "cnn_dailymail", "longbench"])
+def test_the_hub_gives_what_files_of_its_form_give(
+    name: str, library: TextLibrary, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The loader by hub id, with a hub that hands out the fixture: the same records, read as a stream."""
+    rows = [json.loads(line) for line in (FIXTURES / name / "a.jsonl").read_text().splitlines()]
+    asked: list[tuple[Any, ...]] = []
+
+    def load_dataset(hub: str, config: str | None, *, split: str, revision: str | None, streaming: bool) -> Any:
+        asked.append((hub, config, split, streaming))
+        return [row for row in rows if name != "longbench" or row["dataset"] == config]
+
+    monkeypatch.setitem(sys.modules, "datasets", SimpleNamespace(load_dataset=load_dataset))
+    fetch_sources([name], root=tmp_path, say=lambda message: None)
+    fetched = TextLibrary(tmp_path).records(name, None)
+    assert sorted(map(str, fetched.values())) == sorted(map(str, library.records(name, None).values()))
+    assert all(split in ("test", "validation") and streaming for _, _, split, streaming in asked)
+    assert len({hub for hub, *_ in asked}) == 1
+
+
+def test_a_hub_that_is_not_reached_names_the_data_set_and_what_runs(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def load_dataset(*given: Any, **more: Any) -> Any:
+        raise ConnectionError("no route to host\nand more")
+
+    monkeypatch.setitem(sys.modules, "datasets", SimpleNamespace(load_dataset=load_dataset))
+    with pytest.raises(
+        DocumentError, match=r"hotpot.*cannot be reached \(ConnectionError: no route to host\).*synthetic"
+    ):
+        fetch_sources(["hotpotqa"], root=tmp_path, say=lambda message: None)
+    monkeypatch.setitem(sys.modules, "datasets", None)
+    with pytest.raises(DocumentError, match=r"mgam\[eval\].*synthetic"):
         fetch_sources(["hotpotqa"], root=tmp_path, say=lambda message: None)

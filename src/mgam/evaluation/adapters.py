@@ -104,6 +104,7 @@ class ModelReader:
             seconds=measured["seconds"],
             peak_memory_bytes=measured["peak"],
             entries_per_query=entries,
+            preprocess_seconds=answer.seconds["reading"],
         )
 
     def read_batch(self, documents: Sequence[str], questions: Sequence[str], max_new_tokens: int) -> list[Reading]:
@@ -119,7 +120,14 @@ class ModelReader:
             batch = read_batch(self._model, self._tokenizer, documents, questions, max_new_tokens)
         seconds = measured["seconds"] / len(documents)
         return [
-            Reading(answer, (), seconds, measured["peak"], batch.entries or _dense_entries(len(prompt.ids), 1))
+            Reading(
+                answer,
+                (),
+                seconds,
+                measured["peak"],
+                batch.entries or _dense_entries(len(prompt.ids), 1),
+                preprocess_seconds=batch.reading / len(documents),
+            )
             for answer, prompt in zip(batch.answers, batch.prompts, strict=True)
         ]
 

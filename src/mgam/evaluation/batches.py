@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -23,6 +24,8 @@ class Batch:
     prompts: list[Prompt]
     entries: float | None
     """Entries per query over all rows; None where the model is dense."""
+    reading: float
+    """Seconds until the documents of all rows were read."""
 
 
 @torch.no_grad()
@@ -31,6 +34,7 @@ def read_batch(model: Any, tokenizer: Any, documents: Sequence[str], questions: 
 
     Each row is read in calls that cut none of its query blocks, as it would be alone; no evidence is recorded.
     """
+    begin = time.perf_counter()
     prompts = [
         build(tokenizer, [Source("document", document)], question)
         for document, question in zip(documents, questions, strict=True)
@@ -44,6 +48,9 @@ def read_batch(model: Any, tokenizer: Any, documents: Sequence[str], questions: 
     else:
         lengths, texts = [len(prompt.ids) for prompt in prompts], [prompt.document for prompt in prompts]
         prefill.read(model, cache, ids, lengths, texts, _whole_blocks(size, model))
+    if model.device.type == "cuda":
+        torch.cuda.synchronize(model.device)
+    reading = time.perf_counter() - begin
     produced = model.generate(
         ids,
         attention_mask=mask,
@@ -57,7 +64,7 @@ def read_batch(model: Any, tokenizer: Any, documents: Sequence[str], questions: 
     )
     answers = tokenizer.batch_decode(produced[:, ids.shape[1] :], skip_special_tokens=True)
     entries = None if record is None else sum(record.entries) / max(1.0, record.queries)
-    return Batch([answer.strip() for answer in answers], prompts, entries)
+    return Batch([answer.strip() for answer in answers], prompts, entries, reading)
 
 
 def _left_padded(rows: Sequence[list[int]], pad: int, device: torch.device) -> tuple[Tensor, Tensor]:

@@ -31,6 +31,7 @@ class Reading:
     peak_memory_bytes: int = 0
     entries_per_query: float = 0.0  # entries that a query read, averaged over queries, layers and heads
     losses: Sequence[float] = field(default=())  # nats of each token of the document after the first, where asked for
+    preprocess_seconds: float | None = None  # of them, until the document was read and the question could be asked
 
 
 class Reader(Protocol):

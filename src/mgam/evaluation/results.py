@@ -43,6 +43,7 @@ class Trial:
     gold: Sequence[str] = ()
     reason: str = ""  # why it was not read
     settings: Mapping[str, Any] = field(default_factory=dict)  # of the method
+    preprocess_seconds: float | None = None  # of the seconds, until the document was read
 
     @property
     def key(self) -> Key:
@@ -74,6 +75,7 @@ class Row:
     quadrant: str
     parts: Mapping[str, float]
     settings: Mapping[str, Any]
+    preprocess_seconds: float | None = None  # of the seconds, until the document was read
 
     def to_json(self) -> dict[str, Any]:
         return asdict(self)
@@ -129,6 +131,7 @@ def _row(trials: list[Trial]) -> Row:
             for name in dict.fromkeys(name for trial in read for name in trial.parts)
         },
         settings=dict(first.settings),
+        preprocess_seconds=_mean(trial.preprocess_seconds for trial in read),
     )
 
 

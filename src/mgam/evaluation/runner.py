@@ -178,6 +178,7 @@ def _trial(
         reply=reply[:REPLY_KEPT],
         gold=[gold[:REPLY_KEPT] for gold in sample.answers],
         settings=settings,
+        preprocess_seconds=reading.preprocess_seconds,
     )
 
 

@@ -41,7 +41,7 @@ def _cost(rows: Sequence[Row], methods: Sequence[str]) -> Table:
     table = Table(title="what reading cost (mean over tasks; memory is the highest)")
     table.add_column("length", justify="right")
     table.add_column("method")
-    for name in ("seconds", "peak memory, GiB", "entries per query"):
+    for name in ("seconds", "of them reading", "peak memory, GiB", "entries per query"):
         table.add_column(name, justify="right")
     for length in sorted({row.length for row in rows}):
         for method in methods:
@@ -49,12 +49,14 @@ def _cost(rows: Sequence[Row], methods: Sequence[str]) -> Table:
             if not found:
                 continue
             seconds = [row.seconds for row in found if row.seconds is not None]
+            reading = [row.preprocess_seconds for row in found if row.preprocess_seconds is not None]
             memory = [row.peak_memory_bytes for row in found if row.peak_memory_bytes]
             entries = [row.entries_per_query for row in found if row.entries_per_query]
             table.add_row(
                 f"{length:,}",
                 method,
                 f"{sum(seconds) / len(seconds):.2f}" if seconds else "",
+                f"{sum(reading) / len(reading):.2f}" if reading else "",
                 f"{max(memory) / 2**30:.2f}" if memory else "",
                 f"{sum(entries) / len(entries):,.0f}" if entries else "",
             )
