@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
+from functools import lru_cache
 
 import torch
 from torch import Tensor
@@ -32,8 +33,15 @@ def flat(queries: Tensor, live: Tensor, search: Tensor, row: Tensor, visible: Te
     count, query_heads, votes, dim = queries.shape
     heads = search.shape[1]
     folded = queries.reshape(count, heads, query_heads // heads * votes, dim).to(search.dtype).contiguous()
-    factor = torch.full(folded.shape[:3], scale * math.log2(math.e), dtype=torch.float32, device=queries.device)
+    made = _all_alike.__wrapped__ if queries.is_cuda and torch.cuda.is_current_stream_capturing() else _all_alike
+    factor = made(tuple(folded.shape[:3]), scale * math.log2(math.e), queries.device)
     return Asked(folded, factor, live, search, row, visible)
+
+
+@lru_cache(maxsize=8)
+def _all_alike(shape: tuple[int, ...], value: float, device: torch.device) -> Tensor:
+    """A tensor of one number, made once for all layers; nothing writes to it. A graph that is captured has its own."""
+    return torch.full(shape, value, dtype=torch.float32, device=device)
 
 
 def plain_scores(asked: Asked, chunks: int) -> Tensor:

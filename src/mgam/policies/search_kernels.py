@@ -124,12 +124,15 @@ def mass_kernel(
     do_not_specialize=["blocks", "heads", "tiles", "chunks"], do_not_specialize_on_alignment=["row_ptr", "visible_ptr"]
 )
 def logits_kernel(
-    q_ptr, factor_ptr, logit_ptr, search_ptr, row_ptr, visible_ptr, blocks, heads, tiles, chunks,
+    q_ptr, factor_ptr, logit_ptr, part_ptr, search_ptr, row_ptr, visible_ptr, blocks, heads, tiles, chunks,
     step_row, step_head, step_place, step_chunk,
     M: tl.constexpr, S: tl.constexpr, D: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_C: tl.constexpr,
     BLOCK_D: tl.constexpr,
 ):  # fmt: skip
-    """For few voters (decode): logits in base 2 (N, H, M, C), -inf where a chunk may not be judged. M <= BLOCK_M."""
+    """For few voters (decode): logits in base 2 (N, H, M, C), -inf where a chunk may not be judged. M <= BLOCK_M.
+
+    Parts (2, N, H, M, tiles) float32: the highest logit of each tile of chunks, and its sum of powers relative to that.
+    """
     pid = tl.program_id(0)
     first = pid % tiles * BLOCK_C
     block = pid // tiles % blocks
@@ -150,6 +153,42 @@ def logits_kernel(
         best = tl.where((chunk < visible)[None, :], best * factor[:, None], -float("inf"))
     place_mc = (pair * M + m)[:, None] * chunks + chunk[None, :]
     tl.store(logit_ptr + place_mc, best, mask=(m < M)[:, None] & (chunk < chunks)[None, :])
+    peak = tl.maximum(tl.max(best, 1), FLOOR)
+    total = tl.sum(tl.exp2(best - peak[:, None]), 1)
+    place_mt = (pair * M + m) * tiles + pid % tiles
+    tl.store(part_ptr + place_mt, peak, mask=m < M)
+    size = blocks.to(tl.int64) * heads * M * tiles
+    tl.store(part_ptr + size + place_mt, total, mask=m < M)
+
+
+@triton.jit(do_not_specialize=["blocks", "heads", "tiles", "chunks"], do_not_specialize_on_alignment=["live_ptr"])
+def few_kernel(
+    logit_ptr, part_ptr, live_ptr, score_ptr, blocks, heads, tiles, chunks,
+    M: tl.constexpr, V: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_C: tl.constexpr, BLOCK_T: tl.constexpr,
+):  # fmt: skip
+    """After `logits_kernel`: mass of one tile of chunks. live (N, V) uint8; score (N, H, C) float32."""
+    pid = tl.program_id(0)
+    pair = (pid // tiles).to(tl.int64)
+    m = tl.arange(0, BLOCK_M)
+    peak = tl.full((BLOCK_M,), FLOOR, tl.float32)
+    total = tl.zeros((BLOCK_M,), tl.float32)
+    size = blocks.to(tl.int64) * heads * M * tiles
+    for begin in tl.range(0, tiles, BLOCK_T):
+        tile = begin + tl.arange(0, BLOCK_T)
+        place = (pair * M + m)[:, None] * tiles + tile[None, :]
+        mask = (m < M)[:, None] & (tile < tiles)[None, :]
+        peaks = tl.load(part_ptr + place, mask=mask, other=FLOOR)
+        totals = tl.load(part_ptr + size + place, mask=mask, other=0.0)
+        highest = tl.maximum(peak, tl.max(peaks, 1))
+        total = total * tl.exp2(peak - highest) + tl.sum(totals * tl.exp2(peaks - highest[:, None]), 1)
+        peak = highest
+    live = tl.load(live_ptr + pair // heads * V + m % V, mask=m < M, other=0)
+    share = tl.where((live > 0) & (total > 0), 1.0 / tl.where(total > 0, total, 1.0), 0.0)
+    chunk = pid % tiles * BLOCK_C + tl.arange(0, BLOCK_C)
+    place = (pair * M + m)[:, None] * chunks + chunk[None, :]
+    logits = tl.load(logit_ptr + place, mask=(m < M)[:, None] & (chunk < chunks)[None, :], other=-float("inf"))
+    score = tl.sum(tl.exp2(logits - peak[:, None]) * share[:, None], 0)
+    tl.store(score_ptr + pair * chunks + chunk, score, mask=chunk < chunks)
 
 
 @triton.jit(do_not_specialize=["heads", "tiles", "M"], do_not_specialize_on_alignment=["row_ptr"])

@@ -5,7 +5,6 @@ Nothing here waits for the device, and no logit of a prefill is written to memor
 
 from __future__ import annotations
 
-import math
 from dataclasses import dataclass, replace
 
 import torch
@@ -17,6 +16,7 @@ from mgam.cover import Cover, summaries_at_most
 from mgam.levels import Levels
 from mgam.policies.asked import Asked
 from mgam.policies.search_kernels import (
+    few_kernel,
     logits_kernel,
     mass_kernel,
     normaliser_kernel,
@@ -50,19 +50,23 @@ def scores(asked: Asked, chunks: int, tiles: SearchTiles | None = None) -> Tenso
     tiles = tiles or tiles_for(voters, asked.queries.element_size())
     places = asked.search.shape[2]
     asked = replace(asked, row=asked.row.contiguous(), visible=asked.visible.contiguous())
-    live = asked.live.to(torch.uint8).contiguous()
+    live = (asked.live if asked.live.is_contiguous() else asked.live.contiguous()).view(torch.uint8)
     steps = asked.search.stride()[:4]
     width = max(16, triton.next_power_of_2(dim))
     if voters <= 16:
         logits = torch.empty(count, heads, voters, chunks, dtype=torch.float32, device=found.device)
         cut = triton.cdiv(chunks, 64)
+        parts = torch.empty(2, count, heads, voters, cut, dtype=torch.float32, device=found.device)
         logits_kernel[(cut * count * heads,)](
-            asked.queries, asked.factor, logits, asked.search, asked.row, asked.visible, count, heads, cut, chunks,
-            *steps,
+            asked.queries, asked.factor, logits, parts, asked.search, asked.row, asked.visible, count, heads, cut,
+            chunks, *steps,
             M=voters, S=places, D=dim, BLOCK_M=16, BLOCK_C=64, BLOCK_D=width, num_warps=4, num_stages=4,
         )  # fmt: skip
-        mass = torch.softmax(logits * math.log(2.0), -1).nan_to_num(0.0)
-        return (mass.unflatten(2, (-1, live.shape[1])) * live[:, None, None, :, None]).sum((2, 3))
+        few_kernel[(cut * count * heads,)](
+            logits, parts, live, found, count, heads, cut, chunks,
+            M=voters, V=live.shape[1], BLOCK_M=16, BLOCK_C=64, BLOCK_T=64, num_warps=4,
+        )  # fmt: skip
+        return found
     copies = tiles.copies and _copyable(asked.search) and dim == width
     desc: Tensor | TensorDescriptor = asked.search
     if copies:

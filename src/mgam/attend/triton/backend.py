@@ -55,7 +55,7 @@ def attend(
         SettingError: when shapes, dtypes, devices or indices do not fit one another, before anything is launched.
     """
     from mgam.attend.triton.autograd import Read
-    from mgam.attend.triton.forward import Turn
+    from mgam.attend.triton.forward import Turn, read
     from mgam.attend.triton.lists import Lists, check
 
     _fit(queries, blocks, cover, pyramid, scale)
@@ -68,6 +68,10 @@ def attend(
         if positions.kind == "granular" and not lists.bare:
             positions.check(cover.most)
     turn = Turn.of(positions, lists, pyramid.tokens, queries.device, queries.dtype)
+    if not torch.is_grad_enabled() or not any(
+        states.requires_grad for states in (queries, *pyramid.keys, *pyramid.values)
+    ):
+        return read(queries, lists, pyramid.keys, pyramid.values, scale, turn=turn, softcap=softcap).out
     return Read.apply(queries, lists, turn, scale, softcap, *pyramid.keys, *pyramid.values)
 
 

@@ -41,7 +41,7 @@ class Lists:
         there = blocks.on(device)
         granular = positions is not None and positions.kind == "granular"
         window = cover.window_start.to(device, torch.int64)
-        table = torch.stack((there.row, there.start, there.length, window))
+        table = _table(blocks, there, window)
         index = tuple(part.to(device).contiguous() for part in (cover.opened, *cover.summaries))
         counts, ranks = places(index, cover.levels, granular)
         return cls(cover.levels, table, blocks.size, index, counts, ranks, cover.mass)
@@ -62,16 +62,24 @@ class Lists:
         return [self.levels.chunk, *self.levels.sizes[1:]]
 
 
+def _table(blocks: Blocks, there: Blocks, window: Tensor) -> Tensor:
+    """Row, start, length and window start (4, N) of blocks; layers whose windows are the same tensor share it."""
+    kept: dict[str, Tensor] = blocks.once(("table", window.device), dict)
+    if kept.get("window") is not window:
+        kept["window"], kept["table"] = window, torch.stack((there.row, there.start, there.length, window))
+    return kept["table"]
+
+
 def places(index: Sequence[Tensor], levels: Levels, granular: bool) -> tuple[Tensor, tuple[Tensor, ...]]:
     """Counts (N, H, 1+L) of entries that are not padding, and ranks of the lists' shapes (the lists where not
     granular)."""
     count, heads = index[0].shape[:2]
     device = index[0].device
-    counts = torch.zeros(count, heads, len(index), dtype=torch.int32, device=device)
     widths = tuple(part.shape[-1] for part in index)
     ranks = tuple(torch.empty_like(part) for part in index) if granular else tuple(index)
     if not sum(widths) or not count:
-        return counts, ranks
+        return torch.zeros(count, heads, len(index), dtype=torch.int32, device=device), ranks
+    counts = torch.empty(count, heads, len(index), dtype=torch.int32, device=device)
     place_kernel[(count * heads, len(index))](
         tuple(index), ranks, counts, widths, (levels.chunk, *levels.sizes[1:]), LEVELS=len(index), CHUNK=levels.chunk,
         RANKS=granular, BLOCK=64, BLOCK_OTHER=64, num_warps=4 if granular else 1,

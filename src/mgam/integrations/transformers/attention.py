@@ -75,7 +75,8 @@ class LayerRuntime:
                     "their place; apply mgam with positions='absolute'"
                 )
             cos, sin = kwargs["position_embeddings"]
-            kwargs = {**kwargs, "position_embeddings": (torch.ones_like(cos), torch.zeros_like(sin))}
+            identity = applied.once(("identity", cos, sin), lambda: (torch.ones_like(cos), torch.zeros_like(sin)))
+            kwargs = {**kwargs, "position_embeddings": identity}
         return args, kwargs
 
 
