@@ -180,7 +180,8 @@ def learned(**dials: Any) -> Callable[[Settings, float], Policy]:
         pull, voice = torch.randn(2, HEADS, GROUP * DIM, generator=rng) * 0.1
         query[:, :, DIM] = pull
         bias = torch.zeros(HEADS, GROUP * (DIM + 1))
-        weights = SearchWeights("battery", GROUP, query, bias, turn, torch.zeros(HEADS, DIM), voice, bias[:, 0])
+        prior = torch.tensor([[0.0, -0.25, -0.25], [0.0, 0.5, 0.0]])
+        weights = SearchWeights("battery", GROUP, query, bias, turn, torch.zeros(HEADS, DIM), voice, bias[:, 0], prior)
         return Learned(weights, s.budget, s.window, s.rest, s.mass, middle=s.middle, **dials)
 
     return make

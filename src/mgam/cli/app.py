@@ -14,6 +14,7 @@ from mgam.cli.digest import register as register_digest
 from mgam.cli.env import env
 from mgam.cli.eval import register as register_evaluation
 from mgam.cli.failure import DEBUG_VARIABLE
+from mgam.cli.fit import register as register_fit
 from mgam.cli.info import register as register_info
 from mgam.cli.methods import methods
 from mgam.cli.patterns import register as register_patterns
@@ -35,6 +36,7 @@ app.command("env")(env)
 app.command("methods")(methods)
 register_evaluation(app)
 register_patterns(app)
+register_fit(app)
 
 
 def _show_version(wanted: bool) -> None:

@@ -17,8 +17,8 @@ from mgam.errors import SettingError
 from mgam.policies.learned import SearchWeights
 
 WEIGHTS, CONFIG = "policy.safetensors", "policy.json"
-FORMAT, VERSION = "mgam policy", 1
-PARTS = ("query", "query_bias", "key", "key_bias", "voice", "voice_bias")
+FORMAT, VERSION = "mgam policy", 2
+PARTS = ("query", "query_bias", "key", "key_bias", "voice", "voice_bias", "prior")
 NEAR_ENOUGH = 0.02
 """How far the sizes of a model's weights may be from those of the model that a policy was fitted to, relatively: other
 number formats and small adapters pass, other models do not."""
@@ -108,7 +108,7 @@ class FittedPolicy:
         tensors: dict[str, Tensor] = {}
         for number, layer in self.layers.items():
             for part in PARTS:
-                kept = torch.float32 if part.endswith("bias") else torch.float16
+                kept = torch.float32 if part.endswith(("bias", "prior")) else torch.float16
                 tensors[f"{number}.{part}"] = getattr(layer, part).detach().to("cpu", kept).contiguous()
         save_file(tensors, folder / WEIGHTS)
         body = {
@@ -178,6 +178,7 @@ def _check_shapes(weights: SearchWeights, shape: tuple[int, int, int], width: in
         "voice": (heads, group * dim),
         "voice_bias": (heads,),
     }
+    wanted["prior"] = (heads, weights.prior.shape[-1])
     for part, expected in wanted.items():
         found = getattr(weights, part)
         if tuple(found.shape) != expected or not bool(torch.isfinite(found).all()):

@@ -3,9 +3,10 @@
 Each layer and KV head has a few search dimensions. The G query heads of a group are projected together into one (or a
 few) short search queries, the means of about four keys into short search keys; a chunk's logit is that of its best
 search key. One more dimension holds a query's pull towards what is near: it competes in the same softmax, so that the
-mass of a chunk is a share of all attention, and a voter that looks nearby has little to say about the far past. The
-predicted masses decide three things: which chunks are opened as tokens, which regions of the rest are read as fine
-summaries, and, with `recall`, how many tokens a block deserves.
+mass of a chunk is a share of all attention, and a voter that looks nearby has little to say about the far past. What
+distance alone tells is learned apart, since keys are searched before rotation. The predicted masses decide three
+things: which chunks are opened as tokens, which regions of the rest are read as fine summaries, and, with `recall`, how
+many tokens a block deserves.
 
 The lightning indexer of DeepSeek-V3.2 and the gates of SeerAttention (arXiv 2410.13276) are fitted by distillation too;
 they choose tokens or blocks of one level, and do not predict a budget.
@@ -43,7 +44,7 @@ class SearchWeights:
 
     Shapes (H KV heads of G query heads each, D head dim, s search queries per position, r search dimensions, of which
     the last is the pull of what is near): query (H, G*D, s*r), query_bias (H, s*r), key (H, D, r-1), key_bias (H, r-1),
-    voice (H, G*D), voice_bias (H,).
+    voice (H, G*D), voice_bias (H,), prior (H, K).
     """
 
     name: str
@@ -55,6 +56,9 @@ class SearchWeights:
     key_bias: Tensor
     voice: Tensor
     voice_bias: Tensor
+    prior: Tensor
+    """What distance alone tells of a chunk: a logit at 1, 2, 4 ... 2^(K-1) chunks before the window, and between them
+    by the logarithm of the distance; farther than was fitted it stays as it is at the last."""
 
     @property
     def width(self) -> int:
@@ -69,7 +73,7 @@ class SearchWeights:
         """The same weights on a device, in float32 or finer."""
         wide = torch.promote_types(dtype, torch.float32)
         if (device, wide) not in self._placed:
-            names = ("query", "query_bias", "key", "key_bias", "voice", "voice_bias")
+            names = ("query", "query_bias", "key", "key_bias", "voice", "voice_bias", "prior")
             moved = {name: getattr(self, name).to(device, wide) for name in names}
             self._placed[device, wide] = replace(self, **moved)
         return self._placed[device, wide]
@@ -90,6 +94,15 @@ class SearchWeights:
         there = self.on(search.device, search.dtype)
         short = torch.einsum("...hscd,hdr->...hscr", search.to(there.key.dtype), there.key)
         return torch.nn.functional.pad(short - there.key_bias[:, None, None], (0, 1))
+
+    def by_distance(self, distance: Tensor) -> Tensor:
+        """Logits (N, H, C) of chunks at a distance (N, C), in chunks, 1 or more, before a window."""
+        prior = self.on(distance.device, torch.float32).prior
+        place = distance.to(prior.dtype).log2().clamp_max(prior.shape[1] - 1)
+        low = place.floor().long().clamp_max(max(prior.shape[1] - 2, 0))
+        high = (low + 1).clamp_max(prior.shape[1] - 1)
+        part = (place - low).clamp(0, 1)
+        return (prior[:, low] * (1 - part) + prior[:, high] * part).transpose(0, 1)
 
     def joined(self, queries: Tensor) -> Tensor:
         """Queries (N, H*G, V, D) with the heads of a group side by side: (N, H, V, G*D)."""
@@ -150,7 +163,7 @@ class Learned:
     recall: float | None = None
     """Share of all attention that is to be read as tokens, as predicted: blocks that look nearby open little. None:
     every block spends its whole budget."""
-    thin: int = 4
+    thin: int = 8
     """One of so many voters is heard: those that care most for the far past."""
     middle: int = 0
     """Entries of the budget that go to regions which are read as fine summaries instead of coarse ones."""
@@ -202,7 +215,13 @@ class Learned:
         kept = LearnedKeys.of(pyramid, levels, self.weights)
         visible = 1 + windows(blocks, self.window, levels, queries.device)[1] // levels.chunk
         found = search_masses(asked, live, kept.search, blocks.row, visible, 1 + chunks)
-        return found[..., 1:]
+        if not chunks:
+            return found[..., 1:]
+        far = blocks.once(
+            ("distance", self.window, levels, chunks, found.device), lambda: distances(visible - 1, chunks)
+        )
+        far = self.weights.by_distance(far.to(found.device)).to(found.dtype).exp() * found[..., 1:]
+        return far / (found[..., :1] + far.sum(-1, keepdim=True)).clamp_min(torch.finfo(found.dtype).tiny)
 
     def _heard(self, voters: Voters) -> tuple[Tensor, Tensor]:
         """The voters that are heard: queries (N, H*G, V', D), and (N, V') which of them are there.
@@ -267,6 +286,12 @@ class Learned:
         inner = sum(levels.ratio(level) for level in range(2, levels.top + 1))
         rest = 0 if self.rest == "drop" else (most + 2) * max(inner, 1) + tokens // levels.sizes[-1] + levels.ratio(1)
         return levels.chunk + self.budget + rest
+
+
+def distances(visible: Tensor, chunks: int) -> Tensor:
+    """Chunks from each of `chunks` chunks to the windows (N, chunks), of which `visible` (N,) stand before it; 1 where
+    a chunk is none of these."""
+    return (visible[:, None] - torch.arange(chunks, device=visible.device)).clamp_min(1)
 
 
 def search_masses(asked: Tensor, live: Tensor, search: Tensor, row: Tensor, visible: Tensor, chunks: int) -> Tensor:

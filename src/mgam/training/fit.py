@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 import json
 import math
 import os
@@ -14,8 +13,8 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.utils.data import Dataset
-from transformers import Trainer, TrainerCallback, TrainingArguments
+from torch.utils.data import Dataset, Sampler, SequentialSampler
+from transformers import PrinterCallback, Trainer, TrainerCallback, TrainingArguments
 
 from mgam.errors import SettingError
 from mgam.integrations.transformers.fitted import shape_of
@@ -25,12 +24,12 @@ from mgam.policies.files import FittedPolicy
 from mgam.training.checkpoints import last_whole
 from mgam.training.lessons import Sampling, lessons_of
 from mgam.training.lookups import LookupMaker
-from mgam.training.network import SearchNetwork
+from mgam.training.network import Lesson, SearchNetwork
 from mgam.training.runs import CHECKPOINTS, LOG, FittingError, NotANumberError, open_run, saying_why
 from mgam.training.teacher import Seen, watching
 from mgam.training.texts import Document, Windows, fingerprint
 
-__all__ = ["CHECKPOINTS", "LOG", "Fitting", "FittingError", "Log", "Say", "fit"]
+__all__ = ["CHECKPOINTS", "LOG", "Clock", "Fitting", "FittingError", "Log", "Say", "fit"]
 
 Say = Callable[[str], None]
 
@@ -44,11 +43,14 @@ class Fitting:
     steps: int = 400
     batch: int = 4
     """Texts of a step, over all devices."""
+    minutes: float = 0.0
+    """Ends sooner after so long, with the rate falling to nothing by then; 0: no limit. A fit with a limit does not
+    give the same weights again."""
     rate: float = 2e-3
     width: int = 16
     """Search dimensions, the pull of what is near among them."""
-    slots: int = 1
-    """Search queries of a position, for all query heads of a group."""
+    slots: int = 0
+    """Search queries of a position and KV head; 0: one for each query head of a group."""
     lookup_tokens: int = 0
     """Tokens of the texts with questions that every fourth text is, at most those of a text; 0: there are none. No more
     than the model itself can look things up in."""
@@ -62,13 +64,20 @@ class Fitting:
     seed: int = 0
 
     def __post_init__(self) -> None:
-        for name in ("tokens", "steps", "batch", "slots", "blocks", "voters", "save_every"):
+        for name in ("tokens", "steps", "batch", "blocks", "voters", "save_every"):
             if getattr(self, name) < 1:
                 raise SettingError(f"{name}={getattr(self, name)} must be 1 or more")
         if not 0 <= self.lookup_tokens <= self.tokens:
             raise SettingError(f"lookup_tokens={self.lookup_tokens} must lie between 0 and tokens={self.tokens}")
-        if self.width < 2 or not self.rate > 0:
-            raise SettingError(f"width={self.width} must be 2 or more and rate={self.rate} above 0")
+        if self.width < 2 or self.slots < 0 or not self.rate > 0:
+            raise SettingError(
+                f"width={self.width} must be 2 or more, slots={self.slots} 0 or more, and rate={self.rate} above 0"
+            )
+
+    @property
+    def reach(self) -> int:
+        """Distances, each twice the last, up to a whole text's, at which the prior of distance is learned."""
+        return 1 + int(math.log2(max(1, self.tokens // self.levels[1])))
 
     @property
     def sampling(self) -> Sampling:
@@ -104,19 +113,33 @@ class _Trainer(Trainer):
         self.parts: dict[str, float] = {}
 
     def compute_loss(  # type: ignore[override]
-        self, model: nn.Module, inputs: dict[str, Tensor], return_outputs: bool = False, **rest: Any
+        self, model: nn.Module, inputs: dict[str, list[Tensor]], return_outputs: bool = False, **rest: Any
     ) -> Any:
         """One pass of the teacher, lessons of all layers, and their loss."""
-        lessons = lessons_of(self.teacher, inputs["input_ids"], inputs["number"].tolist(), self.sampling)
+        lessons = self._lessons(inputs["input_ids"], [int(number) for number in inputs["number"]])
         loss, parts = model(lessons)
         if not bool(torch.isfinite(loss)):
-            layers = parts["layers"].view(len(lessons), -1).mean(1)
-            bad = [number for number, value in zip(lessons, layers.tolist(), strict=True) if not math.isfinite(value)]
+            by_layer = zip(lessons, parts["layers"].tolist(), strict=True)
+            bad = [number for number, value in by_layer if not math.isfinite(value)]
             raise NotANumberError(
                 f"the loss is not a number any more at step {self.state.global_step + 1}, in layers {bad}"
             )
         self.parts = {name: float(value) for name, value in parts.items() if name != "layers"}
         return (loss, None) if return_outputs else loss
+
+    def _lessons(self, texts: list[Tensor], numbers: list[int]) -> dict[int, list[Lesson]]:
+        """Lessons by layer; texts of one length are read together."""
+        found: dict[int, list[Lesson]] = {}
+        for length in sorted({len(ids) for ids in texts}):
+            alike = [place for place, ids in enumerate(texts) if len(ids) == length]
+            ids = torch.stack([texts[place] for place in alike])
+            more = lessons_of(self.teacher, ids, [numbers[place] for place in alike], self.sampling)
+            for layer, lessons in more.items():
+                found.setdefault(layer, []).extend(lessons)
+        return found
+
+    def _get_train_sampler(self, *args: Any) -> Sampler[int]:
+        return SequentialSampler(self.train_dataset)  # type: ignore[arg-type]  # drawn by number, not by order
 
     def log(self, logs: dict[str, float], *args: Any, **kwargs: Any) -> None:
         """Adds the parts of the loss."""
@@ -127,11 +150,28 @@ class Log(TrainerCallback):
     """Writes what Trainer logs as JSON lines, and says how far it is."""
 
     def __init__(self, path: Path, say: Say) -> None:
-        self.path, self.say, self.begin, self.first = path, say, time.perf_counter(), 0
+        self.path, self.say, self.begin, self.first, self.told = path, say, time.perf_counter(), 0, False
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **rest: Any) -> None:
         """Starts the clock."""
         self.begin, self.first = time.perf_counter(), state.global_step
+
+    def on_substep_end(self, args: Any, state: Any, control: Any, **rest: Any) -> None:
+        """Says after the first text how long all will take, where there is no GPU."""
+        if self.told or not args.use_cpu or not state.is_world_process_zero:
+            return
+        self.told = True
+        each = time.perf_counter() - self.begin
+        minutes = each * args.gradient_accumulation_steps * (state.max_steps - self.first) / 60
+        whole = f"{minutes:.0f} min" if minutes < 120 else f"{minutes / 60:.1f} hours"
+        self.say(
+            f"no GPU is used: a text takes {each:.1f} s here, so all {state.max_steps} steps take about {whole}; fewer "
+            "--steps or shorter texts take less"
+        )
+
+    def on_step_end(self, args: Any, state: Any, control: Any, **rest: Any) -> None:
+        """The same where a step is one text."""
+        self.on_substep_end(args, state, control)
 
     def on_log(self, args: Any, state: Any, control: Any, logs: dict[str, float] | None = None, **rest: Any) -> None:
         """One line."""
@@ -141,10 +181,38 @@ class Log(TrainerCallback):
         with self.path.open("a", encoding="utf-8") as file:
             file.write(json.dumps(line) + "\n")
         if "loss" in logs:
-            left = (
-                (time.perf_counter() - self.begin) / max(1, state.global_step) * (state.max_steps - state.global_step)
-            )
+            done = max(1, state.global_step - self.first)
+            left = (time.perf_counter() - self.begin) / done * (state.max_steps - state.global_step)
             self.say(f"step {state.global_step}/{state.max_steps}, loss {logs['loss']:.4f}, about {left:.0f} s left")
+
+
+class Clock(TrainerCallback):
+    """Lets the rate fall to nothing by the last step or the last minute, whichever comes first."""
+
+    def __init__(self, minutes: float) -> None:
+        self.minutes, self.begin = minutes, time.perf_counter()
+        self.full: list[float] = []
+
+    def on_train_begin(self, args: Any, state: Any, control: Any, **rest: Any) -> None:
+        """Starts the clock."""
+        self.begin = time.perf_counter()
+
+    def on_step_begin(self, args: Any, state: Any, control: Any, optimizer: Any = None, **rest: Any) -> None:
+        """Sets the rates."""
+        done = state.global_step / max(1, state.max_steps)
+        if self.minutes:
+            done = max(done, (time.perf_counter() - self.begin) / (60 * self.minutes))
+        self.full = self.full or [group["initial_lr"] for group in optimizer.param_groups]
+        rise = min(1.0, (state.global_step + 1) / 20)
+        for group, full in zip(optimizer.param_groups, self.full, strict=True):
+            group["lr"] = full * rise * max(0.02, min(1.0, 1.5 * (1 - done)))
+        if done >= 1:
+            control.should_training_stop = True
+
+    def on_step_end(self, args: Any, state: Any, control: Any, **rest: Any) -> None:
+        """Ends in time."""
+        if self.minutes and time.perf_counter() - self.begin > 60 * self.minutes:
+            control.should_training_stop = control.should_save = True
 
 
 def fit(
@@ -188,28 +256,36 @@ def fit(
         parameter.requires_grad_(False)
     model.eval()
     torch.manual_seed(fitting.seed)
-    network = SearchNetwork({int(layer): sizes for layer, sizes in shape.layers.items()}, fitting.width, fitting.slots)
+    shapes = {int(layer): sizes for layer, sizes in shape.layers.items()}
+    narrowest = min(dim for _, _, dim in shapes.values())
+    if fitting.width > narrowest + 1:
+        raise SettingError(
+            f"width={fitting.width} is more than the {narrowest} dimensions of the model's heads, and one"
+        )
+    network = SearchNetwork(shapes, fitting.width, fitting.slots, fitting.reach)
     network.to(model.device)
     kept = last_whole(place / CHECKPOINTS)
     if kept is None:
         begin(network, model, windows, fitting)
     else:
         say(f"going on from {kept.name}")
-    if model.device.type == "cpu":
-        say(foretell(network, model, course, fitting))
     trainer = _Trainer(
         model, fitting.sampling, list(network_layers(network)), model=network,
         args=_arguments(place, fitting, model), train_dataset=course, data_collator=_collate,
         callbacks=[Log(place / LOG, say)],
     )  # fmt: skip
     started = time.perf_counter()
+    trainer.remove_callback(PrinterCallback)
+    if fitting.minutes:
+        trainer.add_callback(Clock(fitting.minutes))
     with saying_why(place, fitting.rate):
         trainer.train(resume_from_checkpoint=None if kept is None else str(kept))
     fitted = FittedPolicy(
-        shape, fitting.width, fitting.slots, fitting.search, network.exported(),
+        shape, fitting.width, network.slots, fitting.search, network.exported(),
         notes={
             **(notes or {}), "fitting": asdict(fitting), "data": [document.name for document in documents],
-            "data_fingerprint": fingerprint(documents), "seconds": round(time.perf_counter() - started, 1),
+            "data_fingerprint": fingerprint(documents),
+            "steps": trainer.state.global_step, "seconds": round(time.perf_counter() - started, 1),
             "device": device_name(model.device),
         },
     )  # fmt: skip
@@ -260,25 +336,8 @@ def begin(network: SearchNetwork, model: Any, windows: Dataset[dict[str, Tensor]
         model.get_decoder()(input_ids=windows[0]["input_ids"][None].to(model.device), use_cache=False)
 
 
-def foretell(network: SearchNetwork, model: Any, course: Dataset[dict[str, Tensor]], fitting: Fitting) -> str:
-    """How long a fit will take on this machine, by one text."""
-    trial = copy.deepcopy(network)
-    began = time.perf_counter()
-    text = _collate([course[0]])
-    loss, _ = trial(lessons_of(model, text["input_ids"].to(model.device), text["number"].tolist(), fitting.sampling))
-    loss.backward()
-    each = time.perf_counter() - began
-    minutes = each * fitting.steps * fitting.batch / 60
-    whole = f"{minutes:.0f} min" if minutes < 120 else f"{minutes / 60:.1f} hours"
-    return (
-        f"no GPU is used: a text of {fitting.tokens:,} tokens takes {each:.1f} s here, so {fitting.steps} steps of "
-        f"{fitting.batch} texts take about {whole}; "
-        "fewer --steps or shorter --tokens take less"
-    )
-
-
-def _collate(items: list[dict[str, Tensor]]) -> dict[str, Tensor]:
-    return {name: torch.stack([item[name] for item in items]) for name in items[0]}
+def _collate(items: list[dict[str, Tensor]]) -> dict[str, list[Tensor]]:
+    return {name: [item[name] for item in items] for name in items[0]}
 
 
 def _arguments(place: Path, fitting: Fitting, model: Any) -> TrainingArguments:
@@ -286,9 +345,10 @@ def _arguments(place: Path, fitting: Fitting, model: Any) -> TrainingArguments:
     if fitting.batch % world:
         raise SettingError(f"--batch {fitting.batch} does not divide over {world} processes")
     each = fitting.batch // world
+    at_once = 1 if model.device.type == "cpu" else next(n for n in (4, 3, 2, 1) if each % n == 0)
     return TrainingArguments(
-        output_dir=str(place / CHECKPOINTS), max_steps=fitting.steps, per_device_train_batch_size=1,
-        gradient_accumulation_steps=each, learning_rate=fitting.rate, lr_scheduler_type="cosine",
+        output_dir=str(place / CHECKPOINTS), max_steps=fitting.steps, per_device_train_batch_size=at_once,
+        gradient_accumulation_steps=each // at_once, learning_rate=fitting.rate, lr_scheduler_type="cosine",
         warmup_steps=min(20, fitting.steps // 10), weight_decay=0.0, max_grad_norm=1.0, seed=fitting.seed,
         logging_steps=10, save_steps=fitting.save_every, save_total_limit=2, save_strategy="steps", report_to=[],
         remove_unused_columns=False, disable_tqdm=True, use_cpu=model.device.type == "cpu", dataloader_num_workers=0,

@@ -67,8 +67,12 @@ def lessons_of(model: Any, ids: Tensor, seeds: Sequence[int], sampling: Sampling
         voters = torch.stack([sampling.voters_of(start, before, rng) for start, before in drawn])
         plans.append((torch.tensor([start for start, _ in drawn]), voters))
 
+    starts = torch.stack([start for start, _ in plans]).to(ids.device)
+    voters = torch.stack([voter for _, voter in plans]).to(ids.device)
+    visible = (window_start(starts, sampling.window, sampling.levels) // sampling.levels.chunk).to(ids.device)
+
     def visit(seen: Seen) -> None:
-        found[seen.layer] = [_lesson(seen, row, *plan, sampling) for row, plan in enumerate(plans)]
+        found[seen.layer] = _lessons(seen, starts, voters, visible, sampling)
 
     decoder = model.get_decoder()
     with watching(model, visit):
@@ -76,18 +80,21 @@ def lessons_of(model: Any, ids: Tensor, seeds: Sequence[int], sampling: Sampling
     return found
 
 
-def _lesson(seen: Seen, row: int, starts: Tensor, voters: Tensor, sampling: Sampling) -> Lesson:
-    levels, device = sampling.levels, seen.queries.device
-    places = (starts[:, None] + torch.arange(sampling.block)).to(device)
-    voters = voters.to(device)
-    served = chunk_masses(seen, row, places.flatten(), levels.chunk)
-    wanted = served.sum(1).unflatten(1, (len(starts), sampling.block)).sum(2).transpose(0, 1)
-    own = chunk_masses(seen, row, voters.flatten(), levels.chunk).mean(1)
-    target = own.unflatten(1, (len(starts), -1)).transpose(0, 1)
-    queries = seen.queries[row][:, voters.flatten()].unflatten(1, (len(starts), -1)).transpose(0, 1)
-    keys = seen.keys[row : row + 1]
-    search = Pyramid.of(keys, keys, Levels((1, levels.chunk), levels.search)).search
+def _lessons(seen: Seen, starts: Tensor, voters: Tensor, visible: Tensor, sampling: Sampling) -> list[Lesson]:
+    """One layer's lesson from each text: starts and visible (B, N), voters (B, N, V)."""
+    levels = sampling.levels
+    rows, blocks, votes = voters.shape
+    places = (starts[..., None] + torch.arange(sampling.block, device=starts.device)).flatten(1)
+    served = chunk_masses(seen, places, levels.chunk)  # (B, H, G, N*block, C)
+    wanted = served.sum(2).unflatten(2, (blocks, sampling.block)).sum(3).transpose(1, 2)  # (B, N, H, C)
+    own = chunk_masses(seen, voters.flatten(1), levels.chunk).mean(2)  # (B, H, N*V, C)
+    target = own.unflatten(2, (blocks, votes)).transpose(1, 2)  # (B, N, H, V, C)
+    index = voters.flatten(1)[:, None, :, None].expand(-1, seen.queries.shape[1], -1, seen.queries.shape[3])
+    queries = seen.queries.gather(2, index).unflatten(2, (blocks, votes)).transpose(1, 2)  # (B, N, H*G, V, D)
+    search = Pyramid.of(seen.keys, seen.keys, Levels((1, levels.chunk), levels.search)).search
     assert search is not None
     whole = search.shape[3]
-    visible = (window_start(starts, sampling.window, levels) // levels.chunk).to(device)
-    return Lesson(queries, search[0], visible, target[..., :whole], wanted[..., :whole])
+    return [
+        Lesson(queries[row], search[row], visible[row], target[row, ..., :whole], wanted[row, ..., :whole])
+        for row in range(rows)
+    ]

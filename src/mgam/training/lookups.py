@@ -16,6 +16,7 @@ from mgam.documents.prompt import AFTER, BEFORE
 from mgam.errors import SettingError
 from mgam.evaluation.almanac import FACTS, Profile
 from mgam.evaluation.texts import TextLibrary, split_sentences
+from mgam.training.texts import read_texts
 from mgam.training.wordings import ALMANAC, BRIEFLY, fact
 
 
@@ -53,20 +54,17 @@ class LookupMaker:
     ) -> None:
         library = library or TextLibrary()
         self.tokenizer, self.seed = tokenizer, seed
-        self.sentences = [
-            list(split_sentences(text.text))
-            for source in sources
-            if source != "factbook"
-            for text in library.texts(source, "train")
-        ]
-        self.sentences = [pieces for pieces in self.sentences if len(pieces) > 50]
+        prose = [source for source in sources if source != "factbook"]
+        texts = read_texts(prose, "train", library) if prose else []
+        self.sentences = [pieces for _, text in texts if len(pieces := list(split_sentences(text))) > 50]
         self.profiles: list[Profile] = []
         if "factbook" in sources:
             records = library.records("factbook", "train").items()
             self.profiles = [profile for code, one in records if (profile := Profile(code, one)).usable]
         if not self.sentences:
             raise SettingError(
-                f"{', '.join(sources)} hold no prose to hide facts in; run mgam data fetch novels speeches"
+                f"{', '.join(sources)} hold no prose of more than 50 sentences to hide facts in; give --data novels, "
+                "after: mgam data fetch novels"
             )
         self._sizes = [sum(map(len, pieces)) for pieces in self.sentences]
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from statistics import fmean, stdev
 from typing import Any
 
@@ -14,7 +14,7 @@ from mgam.cover import window_start
 from mgam.levels import Levels
 from mgam.policies import Policy, Scored, Voters
 from mgam.policies.compact import Compact
-from mgam.policies.learned import FEWEST, Learned
+from mgam.policies.learned import FEWEST, Learned, SearchWeights
 from mgam.pyramid import Pyramid
 from mgam.schedule import Blocks, Lookahead, Schedule
 from mgam.training.teacher import Seen, chunk_masses, watching
@@ -73,7 +73,7 @@ def mass_kept(
         blocks = _blocks(seen.queries.shape[2], block, lookahead, window + 8 * levels.chunk, most_blocks)
         device = seen.queries.device
         places = (blocks.start[:, None] + torch.arange(block)).flatten().to(device)
-        found = [chunk_masses(seen, 0, part, levels.chunk).sum(1) for part in places.split(4 * block)]
+        found = [chunk_masses(seen, part[None], levels.chunk)[0].sum(1) for part in places.split(4 * block)]
         mass = torch.cat(found, 1).unflatten(1, (len(blocks), block)).sum(2).transpose(0, 1)  # (N, H, C)
         start = window_start(blocks.decide, window, levels).to(device)
         number = torch.arange(mass.shape[-1], device=device)
@@ -119,4 +119,13 @@ def peers(layers: Mapping[int, Any], group: int, levels: Levels, budget: int, bl
         "learned": lambda layer, scale: Learned(layers[layer], budget),
         "scored, equal cost": lambda layer, scale: Scored(budget, scale=scale, **equal),
         "scored": lambda layer, scale: Scored(budget, scale=scale),
+        "distance alone": lambda layer, scale: Learned(blind(layers[layer]), budget),
     }
+
+
+def blind(weights: SearchWeights) -> SearchWeights:
+    """The same search without what queries and keys say: distance is all that it knows."""
+    nothing: dict[str, Any] = {
+        name: torch.zeros_like(getattr(weights, name)) for name in ("query", "query_bias", "key", "key_bias")
+    }
+    return replace(weights, name=f"{weights.name}.blind", **nothing)

@@ -20,8 +20,8 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.utils.data import Dataset
-from transformers import AttentionInterface, Trainer, TrainerCallback, TrainingArguments
+from torch.utils.data import Dataset, Sampler, SequentialSampler
+from transformers import AttentionInterface, PrinterCallback, Trainer, TrainingArguments
 from transformers.masking_utils import AttentionMaskInterface
 
 from mgam.errors import SettingError
@@ -31,10 +31,10 @@ from mgam.integrations.transformers.fitted import shape_of
 from mgam.integrations.transformers.low_rank import FOLDER
 from mgam.levels import Levels
 from mgam.policies.files import FittedPolicy, resolve
-from mgam.policies.learned import Learned, best_logits
+from mgam.policies.learned import Learned, best_logits, distances
 from mgam.schedule import Schedule, Span
 from mgam.training.checkpoints import last_whole
-from mgam.training.fit import Log, Say
+from mgam.training.fit import Clock, Log, Say
 from mgam.training.lookups import Asked, Lookup, LookupMaker
 from mgam.training.network import LayerSearch, SearchNetwork
 from mgam.training.runs import CHECKPOINTS, LOG, NotANumberError, open_run, saying_why
@@ -50,7 +50,7 @@ class Reading:
     """The dials of low-rank training."""
 
     lengths: tuple[int, ...] = (6144, 12288, 24576)
-    """Tokens of a text. The first half of the steps takes shorter ones more often."""
+    """Tokens of a text: any of these."""
     steps: int = 400
     minutes: float = 0.0
     """Ends sooner after so long; 0: no limit."""
@@ -86,12 +86,7 @@ class Lookups(Dataset[Lookup]):
 
     def __getitem__(self, number: int) -> Lookup:
         rng = random.Random(f"length/{self.reading.seed}/{number}")
-        late = number / len(self)
-        lengths = self.reading.lengths
-        weights = [
-            (0.5 + late) ** (2 * place) * (1.6 - late) ** (2 * (len(lengths) - place)) for place in range(len(lengths))
-        ]
-        return self.maker.make(number, rng.choices(lengths, weights=weights)[0], self.reading.questions)
+        return self.maker.make(number, rng.choice(self.reading.lengths), self.reading.questions)
 
 
 class Pupil(nn.Module):
@@ -121,16 +116,17 @@ class Pupil(nn.Module):
     def forward(
         self, ids: Tensor, document: int, asked: tuple[Asked, ...], place: int
     ) -> tuple[Tensor, dict[str, Tensor]]:
-        """Loss of one lookup: ids (T,); `place` draws the stretch of text whose loss counts."""
+        """Loss of one lookup: ids (T,); `place` draws the text, and the third of the layers, whose losses count."""
         applied = applied_to(self.model)
         self._renew(applied)
         block = applied.settings.block
         applied.schedule = Schedule((Span(document, block), Span(None, 1)))
         searched: list[Tensor] = []
+        third = place % 3
         voters = _Voters.of(asked, self.levels, self.window, ids.device)
 
         def visit(layer: int, queries: Tensor, keys: Tensor) -> None:
-            if voters is not None:
+            if voters is not None and layer % 3 == third:
                 searched.append(evidence_loss(self.network.layer(layer), queries, keys, voters, self.levels))
 
         with shown(self.model, visit):
@@ -213,16 +209,17 @@ def evidence_loss(search: LayerSearch, queries: Tensor, keys: Tensor, voters: _V
     short = weights.keys(fine.transpose(1, 2))  # (H, S, C, r)
     heads, slots, count, _ = asked.shape
     logits = best_logits(asked.flatten(1, 2), short, chunks).view(heads, slots, count, chunks)
+    bias = weights.by_distance(distances(voters.visible, chunks)).transpose(0, 1)  # (H, P, C)
     number = torch.arange(chunks, device=logits.device)
     far = (number >= 1) & (number < voters.visible[:, None])  # (P, C)
     there = (number >= voters.evidence[:, :1]) & (number <= voters.evidence[:, 1:])
     logits = logits.masked_fill(~far, -torch.inf)
-    alone = torch.softmax(logits, -1).mean(1)  # (H, P, C)
+    alone = torch.softmax(logits + bias[:, None], -1).mean(1)  # (H, P, C)
     right = (alone * there).sum(-1)
     single = -(right.clamp(1e-6, ENOUGH) / ENOUGH).log()
     single = (single * voters.answering).sum(-1) / voters.answering.sum().clamp_min(1)
     shares = torch.softmax(torch.cat((asked[..., -1:], logits), -1), -1)[..., 1:].mean(1)
-    shares = shares * ~voters.answering[:, None]
+    shares = shares * bias.exp() * ~voters.answering[:, None]
     index = voters.question[None, :, None].expand_as(shares)
     together = shares.new_zeros(heads, voters.questions, chunks).scatter_add(1, index, shares)
     hit = there.new_zeros(voters.questions, chunks)
@@ -274,6 +271,9 @@ class _Trainer(Trainer):
         self.parts = {name: float(value) for name, value in parts.items()}
         return (loss, None) if return_outputs else loss
 
+    def _get_train_sampler(self, *args: Any) -> Sampler[int]:
+        return SequentialSampler(self.train_dataset)  # type: ignore[arg-type]  # drawn by number, not by order
+
     def log(self, logs: dict[str, float], *args: Any, **kwargs: Any) -> None:
         """Adds the parts of the loss."""
         super().log({**logs, **(self.parts if "loss" in logs else {})}, *args, **kwargs)
@@ -291,35 +291,6 @@ class _Trainer(Trainer):
             ]
             self.optimizer = torch.optim.AdamW(groups, weight_decay=0.0, betas=(0.9, 0.98))
         return self.optimizer
-
-
-class _Clock(TrainerCallback):
-    """Lets the rate fall to nothing by the last step or the last minute, whichever comes first."""
-
-    def __init__(self, minutes: float) -> None:
-        self.minutes, self.begin = minutes, time.perf_counter()
-        self.full: list[float] = []
-
-    def on_train_begin(self, args: Any, state: Any, control: Any, **rest: Any) -> None:
-        """Starts the clock."""
-        self.begin = time.perf_counter()
-
-    def on_step_begin(self, args: Any, state: Any, control: Any, optimizer: Any = None, **rest: Any) -> None:
-        """Sets the rates."""
-        done = state.global_step / max(1, state.max_steps)
-        if self.minutes:
-            done = max(done, (time.perf_counter() - self.begin) / (60 * self.minutes))
-        self.full = self.full or [group["initial_lr"] for group in optimizer.param_groups]
-        rise = min(1.0, (state.global_step + 1) / 20)
-        for group, full in zip(optimizer.param_groups, self.full, strict=True):
-            group["lr"] = full * rise * max(0.02, min(1.0, 1.5 * (1 - done)))
-        if done >= 1:
-            control.should_training_stop = True
-
-    def on_step_end(self, args: Any, state: Any, control: Any, **rest: Any) -> None:
-        """Ends in time."""
-        if self.minutes and time.perf_counter() - self.begin > 60 * self.minutes:
-            control.should_training_stop = control.should_save = True
 
 
 def fit_reading(
@@ -350,9 +321,9 @@ def fit_reading(
     start.check(shape_of(model), start.search)
     open_run(place, {"dials": asdict(reading), "policy": _name(start), "texts": maker.seed}, resume=True)
     torch.manual_seed(reading.seed)
-    network = SearchNetwork(
-        {int(layer): sizes for layer, sizes in start.model.layers.items()}, start.width, start.slots
-    )
+    shapes = {int(layer): sizes for layer, sizes in start.model.layers.items()}
+    reach = next(iter(start.layers.values())).prior.shape[1]
+    network = SearchNetwork(shapes, start.width, start.slots, reach)
     network.to(model.device)
     example = maker.make(0, min(reading.lengths), reading.questions)
 
@@ -380,10 +351,11 @@ def fit_reading(
     )  # fmt: skip
     trainer = _Trainer(
         model=pupil, args=arguments, train_dataset=Lookups(maker, reading),
-        data_collator=lambda items: {"lookup": items[0]}, callbacks=[Log(place / LOG, say), _Clock(reading.minutes)],
+        data_collator=lambda items: {"lookup": items[0]}, callbacks=[Log(place / LOG, say), Clock(reading.minutes)],
     )  # fmt: skip
     kept = last_whole(place / CHECKPOINTS)
     began = time.perf_counter()
+    trainer.remove_callback(PrinterCallback)
     with saying_why(place, reading.rate):
         trainer.train(resume_from_checkpoint=None if kept is None else str(kept))
     notes = {

@@ -136,31 +136,32 @@ def _capped(query: Tensor, key: Tensor, value: Tensor, scale: float, softcap: fl
     return torch.cat(parts, 2)
 
 
-def chunk_masses(seen: Seen, row: int, places: Tensor, chunk: int) -> Tensor:
-    """Share of full attention that queries give each chunk: (H, G, n, C), float32.
+def chunk_masses(seen: Seen, places: Tensor, chunk: int) -> Tensor:
+    """Share of full attention that queries give each chunk: (B, H, G, n, C), float32.
 
     Args:
-        places: (n,) positions of the queries in row `row`.
+        places: (B, n) positions of the queries in each row.
         chunk: tokens per chunk; an incomplete last chunk counts as one.
 
     Softmax in streaming form: tiles of keys, and the log of a chunk's sum is all that is kept of its logits.
     """
-    keys = seen.turned_keys[row]
-    heads, tokens, dim = keys.shape
-    queries = seen.turned_queries[row][:, places].unflatten(0, (heads, -1))  # (H, G, n, D)
-    group, count = queries.shape[1:3]
-    asked = queries.reshape(heads, group * count, dim)
+    keys = seen.turned_keys
+    rows, heads, tokens, dim = keys.shape
+    index = places[:, None, :, None].expand(-1, seen.turned_queries.shape[1], -1, dim)
+    asked = seen.turned_queries.gather(2, index).unflatten(1, (heads, -1))  # (B, H, G, n, D)
+    group, count = asked.shape[2:4]
+    asked = asked.flatten(2, 3)
     step = max(chunk, TILE // chunk * chunk)
-    limit = places.repeat(group)[None, :, None]
+    limit = places.repeat(1, group)[:, None, :, None]
     sums = []
     for first in range(0, tokens, step):
-        tile = keys[:, first : first + step]
-        logits = (asked @ tile.transpose(1, 2)).float() * seen.scale
+        tile = keys[:, :, first : first + step]
+        logits = (asked @ tile.transpose(2, 3)).float() * seen.scale
         if seen.softcap is not None:
             logits = seen.softcap * torch.tanh(logits / seen.softcap)
-        own = first + torch.arange(tile.shape[1], device=keys.device)
+        own = first + torch.arange(tile.shape[2], device=keys.device)
         logits = logits.masked_fill(own > limit, -torch.inf)
-        spare = -tile.shape[1] % chunk
+        spare = -tile.shape[2] % chunk
         logits = nn.functional.pad(logits, (0, spare), value=-torch.inf)
         sums.append(torch.logsumexp(logits.unflatten(-1, (-1, chunk)), -1))
-    return torch.softmax(torch.cat(sums, -1), -1).view(heads, group, count, -1)
+    return torch.softmax(torch.cat(sums, -1), -1).view(rows, heads, group, count, -1)

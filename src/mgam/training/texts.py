@@ -27,12 +27,20 @@ class Document:
 
 
 def read_documents(data: Sequence[str], tokenizer: Any, split: Split = "train") -> list[Document]:
-    """Texts as tokens: files, folders of `.txt` and `.md` files, or sources of `mgam data list` (their `split` alone).
+    """Texts as tokens; arguments and errors as `read_texts` has them."""
+    found = read_texts(data, split)
+    return [Document(name, torch.tensor(tokenizer(text, verbose=False)["input_ids"])) for name, text in found]
+
+
+def read_texts(
+    data: Sequence[str], split: Split = "train", library: TextLibrary | None = None
+) -> list[tuple[str, str]]:
+    """Names and texts: of files, folders of `.txt` and `.md` files, or sources of `mgam data list` (`split` alone).
 
     Raises:
         DocumentError: nothing is there, or it is no text.
     """
-    library = TextLibrary()
+    library = library or TextLibrary()
     found: list[tuple[str, str]] = []
     for name in data:
         path = Path(name).expanduser()
@@ -49,7 +57,7 @@ def read_documents(data: Sequence[str], tokenizer: Any, split: Split = "train") 
             )
     if not found:
         raise DocumentError(f"--data {' '.join(data)} holds no text (.txt or .md files are read)")
-    return [Document(name, torch.tensor(tokenizer(text, verbose=False)["input_ids"])) for name, text in found]
+    return found
 
 
 def _read(path: Path) -> str:

@@ -1,0 +1,143 @@
+"""Losses of a model that reads by a learned policy, on novels of the TEST split: JSON lines, one a figure.
+
+    python benchmarks/learned.py MODEL POLICY OUT.jsonl inside far recall
+
+`inside`: within the trained window, against dense and the training-free search, `lookahead=none`. `far`: the same
+1,024 target tokens, preceded by ever longer texts. `recall`: a share of attention to keep, against a fixed budget of
+the same mean cost, and how far budgets spread. MODEL - is the default model.
+"""
+
+from __future__ import annotations
+
+import json
+import statistics
+import sys
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.nn.functional import cross_entropy
+
+import mgam
+from mgam.integrations.loading import load
+from mgam.policies.learned import Learned
+from mgam.training.texts import Document, read_documents
+
+TARGETS = 1024
+FAR = (8192, 16384, 32768, 65536, 131072)
+
+
+def stretches(documents: list[Document], tokens: int, count: int) -> list[Tensor]:
+    """Ends of texts, evenly spread over the documents that are long enough: (tokens,) each."""
+    long = [document.ids for document in documents if len(document.ids) >= tokens]
+    found = []
+    for number in range(count):
+        ids = long[number % len(long)]
+        last = len(ids) - (number // len(long)) * (len(ids) - tokens) // max(1, count // len(long))
+        found.append(ids[last - tokens : last])
+    return found
+
+
+@torch.no_grad()
+def loss(model: Any, ids: Tensor, targets: int) -> float:
+    """Mean loss in nats of the last `targets` tokens."""
+    ids = ids[None].to(model.device)
+    hidden = model.get_decoder()(input_ids=ids, use_cache=False).last_hidden_state[0, -targets - 1 : -1]
+    return float(cross_entropy(model.get_output_embeddings()(hidden).float(), ids[0, -targets:]))
+
+
+def mean(values: list[float]) -> dict[str, float]:
+    """Mean and its standard error."""
+    spread = statistics.stdev(values) / len(values) ** 0.5 if len(values) > 1 else 0.0
+    return {"loss": round(statistics.fmean(values), 4), "error": round(spread, 4)}
+
+
+@contextmanager
+def budgets() -> Iterator[list[Tensor]]:
+    """Collects the tokens that every block opens besides the sink, mean over KV heads."""
+    found: list[Tensor] = []
+    choose = Learned.choose
+
+    def spying(self: Learned, voters: Any, blocks: Any, pyramid: Any, levels: Any) -> Any:
+        cover = choose(self, voters, blocks, pyramid, levels)
+        found.append(((cover.opened > 0).sum(-1).float().mean(-1) * levels.chunk).cpu())
+        return cover
+
+    Learned.choose = spying  # type: ignore[method-assign]
+    try:
+        yield found
+    finally:
+        Learned.choose = choose  # type: ignore[method-assign]
+
+
+def inside(model: Any, policy: str, documents: list[Document], window: int) -> Iterator[dict[str, Any]]:
+    """Positions from a quarter of the window on, as dense, scored and learned read them."""
+    texts = stretches(documents, window, 8)
+    for name, settings in (("dense", None), ("scored", {}), ("learned", {"policy": policy}),
+                           ("learned, middle 256", {"policy": policy, "middle": 256})):  # fmt: skip
+        mgam.remove(model)
+        if settings is not None:
+            mgam.apply(model, budget=1024, lookahead="none", dense_until=window // 4, **settings)
+        began = time.perf_counter()
+        found = [loss(model, ids, window - window // 4) for ids in texts]
+        yield {"what": "inside", "how": name, "tokens": window, **mean(found), "losses": found,
+               "seconds": round(time.perf_counter() - began, 1)}  # fmt: skip
+
+
+def far(model: Any, policy: str, documents: list[Document], window: int) -> Iterator[dict[str, Any]]:
+    """The same targets, preceded by ever more."""
+    texts = stretches(documents, max(FAR), 8)
+    for tokens in FAR:
+        for name, settings in (("learned", {"policy": policy}), ("scored", {}), ("dense", None)):
+            if name == "dense" and tokens > window:
+                continue
+            mgam.remove(model)
+            if settings is not None:
+                mgam.apply(model, budget=1024, lookahead="none", **settings)
+            found = [loss(model, ids[-tokens:], TARGETS) for ids in texts]
+            yield {"what": "far", "how": name, "tokens": tokens, **mean(found), "losses": found}
+
+
+def recall(model: Any, policy: str, documents: list[Document], window: int) -> Iterator[dict[str, Any]]:
+    """A share to keep, then the same mean budget for all blocks."""
+    texts = stretches(documents, window, 8)
+    most = window // 2
+    for share in (0.95, 0.9, 0.8):
+        mgam.apply(model, budget=most, recall=share, policy=policy, lookahead="none", dense_until=window // 4)
+        with budgets() as found:
+            losses = [loss(model, ids, window - window // 4) for ids in texts]
+        every = torch.cat(found)
+        low, middle, high = (round(float(every.quantile(part)), 0) for part in (0.1, 0.5, 0.9))
+        cost = float(every.mean())
+        yield {"what": "recall", "how": f"recall={share}", "budget": most, "cost": round(cost, 1), **mean(losses),
+               "tenth": low, "half": middle, "nine_tenths": high, "losses": losses}  # fmt: skip
+        fixed = max(64, round(cost / 64) * 64)
+        mgam.apply(model, budget=fixed, policy=policy, lookahead="none", dense_until=window // 4)
+        with budgets() as found:
+            losses = [loss(model, ids, window - window // 4) for ids in texts]
+        yield {"what": "recall", "how": f"fixed budget for recall={share}", "budget": fixed, **mean(losses),
+               "cost": round(float(torch.cat(found).mean()), 1), "losses": losses}  # fmt: skip
+
+
+def main() -> None:
+    """Runs what is named and writes lines as they come."""
+    name, policy, out, *parts = sys.argv[1:]
+    loaded = load(None if name == "-" else name)
+    model: Any = loaded.model
+    window = min(8192, model.config.max_position_embeddings)
+    documents = read_documents(["novels"], loaded.tokenizer, "test")
+    makers = {"inside": inside, "far": far, "recall": recall}
+    with Path(out).open("a", encoding="utf-8") as file:
+        for part in parts:
+            for line in makers[part](model, policy, documents, window):
+                file.write(json.dumps({"model": model.name_or_path, **line}) + "\n")
+                file.flush()
+                print({key: value for key, value in line.items() if key != "losses"}, flush=True)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,161 @@
+"""One whole fit: a model, its texts, a policy, perhaps low-rank training, and what is kept of held-out text."""
+
+from __future__ import annotations
+
+import json
+import os
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from mgam.errors import SettingError
+from mgam.evaluation.texts import KNOWN
+from mgam.integrations.loading import Loaded, load
+from mgam.integrations.transformers.models import architecture
+from mgam.levels import Levels
+from mgam.policies.files import FittedPolicy, resolve
+from mgam.training.fit import Fitting, Say, fit, refuse_short
+from mgam.training.lookups import LookupMaker
+from mgam.training.measure import Kept, mass_kept, peers
+from mgam.training.reading import Reading, fit_reading
+from mgam.training.texts import Document, Windows, read_documents
+
+FROZEN = "frozen"
+"""Where the policy of the frozen model goes when low-rank training follows."""
+KEPT = "kept.json"
+
+
+@dataclass(frozen=True)
+class FitSession:
+    """What a person asked to be fitted."""
+
+    out: Path
+    data: Sequence[str]
+    model: str | None = None
+    fitting: Fitting = field(default_factory=Fitting)
+    reading: Reading | None = None
+    """Low-rank training afterwards; None: the model stays as it is."""
+    policy: str | None = None
+    """A policy to go on from, in place of fitting one."""
+    check: int = 4
+    """Held-out texts to measure on; 0: none."""
+    device: str = "auto"
+    dtype: str | None = None
+    download: bool = False
+
+
+def run(session: FitSession, say: Say) -> dict[str, Any]:
+    """Fits, trains if that is asked for, measures; returns what there is to say about it.
+
+    Raises:
+        SettingError, DocumentError: what was asked for cannot be; said before anything is fitted.
+        FittingError: it stopped; says what was kept.
+    """
+    if session.policy is not None:
+        if session.reading is None:
+            raise SettingError("--policy is what low-rank training goes on from; add --lora, or leave it out")
+        resolve(session.policy)
+    began = time.perf_counter()
+    say("loading the model")
+    loaded = load(session.model, device=_device(session.device), dtype=session.dtype, download=session.download)
+    model: Any = loaded.model
+    if session.policy is None:
+        refuse_short(session.fitting, architecture(model.config).trained_window(model.config))
+    say("reading texts")
+    maker = LookupMaker(loaded.tokenizer, session.data) if _wants_lookups(session) else None
+    alone = session.reading is None
+    found: dict[str, Any] = {"folder": str(session.out), "model": model.name_or_path}
+    if session.policy is None:
+        place = session.out if alone else session.out / FROZEN
+        documents = read_documents(session.data, loaded.tokenizer)
+        say(f"{len(documents)} texts of {sum(len(one.ids) for one in documents):,} tokens")
+        fitted = fit(
+            model, documents, place, session.fitting, lookups=maker, say=say, notes={"model": model.name_or_path}
+        )
+        found |= {"seconds_fitting": fitted.notes["seconds"]}
+        if session.check and _first_process():
+            found["kept"] = _check(session, loaded, fitted, place, say)
+    else:
+        fitted = FittedPolicy.load(resolve(session.policy))
+    if session.reading is not None:
+        assert maker is not None
+        start = session.policy or str(session.out / FROZEN)
+        fitted = fit_reading(model, start, maker, session.out, session.reading, say=say)
+        found |= {"steps_reading": fitted.notes["reading_steps"], "seconds_reading": fitted.notes["reading_seconds"]}
+    return {**found, "numbers": fitted.parameters, "seconds": round(time.perf_counter() - began, 1)}
+
+
+def _wants_lookups(session: FitSession) -> bool:
+    return session.reading is not None or bool(session.fitting.lookup_tokens)
+
+
+def _device(name: str) -> str:
+    """`auto` in one of several processes is a device of its own."""
+    if name == "auto" and int(os.environ.get("WORLD_SIZE", "1")) > 1 and torch.cuda.is_available():
+        return f"cuda:{os.environ.get('LOCAL_RANK', '0')}"
+    return name
+
+
+def _first_process() -> bool:
+    return int(os.environ.get("RANK", "0")) == 0
+
+
+def held_out(data: Sequence[str], tokenizer: Any) -> list[Document]:
+    """Texts that nothing is fitted on: the TUNE split of the sources that have one."""
+    sources = [name for name in data if name in KNOWN and not Path(name).exists()]
+    return read_documents(sources, tokenizer, "tune") if sources else []
+
+
+def _check(session: FitSession, loaded: Loaded, fitted: FittedPolicy, place: Path, say: Say) -> dict[str, Any] | None:
+    """Measures what the policy keeps of held-out text, writes it by layer, and returns means."""
+    documents = held_out(session.data, loaded.tokenizer)
+    fitting = session.fitting
+    if sum(len(one.ids) for one in documents) < fitting.tokens:
+        say("no held-out text (only the sources of mgam data list have one), so nothing is measured")
+        return None
+    say(f"measuring on {session.check} held-out texts")
+    windows = Windows(documents, fitting.tokens, session.check, 7)
+    texts = [windows[number]["input_ids"] for number in range(session.check)]
+    group = next(iter(fitted.model.layers.values()))[1]
+    levels = Levels(fitting.levels, fitting.search)
+    lines: dict[str, Any] = {}
+    for lookahead in ("block", "none"):
+        kept = mass_kept(
+            loaded.model, texts, peers(fitted.layers, group, levels, BUDGET, fitting.block), levels, budget=BUDGET,
+            window=fitting.window, block=fitting.block, lookahead=lookahead,
+        )  # fmt: skip
+        lines[f"lookahead={lookahead}"] = summary(kept)
+    body = {"budget": BUDGET, "tokens": fitting.tokens, "texts": session.check, "split": "tune", **lines}
+    (place / KEPT).write_text(json.dumps(body, indent=1) + "\n", encoding="utf-8")
+    return {name: {key: line[key] for key in ("mean", "gap_closed", "layers_below")} for name, line in lines.items()}
+
+
+BUDGET = 1024
+"""Tokens opened where what a policy keeps is measured."""
+
+
+def summary(kept: Kept) -> dict[str, Any]:
+    """Means by policy, how much of the gap between the search of equal cost and the oracle is closed, and layers."""
+    mean = {name: round(kept.mean(name), 4) for name in kept.shares}
+    gap = kept.mean("oracle") - kept.mean(EQUAL)
+    layers = {name: {layer: kept.layer(name, layer) for layer in texts} for name, texts in kept.shares.items()}
+    below = [
+        layer
+        for layer, (learned, error) in layers["learned"].items()
+        if learned < layers[EQUAL][layer][0] - max(error, layers[EQUAL][layer][1])
+    ]
+    closed = (kept.mean("learned") - kept.mean(EQUAL)) / gap if gap > 0 else None
+    return {
+        "mean": mean, "gap_closed": None if closed is None else round(closed, 3), "layers_below": below,
+        "layers": {
+            name: {str(layer): [round(value, 4) for value in pair] for layer, pair in found.items()}
+            for name, found in layers.items()
+        },
+    }  # fmt: skip
+
+
+EQUAL = "scored, equal cost"
