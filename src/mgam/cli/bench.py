@@ -22,11 +22,22 @@ def bench(
     every: Annotated[int, typer.Option(help="Every n-th query searches.")] = 2,
     dims: Annotated[int, typer.Option(help="Dimensions of search keys.")] = 64,
     bits: Annotated[int, typer.Option(help="Bits of search keys: 8 or 16.")] = 8,
+    methods: Annotated[
+        str, typer.Option(help="Time these methods instead, dense beside them: names from mgam methods, with commas.")
+    ] = "",
+    device: Annotated[str, typer.Option(help="Where methods are timed: auto, cpu, cuda, ...")] = "auto",
     name: Annotated[str, typer.Option(help="Name of the files.")] = "attention",
     commit: Annotated[str | None, typer.Option(help="Name of the code, where git cannot say.")] = None,
 ) -> None:
-    """Time building, searching and reading, and dense attention in the same run, on a CUDA device."""
+    """Time building, searching and reading, and dense attention in the same run, on a CUDA device.
+
+    With --methods: one layer that reads a text with each of them, and one token after it, on any device.
+    """
     import torch
+
+    if methods:
+        _time_methods(methods.split(","), _numbers(lengths, "lengths"), device, out)
+        return
 
     from mgam.errors import SettingError
 
@@ -47,6 +58,30 @@ def bench(
     if out is not None:
         for path in plot(report, out):
             typer.echo(f"wrote {path}")
+
+
+def _time_methods(names: list[str], lengths: list[int], device: str, out: Path | None) -> None:
+    import json
+
+    from mgam.benchmarks.methods import time_method
+    from mgam.integrations.loading import resolve_device
+    from mgam.methods import get
+
+    place = str(resolve_device(device))
+    for known in names:
+        get(known)
+    rows = []
+    typer.echo(f"{'method':16}{'tokens':>9}{'reading, ms':>13}{'a token, ms':>13}{'peak, MiB':>11}{'kept, MiB':>11}")
+    for length in lengths:
+        for named in dict.fromkeys(["dense", *names]):
+            row = {"method": named, "tokens": length, "device": place, **time_method(named, length, place)}
+            rows.append(row)
+            token = f"{1000 * row['token_seconds']:.2f}" if "token_seconds" in row else ""
+            peak, kept = (f"{row[key] / 2**20:,.1f}" if row.get(key) else "" for key in ("peak_bytes", "kept_bytes"))
+            typer.echo(f"{named:16}{length:9,}{1000 * min(row['seconds']):13.2f}{token:>13}{peak:>11}{kept:>11}")
+    if out is not None:
+        out.mkdir(parents=True, exist_ok=True)
+        (out / "methods.json").write_text(json.dumps(rows, indent=1) + "\n", encoding="utf-8")
 
 
 def _numbers(text: str, name: str) -> list[int]:

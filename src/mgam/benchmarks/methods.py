@@ -1,0 +1,180 @@
+"""Time and memory of every method over one text: reading it, and one token after it."""
+
+from __future__ import annotations
+
+import gc
+import time
+from collections.abc import Callable
+from typing import Any
+
+import torch
+
+from mgam import methods, nn
+from mgam.errors import SettingError
+from mgam.methods import Method
+
+WIDTH, HEADS, KV_HEADS = 512, 8, 2
+CALL = 2048
+GENERATED = 8
+REPEATS = 3
+LONG = 20.0
+"""Seconds of a first call from which on it is not repeated."""
+MODULES: dict[str, dict[str, Any]] = {"cca": {"window": 1024}, "dga": {"block": 256}}
+"""Settings of modules that differ from their defaults, so that they suit long texts."""
+
+
+def time_method(name: str, tokens: int, device: str, *, trained: bool | None = None) -> dict[str, Any]:
+    """Seconds and bytes of one method over one text of random tokens, in one layer of 8 query and 2 KV heads.
+
+    Args:
+        name: a name from `mgam methods`.
+        tokens: length of the text.
+        device: torch's name of a device; bytes are told on CUDA only.
+        trained: whether to time the trainable module of a method that is a policy too; None: only if it is no policy.
+
+    Returns:
+        `form`, `seconds` (one per repeat), `peak_bytes`; for decoders `token_seconds`, and `kept_bytes` of the cache.
+
+    Raises:
+        SettingError: unknown method, or no text.
+    """
+    if tokens < 64:
+        raise SettingError(f"{tokens} tokens are too few to be timed; give 64 or more")
+    method = methods.get(name)
+    if method.form == "module" or (trained and method.module):
+        return _of_a_module(method, tokens, device)
+    model = _decoder(device)
+    if method.form == "loop":
+        return {"form": "loop", **_of_a_loop(model, tokens, device)}
+    from mgam.integrations.transformers import apply
+
+    if name != "dense":
+        apply(model, name, dense_until=0)
+    return {"form": "decoder", **_of_a_decoder(model, tokens, device)}
+
+
+class Letters:
+    """A tokenizer of single letters."""
+
+    bos_token_id = 1
+
+    def __call__(self, text: str, add_special_tokens: bool = True) -> dict[str, list[int]]:
+        return {"input_ids": [ord(letter) % 64 for letter in text]}
+
+
+def _decoder(device: str) -> Any:
+    """One layer, of which attention is all but the whole cost."""
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    torch.manual_seed(0)
+    config = LlamaConfig(
+        vocab_size=64, hidden_size=WIDTH, intermediate_size=16, num_hidden_layers=1, num_attention_heads=HEADS,
+        num_key_value_heads=KV_HEADS, max_position_embeddings=8192, bos_token_id=1, eos_token_id=None,
+    )  # fmt: skip
+    dtype = torch.bfloat16 if device.startswith("cuda") else torch.float32
+    model: Any = LlamaForCausalLM(config)
+    return model.to(device, dtype).eval()
+
+
+@torch.no_grad()
+def _of_a_decoder(model: Any, tokens: int, device: str) -> dict[str, Any]:
+    """Seconds of reading a text in calls of 2,048 tokens and of one token after it; bytes at most, and kept."""
+    ids = torch.randint(2, 64, (1, tokens), generator=torch.Generator().manual_seed(tokens)).to(device)
+    from transformers import DynamicCache
+
+    from mgam.integrations.transformers import PyramidCache
+    from mgam.schedule import Schedule
+
+    kept: list[Any] = []
+    applied = getattr(model, "_mgam_applied", None)
+
+    def read() -> None:
+        if applied is None:
+            kept.append(DynamicCache(config=model.config))
+        else:
+            block, asked = applied.settings.block, applied.settings.question_block
+            schedule = Schedule.reading(tokens - 32, 32, block=block, question_block=asked, lookahead="none")
+            kept.append(PyramidCache(model, [schedule]))
+        decoder = model.get_decoder()
+        for first in range(0, tokens, CALL):
+            decoder(input_ids=ids[:, first : first + CALL], past_key_values=kept[0], use_cache=True)
+
+    found = _timed(read, device, kept.clear)
+    before = _held(device)
+    _step(model, ids, kept[0], 2)  # the first token of an evicting method forgets; later ones are as all that follow
+    _wait(device)
+    begun = time.perf_counter()
+    _step(model, ids, kept[0], GENERATED)
+    _wait(device)
+    found["token_seconds"] = round((time.perf_counter() - begun) / GENERATED, 6)
+    if before is not None:
+        gc.collect()
+        held = _held(device)
+        kept.clear()
+        gc.collect()
+        empty = _held(device)
+        assert held is not None
+        assert empty is not None
+        found["kept_bytes"] = held - empty
+    return found
+
+
+def _step(model: Any, ids: torch.Tensor, cache: Any, count: int) -> None:
+    for place in range(count):
+        model(input_ids=ids[:, place : place + 1], past_key_values=cache, use_cache=True)
+
+
+def _of_a_loop(model: Any, tokens: int, device: str) -> dict[str, Any]:
+    """Seconds of reading a text of so many letters for a question."""
+    from mgam.documents.infiniretri import retrieve
+    from mgam.methods.infiniretri import Retrieval
+
+    text = ("The number of the box is seven. " * (tokens // 32 + 1))[:tokens]
+    dials = Retrieval(window=512, budget=512)
+    return _timed(lambda: retrieve(model, Letters(), text, "Which box?", dials), device)
+
+
+def _of_a_module(method: Method, tokens: int, device: str) -> dict[str, Any]:
+    """Seconds and bytes of one pass over whole states."""
+    kind = getattr(nn, method.module)
+    causal = kind.CAUSAL
+    own = dict(MODULES.get(method.name, {})) | ({"longest": tokens} if method.name == "linformer" else {})
+    torch.manual_seed(0)
+    heads = {} if method.name == "reformer" else {"kv_heads": KV_HEADS}
+    module = kind(WIDTH, HEADS, causal=causal, **heads, **own).to(device)
+    states = torch.randn(1, tokens, WIDTH, device=device)
+    with torch.no_grad():
+        return {"form": "module", "causal": causal, **_timed(lambda: module(states), device)}
+
+
+def _timed(call: Callable[[], Any], device: str, before: Callable[[], Any] = lambda: None) -> dict[str, Any]:
+    """Seconds of some calls after a first one, which compiles kernels, and the most bytes above those held before."""
+    seconds: list[float] = []
+    peak = None
+    for number in range(REPEATS + 1):
+        before()
+        gc.collect()
+        _wait(device)
+        held = _held(device)
+        if held is not None:
+            torch.cuda.reset_peak_memory_stats()
+        begun = time.perf_counter()
+        call()
+        _wait(device)
+        took = time.perf_counter() - begun
+        if held is not None:
+            peak = torch.cuda.max_memory_allocated() - held
+        if number or took > LONG:
+            seconds.append(round(took, 6))
+        if seconds and sum(seconds) > LONG / 2:
+            break
+    return {"seconds": seconds, "peak_bytes": peak}
+
+
+def _held(device: str) -> int | None:
+    return torch.cuda.memory_allocated() if device.startswith("cuda") else None
+
+
+def _wait(device: str) -> None:
+    if device.startswith("cuda"):
+        torch.cuda.synchronize()
