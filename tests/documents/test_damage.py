@@ -7,9 +7,12 @@ import shutil
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
+import torch
 
 from mgam.documents.document import Document
+from mgam.documents.store.store import Store
 from mgam.errors import DigestError
 
 from . import tiny
@@ -57,6 +60,33 @@ def test_a_damaged_page_stops_the_answer_and_is_named(scene: Scene, tmp_path: Pa
     assert "layer 0, KV head 0, chunk 0" in str(caught.value)
     file.write_bytes(scene.whole.joinpath(file.name).read_bytes())
     assert damaged.ask(QUESTION, max_new_tokens=3).answer == scene.answer  # and the next question is answered
+
+
+def test_many_pages_at_once_are_those_read_one_by_one_and_checked(scene: Scene, tmp_path: Path) -> None:
+    shutil.copytree(scene.whole, tmp_path / "it.mgam")
+    store = Store.open(tmp_path / "it.mgam")
+    shape = store.manifest.shape
+    list(store.residents())
+    chunks = store.manifest.done // shape.levels.chunk
+    rng = np.random.default_rng(0)
+    head, chunk = rng.integers(0, shape.heads, 300), rng.integers(0, chunks, 300)
+    together, alone = (torch.zeros(300, shape.page_bytes, dtype=torch.uint8) for _ in range(2))
+    store.read_pages(1, head, chunk, together)
+    for row in range(300):
+        store.read_pages(1, head[row : row + 1], chunk[row : row + 1], alone[row : row + 1])
+    assert torch.equal(together, alone)
+    per_segment = store.manifest.grid // shape.levels.chunk
+    last = (chunks - 1) // per_segment
+    file = store.path(last)
+    offset = store.manifest.layout(store.manifest.segments[last]).page(1, (chunks - 1) % per_segment, 0)
+    data = bytearray(file.read_bytes())
+    data[offset] ^= 1
+    file.write_bytes(data)
+    fresh = Store.open(tmp_path / "it.mgam")
+    list(fresh.residents())
+    head[150], chunk[150] = 0, chunks - 1
+    with pytest.raises(DigestError, match=rf"damaged between byte {offset:,} .*KV head 0, chunk {chunks - 1}\b"):
+        fresh.read_pages(1, head, chunk, together)
 
 
 def test_an_older_and_a_newer_format_say_so(scene: Scene, tmp_path: Path) -> None:

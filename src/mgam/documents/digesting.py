@@ -188,16 +188,15 @@ def check_model(manifest: Manifest, model: Any, tokenizer: Any, path: Path) -> N
 
 def load_layer(pyramid: Pyramid, layer: int, part: Segment, found: Resident) -> None:
     """Puts summaries and search keys of a segment into a pyramid that has room for them."""
-    device = pyramid.keys[0].device
     for level, size in enumerate(pyramid.levels.sizes[1:], start=1):
         first = part.first // size
         for kind, states in (("keys", pyramid.keys), ("values", pyramid.values)):
             new = found[f"layers.{layer}.{kind}.{level}"]
-            states[level][0, :, first : first + new.shape[1]] = new.to(device)
+            states[level][0, :, first : first + new.shape[1]] = new
     assert pyramid.search is not None
     search = found[f"layers.{layer}.search"]
     first = part.first // pyramid.levels.chunk
-    pyramid.search[0, :, :, first : first + search.shape[2]] = search.to(device)
+    pyramid.search[0, :, :, first : first + search.shape[2]] = search
     pyramid.lengths = [part.first + part.tokens]
 
 
@@ -370,7 +369,8 @@ class _Builder:
     def _load(self) -> None:
         """Takes up what is on disk."""
         done = 0
-        for part, found in self.store.residents():
+        for part, resident in self.store.residents():
+            found = resident.on(self.model.device)
             stored = TokenPart(found.numbers("ids"), found.numbers("texts"), found.numbers("offsets"))
             check_equal(stored, self.tokens.part(part.first, part.first + part.tokens))
             for number, layer in self.cache.pyramids.items():

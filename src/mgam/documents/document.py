@@ -319,7 +319,8 @@ def _load(store: Store, cache: PyramidCache) -> tuple[Tokens, dict[int, Tensor |
     shape = store.manifest.shape
     parts: list[tuple[Any, Any, Any]] = []
     recent: dict[int, Tensor | None] = dict.fromkeys(cache.pyramids)
-    for part, found in store.residents():
+    for part, resident in store.residents():
+        found = resident.on(cache.pyramids[0].pyramid.keys[0].device)
         parts.append((found.numbers("ids"), found.numbers("texts"), found.numbers("offsets")))
         for number, layer in cache.pyramids.items():
             pyramid = layer.pyramid

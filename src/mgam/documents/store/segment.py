@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import os
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -140,14 +140,22 @@ class Resident:
 
     data: bytearray
     layout: Layout
+    moved: Tensor | None = None
+    """All of `data` on another device, in one piece."""
+
+    def on(self, device: torch.device) -> Resident:
+        """The same with tensors on a device, moved there at once."""
+        if device.type == "cpu":
+            return self
+        return replace(self, moved=torch.frombuffer(self.data, dtype=torch.uint8).to(device))
 
     def __getitem__(self, name: str) -> Tensor:
         place: Place = self.layout.places[name]
+        whole = torch.frombuffer(self.data, dtype=torch.uint8) if self.moved is None else self.moved
         if not place.bytes:
-            return torch.empty(place.shape, dtype=DTYPES[place.code])
-        view = memoryview(self.data)[place.begin : place.end]
-        return torch.frombuffer(view, dtype=torch.uint8).view(DTYPES[place.code]).view(place.shape)
+            return torch.empty(place.shape, dtype=DTYPES[place.code], device=whole.device)
+        return whole[place.begin : place.end].view(DTYPES[place.code]).view(place.shape)
 
     def numbers(self, name: str) -> Numbers:
         """A tensor of whole numbers, as a copy that outlives the rest."""
-        return self[name].numpy().copy()
+        return replace(self, moved=None)[name].numpy().copy()

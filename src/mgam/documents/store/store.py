@@ -6,7 +6,7 @@ import hashlib
 import os
 import zlib
 from collections.abc import Iterator
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import ThreadPoolExecutor, wait
 from pathlib import Path
 
 import numpy as np
@@ -20,6 +20,8 @@ from mgam.errors import DigestError, MgamError
 
 OPEN_FILES = 200
 READERS = 8
+PAGES_EACH = 32
+"""Pages that one reader takes at a time: a disk is asked for several things at once."""
 
 
 class Store:
@@ -31,6 +33,7 @@ class Store:
         self._descriptors: dict[int, int] = {}
         self._checks: list[list[Numbers]] = []
         self._checked: list[Numbers] = []
+        self._readers: ThreadPoolExecutor | None = None
 
     @classmethod
     def open(cls, folder: Path) -> Store:
@@ -46,6 +49,9 @@ class Store:
 
     def close(self) -> None:
         """Closes its files."""
+        if self._readers is not None:
+            self._readers.shutdown()
+            self._readers = None
         for descriptor in self._descriptors.values():
             os.close(descriptor)
         self._descriptors.clear()
@@ -128,21 +134,40 @@ class Store:
         Raises:
             DigestError: a page is damaged; names file and offset.
         """
-        per_segment = self.manifest.grid // self.manifest.shape.levels.chunk
-        buffer = pages.numpy()
-        for row, (head, chunk) in enumerate(zip(heads.tolist(), chunks.tolist(), strict=True)):
-            number, inside = divmod(chunk, per_segment)
-            offset = self.manifest.layout(self.manifest.segments[number]).page(layer, inside, head)
-            view = memoryview(buffer[row])
-            try:
-                got = files.read_at(self.descriptor(number), view, offset)
-            except OSError as error:
-                raise DigestError(f"{self.path(number)} cannot be read at byte {offset:,}: {error.strerror}") from error
-            if got == len(view) and self._checked[number][layer, inside, head]:
-                continue
-            if got != len(view) or zlib.crc32(view) != self._checks[number][layer][inside, head]:
-                raise DigestError(damaged_page(self.path(number), offset, len(view), layer, chunk, head))
-            self._checked[number][layer, inside, head] = True
+        numbers, insides = np.divmod(chunks, self.manifest.grid // self.manifest.shape.levels.chunk)
+        views = [memoryview(page) for page in pages.numpy()]
+        rows = list(zip(numbers.tolist(), insides.tolist(), heads.tolist(), views, strict=True))
+        if len(rows) < PAGES_EACH * 2 or len(set(numbers.tolist())) > OPEN_FILES:
+            for row in rows:
+                self._read_page(layer, *row, self.descriptor(row[0]))
+            return
+        opened = {number: self.descriptor(number) for number in set(numbers.tolist())}
+        parts = [rows[first : first + PAGES_EACH] for first in range(0, len(rows), PAGES_EACH)]
+
+        def read_part(part: list[tuple[int, int, int, memoryview]]) -> None:
+            for row in part:
+                self._read_page(layer, *row, opened[row[0]])
+
+        if self._readers is None:
+            self._readers = ThreadPoolExecutor(READERS)
+        reading = [self._readers.submit(read_part, part) for part in parts]
+        wait(reading)  # also where one fails: none may go on writing to pages that are used for something else
+        for done in reading:
+            done.result()
+
+    def _read_page(self, layer: int, number: int, inside: int, head: int, view: memoryview, descriptor: int) -> None:
+        """Fills `view` with a page of a segment, checked when it is first read."""
+        offset = self.manifest.layout(self.manifest.segments[number]).page(layer, inside, head)
+        try:
+            got = files.read_at(descriptor, view, offset)
+        except OSError as error:
+            raise DigestError(f"{self.path(number)} cannot be read at byte {offset:,}: {error.strerror}") from error
+        if got == len(view) and self._checked[number][layer, inside, head]:
+            return
+        if got != len(view) or zlib.crc32(view) != self._checks[number][layer][inside, head]:
+            chunk = number * (self.manifest.grid // self.manifest.shape.levels.chunk) + inside
+            raise DigestError(damaged_page(self.path(number), offset, len(view), layer, chunk, head))
+        self._checked[number][layer, inside, head] = True
 
 
 def damaged_page(path: Path, offset: int, length: int, layer: int, chunk: int, head: int) -> str:
