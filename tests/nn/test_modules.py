@@ -156,6 +156,33 @@ def test_constant_values_come_out(name: str) -> None:
     torch.testing.assert_close(found[0], constant.repeat_interleave(HEADS // module.kv_heads, 1).expand_as(found[0]))
 
 
+PARTITIONS: list[tuple[str, dict[str, Any]]] = [
+    *(("cca", {"group": group, "window": window}) for group in (1, 2, 3, 4, 7) for window in (1, 2, 4, 5, 8, 30)),
+    *(
+        ("dga", {"focal": focal, "group": group, "block": block, "look": look})
+        for focal in (0.0, 0.3, 1.0) for group in (1, 3, 5) for block, look in ((1, 1), (4, 3), (40, 2))
+    ),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize(("name", "options"), PARTITIONS)
+def test_every_visible_token_counts_exactly_once(name: str, options: dict[str, Any]) -> None:
+    """With equal logits and mass, the mean of all values so far comes out if, and only if, the cover is exact."""
+    module = make(name, mass=True, kv_heads=1, **options)
+    torch.nn.init.zeros_(module.query.weight)  # type: ignore[arg-type]
+    if isinstance(module, nn.DynamicGroupAttention):  # pooled by importance, so let all be as important
+        module.importance = lambda seen, start: seen.k.new_ones(len(seen.k), 1, start)  # type: ignore[method-assign]
+    found: list[Tensor] = []
+    attend: Callable[[Seen], Tensor] = module.attend
+    module.attend = lambda seen: found.append(attend(seen)) or found[-1]  # type: ignore[method-assign,func-returns-value]
+    for tokens in (1, 6, 29):
+        states = text(tokens)
+        module(states)
+        values = module.split(module.value(states))
+        mean = values.cumsum(2) / torch.arange(1, tokens + 1)[:, None]
+        torch.testing.assert_close(found[-1], mean.expand_as(found[-1]), atol=1e-9, rtol=0)
+
+
 def test_what_is_not_there_is_refused() -> None:
     with pytest.raises(SettingError, match=r"no causal form.*FullAttention"):
         nn.LinformerAttention(WIDTH, HEADS)
