@@ -97,7 +97,7 @@ class DynamicGroupAttention(SelfAttention):
         logits = self.scale * q.unflatten(1, (self.kv_heads, -1)) @ torch.cat(keys, 2)[:, :, None].transpose(-1, -2)
         if self.mass:
             pooled_ones = torch.arange(logits.shape[-1], device=q.device) >= single.shape[-1]
-            logits = logits + math.log(self.group) * pooled_ones
+            logits = logits + math.log(self.group) * pooled_ones.to(logits.dtype)
         every = torch.ones(1, single.shape[-1] + groups, dtype=torch.bool, device=q.device)
         part = softmax(logits, every, torch.cat(values, 2)[:, :, None])
         return Part(part.out.flatten(1, 2), part.lse.flatten(1, 2))
