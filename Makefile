@@ -12,7 +12,7 @@ MADE       := $(VENV)/.made
 USER_READY := $(VENV)/.ready-user
 DEV_READY  := $(VENV)/.ready-dev
 
-# A second environment: the oldest versions that are accepted, and what the tests need.
+# A second environment: the oldest versions that are accepted, mgam as a wheel, and what the tests need.
 OLDEST       := .venv-oldest
 OLDEST_READY := $(OLDEST)/.ready
 
@@ -36,7 +36,7 @@ $(USER_READY): $(MADE) pyproject.toml constraints.txt
 	@touch $@
 
 $(DEV_READY): $(USER_READY)
-	$(BIN)/python -m pip install --quiet -c constraints.txt -e '.[gguf,documents,train,dev]'
+	$(BIN)/python -m pip install --quiet -c constraints.txt -e '.[gguf,documents,quantised,train,dev]'
 	@touch $@
 
 demo: $(USER_READY)
@@ -51,11 +51,15 @@ test: $(DEV_READY)
 $(OLDEST_READY): pyproject.toml constraints-oldest.txt
 	$(PYTHON) -m venv --clear $(OLDEST)
 	@echo "installing the oldest versions that mgam accepts into $(OLDEST) (once; some minutes on a slow line)"
-	$(OLDEST)/bin/python -m pip install --quiet -c constraints-oldest.txt -e '.[train]' pytest hypothesis packaging
+	$(OLDEST)/bin/python -m pip install --quiet -c constraints-oldest.txt '.[train]' pytest hypothesis packaging
 	@touch $@
 
+# The wheel is built and installed anew each time, and used from outside the checkout: it must hold all that is needed.
 test-oldest: $(OLDEST_READY)
+	$(OLDEST)/bin/python -m pip install --quiet --no-deps --force-reinstall .
+	cd / && $(CURDIR)/$(OLDEST)/bin/python -c 'import mgam, sys; sys.exit("$(CURDIR)/src" in mgam.__file__)'
 	$(OLDEST)/bin/python -m pytest -p no:cacheprovider tests/models tests/battery -k "not reference"
+	$(OLDEST)/bin/python -m pytest -p no:cacheprovider tests/test_wheel.py -k what_is_installed
 
 docs: $(DEV_READY)
 	$(BIN)/python scripts/models_table.py --write

@@ -248,6 +248,30 @@ def test_weights_larger_than_memory(tiny_folder: Path, monkeypatch: pytest.Monke
         load(str(tiny_folder))
 
 
+def test_a_checkpoint_of_packed_weights(tiny_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """It is loaded as it was saved, counted as it is packed, and never moved."""
+    pytest.importorskip("bitsandbytes")
+    from transformers import AutoModelForCausalLM, AutoTokenizer, BitsAndBytesConfig
+
+    from mgam.integrations.memory import weight_bytes
+    from models.zoo import BY_NAME
+
+    plain, packed = tmp_path / "plain", tmp_path / "packed"
+    BY_NAME["llama"].make(torch.float32, hidden_size=64, intermediate_size=128, vocab_size=300).save_pretrained(plain)
+    config = BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_compute_dtype=torch.float32)
+    AutoModelForCausalLM.from_pretrained(plain, quantization_config=config).save_pretrained(packed)
+    AutoTokenizer.from_pretrained(tiny_folder).save_pretrained(packed)
+    model, _ = load(str(packed))
+    assert model.model.layers[0].mlp.up_proj.weight.dtype == torch.uint8
+    assert model.generate(torch.ones(1, 4, dtype=torch.long), max_new_tokens=2).shape == (1, 6)
+    assert weight_bytes(packed, torch.float32) < 0.8 * weight_bytes(plain, torch.float32)
+    assert weight_bytes(plain, torch.bfloat16) * 2 == weight_bytes(plain, torch.float32)
+    monkeypatch.setattr(loading, "resolve_device", lambda name: torch.device("meta"))
+    monkeypatch.setattr("mgam.integrations.memory.available_bytes", lambda device: None)
+    with pytest.raises(SettingError, match="packed weights lie on cpu"):
+        load(str(packed))
+
+
 def test_devices_and_number_formats() -> None:
     cpu = torch.device("cpu")
     assert resolve_device("cpu") == cpu

@@ -25,6 +25,21 @@ def run(*command: str | Path, cwd: Path) -> str:
     return done.stdout
 
 
+def asks(mgam: Path, folder: Path) -> None:
+    """`mgam ask` reads, answers and cites, with a tiny model in a folder."""
+    from documents.tiny import make_plain_model, make_tokenizer, text
+
+    make_plain_model(window=4096).save_pretrained(folder / "model")
+    make_tokenizer().save_pretrained(folder / "model")
+    (folder / "book.txt").write_text(text(900), encoding="utf-8")
+    how = ("--model", "model", "--dense-until", "64", "--budget", "128", "--max-new-tokens", "4", "--json")
+    answers = json.loads(run(mgam, "ask", "book.txt", "who?", "-q", "where?", *how, cwd=folder))
+    assert [answer["question"] for answer in answers] == ["who?", "where?"]
+    for passage in (passage for answer in answers for passage in answer["evidence"]):
+        assert (passage["file"], text(900)[passage["start"] : passage["end"]]) == ("book.txt", passage["text"])
+    assert answers[0]["evidence"]
+
+
 def environment(folder: Path) -> Path:
     """The interpreter of a new environment."""
     run(sys.executable, "-m", "venv", folder, cwd=folder.parent)
@@ -65,6 +80,14 @@ def test_the_sdist_can_be_tested_and_built(built: dict[str, Path]) -> None:
         assert (built["source"] / name).is_file(), name
 
 
+def test_what_is_installed_runs_outside_the_checkout(tmp_path: Path) -> None:
+    """The command of the environment that runs the tests; with `make test-oldest` a wheel, installed from nothing."""
+    mgam = Path(sysconfig.get_path("scripts")) / "mgam"
+    if not mgam.exists():
+        pytest.skip("mgam is not installed in this environment")
+    asks(mgam, tmp_path)
+
+
 def test_it_runs_outside_the_checkout(built: dict[str, Path], tmp_path: Path) -> None:
     """Only mgam is installed anew; what it needs is lent by the environment that runs the tests."""
     python = environment(tmp_path / "user")
@@ -74,6 +97,7 @@ def test_it_runs_outside_the_checkout(built: dict[str, Path], tmp_path: Path) ->
     place = run(python, "-c", "import mgam; print(mgam.__file__)", cwd=tmp_path)
     assert Path(place.strip()).is_relative_to(tmp_path)
     mgam = python.with_name("mgam")
+    asks(mgam, tmp_path)
     assert "transformers" in run(mgam, "env", cwd=tmp_path)
     assert {"mgam", "dense"} <= {method["name"] for method in json.loads(run(mgam, "methods", "--json", cwd=tmp_path))}
 

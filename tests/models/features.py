@@ -7,8 +7,11 @@ from __future__ import annotations
 
 import copy
 import importlib.util
+import json
+import tempfile
 from collections.abc import Callable
 from itertools import pairwise
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -282,6 +285,65 @@ def _rough_type(tiny: Tiny, dtype: torch.dtype, share: float) -> None:
                 assert (out.float() - expected).abs().mean() < share * expected.std()
 
 
+def eight_bits(tiny: Tiny) -> str | None:
+    """Weights of 8 bits (bitsandbytes, torchao) on the CPU: as near to dense with them as their own rounding allows."""
+    return _packed_weights(tiny, 8)
+
+
+def four_bits(tiny: Tiny) -> str | None:
+    """The same with weights of 4 bits."""
+    return _packed_weights(tiny, 4)
+
+
+def _packed_weights(tiny: Tiny, bits: int) -> str | None:
+    ways = quantisers(bits)
+    if not ways:
+        return "neither bitsandbytes nor torchao is installed here"
+    ids = tokens(2, 61)
+    with tempfile.TemporaryDirectory() as folder, torch.no_grad():
+        wider = {"head_dim": 32} if "head_dim" in tiny.config else {}  # packed by 32 rows
+        tiny.make(torch.float32, hidden_size=64, intermediate_size=128, **wider).save_pretrained(folder)
+        for way in ways:
+            model = transformers.AutoModelForCausalLM.from_pretrained(
+                folder, dtype=torch.float32, quantization_config=way, attn_implementation=tiny.dense
+            )
+            expected = model(ids).logits
+            mgam.apply(model, budget=ENOUGH, **SMALL)
+            for out in (model(ids).logits, cut(model, ids, [40, 41])):
+                assert (out - expected).abs().mean() < 0.1 * expected.std()
+            mgam.apply(model, budget=12, **SMALL)
+            assert (model(ids).logits - expected).abs().max() > 1e-2
+            assert produce(model, ids, 3).shape == (2, 3)
+    return None
+
+
+def quantisers(bits: int) -> list[Any]:
+    """How weights are packed here, by every library that is installed."""
+    found: list[Any] = []
+    if importlib.util.find_spec("bitsandbytes") is not None:
+        how = {"load_in_8bit": True} if bits == 8 else {"load_in_4bit": True, "bnb_4bit_compute_dtype": torch.float32}
+        found.append(transformers.BitsAndBytesConfig(**how))
+    if importlib.util.find_spec("torchao") is not None:
+        from torchao.quantization import IntxWeightOnlyConfig
+
+        found.append(transformers.TorchAoConfig(IntxWeightOnlyConfig(getattr(torch, f"int{bits}"))))
+    return found
+
+
+def device_map(tiny: Tiny) -> str | None:
+    """A checkpoint loaded with `device_map="auto"` (accelerate) generates what it does without."""
+    if importlib.util.find_spec("accelerate") is None:
+        return "accelerate is not installed here"
+    ids, found = tokens(2, 40), []
+    with tempfile.TemporaryDirectory() as folder:
+        tiny.make(torch.float32).save_pretrained(folder)
+        for where in (None, "auto"):
+            model = transformers.AutoModelForCausalLM.from_pretrained(folder, device_map=where)
+            found.append(produce(mgam.apply(model, budget=12, **SMALL), ids))
+    assert torch.equal(*found)
+    return None
+
+
 def checkpointing(tiny: Tiny) -> None:
     """Gradient checkpointing keeps its selections: gradients are the same to the last bit or nearly."""
     ids, grads = tokens(2, 45), []
@@ -324,20 +386,23 @@ def lora(tiny: Tiny) -> str | None:
 
 
 def compiled(tiny: Tiny) -> None:
-    """torch.compile leaves the attention out of its graphs and gives the same."""
+    """torch.compile leaves the attention out of its graphs and gives the same; `fullgraph=True` is refused in words."""
     ids, model = tokens(1, 40), applied(tiny)
     with torch.no_grad():
         expected = model(ids, use_cache=False).logits
         torch._dynamo.reset()
         close(torch.compile(model, backend="eager")(ids, use_cache=False).logits, expected, max(tiny.rough, 1e-6))
+        torch._dynamo.reset()
+        try:
+            torch.compile(model, backend="eager", fullgraph=True)(ids, use_cache=False)
+            said = "nothing"
+        except Exception as error:  # torch's own kind differs by version
+            said = str(error)
+        assert "compile without fullgraph=True" in said
 
 
 def checkpoint_files(tiny: Tiny) -> None:
     """`save_pretrained` after `apply` writes an ordinary checkpoint."""
-    import json
-    import tempfile
-    from pathlib import Path
-
     model = applied(tiny, dtype=torch.float32)
     with tempfile.TemporaryDirectory() as folder:
         model.save_pretrained(folder)
@@ -367,6 +432,9 @@ FEATURES: dict[str, Check] = {
     "bookmark, go back": bookmarks,
     "bfloat16": bfloat16,
     "float16": float16,
+    "8-bit weights": eight_bits,
+    "4-bit weights": four_bits,
+    "device map": device_map,
     "gradient checkpointing": checkpointing,
     "LoRA": lora,
     "torch.compile": compiled,

@@ -9,7 +9,12 @@ import pytest
 from .features import FEATURES
 from .zoo import BY_NAME, NAMES
 
-SLOW = {"torch.compile": ("llama", "gemma3", "phi3"), "LoRA": ("llama", "gemma2", "phi3", "qwen3-moe")}
+SLOW = {
+    "torch.compile": ("llama", "gemma3", "phi3"),
+    "LoRA": ("llama", "gemma2", "phi3", "qwen3-moe"),
+    "8-bit weights": ("llama", "gemma2", "phi3"),
+    "4-bit weights": ("llama", "gemma3", "qwen3-moe"),
+}
 """Features that take seconds are tested on the models that are unlike each other; scripts/models_table.py runs all."""
 
 CELLS = [(name, feature) for name in NAMES for feature in FEATURES if name in SLOW.get(feature, NAMES)]

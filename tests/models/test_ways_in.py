@@ -65,6 +65,24 @@ def test_a_copied_model_stands_on_its_own() -> None:
     assert torch.equal(produce(copied, ids), expected)
 
 
+def test_a_pipeline_of_transformers() -> None:
+    """What `apply` promises: pipelines work as before."""
+    from transformers import pipeline
+
+    from documents.tiny import make_plain_model, make_tokenizer
+
+    model, tokenizer = make_plain_model(), make_tokenizer(template=False)
+    tokenizer.pad_token = "<e>"
+    mgam.apply(model, budget=12, **SMALL)
+    write = pipeline("text-generation", model=model, tokenizer=tokenizer, device="cpu")
+    texts = ["the whale and the captain of the ship " * 3, "north"]
+    options = {"max_new_tokens": 5, "do_sample": False, "return_full_text": False}
+    alone = [write(text, **options)[0]["generated_text"] for text in texts]
+    assert [one[0]["generated_text"] for one in write(texts, batch_size=2, **options)] == alone
+    inputs = tokenizer(texts[0], return_tensors="pt")
+    assert tokenizer.decode(produce(model, inputs.input_ids, 5, suppress_tokens=None)[0]) == alone[0]
+
+
 def test_settings_are_saved_beside_a_checkpoint(tmp_path: Path) -> None:
     model, ids = applied(LLAMA, budget=16, dtype=torch.float32), tokens(1, 61)
     model.save_pretrained(tmp_path)
@@ -88,19 +106,6 @@ def test_weights_that_are_brought_in_layer_by_layer(tmp_path: Path, tiny: Tiny) 
     with torch.no_grad():
         close(model(ids, use_cache=False).logits, expected, 1e-6)
         assert torch.equal(produce(model, ids), text)
-
-
-def test_a_model_loaded_with_a_device_map(tmp_path: Path) -> None:
-    pytest.importorskip("accelerate")
-    from transformers import AutoModelForCausalLM
-
-    ids = tokens(2, 40)
-    LLAMA.make(torch.float32).save_pretrained(tmp_path)
-    plain, mapped = (
-        mgam.apply(AutoModelForCausalLM.from_pretrained(tmp_path, device_map=where), budget=12, **SMALL)
-        for where in (None, "auto")
-    )
-    assert torch.equal(produce(mapped, ids), produce(plain, ids))
 
 
 @pytest.mark.gpu

@@ -68,7 +68,7 @@ def load(
     tokenizer = _load_tokenizer(location, download)
     model = _load_model(location, number_format, download)
     model.name_or_path = name or DEFAULT_MODEL  # what the user knows it by, not where the cache keeps it
-    return Loaded(model.to(place).eval(), tokenizer)
+    return Loaded(_placed(model, place).eval(), tokenizer)
 
 
 def locate(name: str | None, *, download: bool = False, on_status: Callable[[str], None] | None = None) -> str:
@@ -189,6 +189,19 @@ def _load_model(location: str, dtype: torch.dtype, download: bool) -> Any:
             f"the weights of {location} are incomplete: {len(missing)} are missing, {missing[0]} first; fetch it again"
         )
     return model
+
+
+def _placed(model: Any, place: torch.device) -> Any:
+    """The model on a device; packed weights stay where transformers put them, which is where they belong."""
+    here: torch.device = model.device
+    if here.type == place.type and place.index in (None, here.index):
+        return model
+    if getattr(model, "hf_quantizer", None) is not None:
+        raise SettingError(
+            f"the model's packed weights lie on {here}, and cannot be moved to {place}; leave --device out, or load a "
+            "checkpoint that is not quantised"
+        )
+    return model.to(place)
 
 
 def _refusal(location: str, download: bool, error: Exception, what: str) -> ModelFileError | UnsupportedModelError:

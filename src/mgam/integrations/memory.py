@@ -79,7 +79,7 @@ def refuse_weights_if_too_large(folder: Path, dtype: torch.dtype, device: torch.
     Raises:
         MemoryBudgetError: says how much is needed and what helps.
     """
-    need = weight_numbers(folder) * dtype.itemsize
+    need = weight_bytes(folder, dtype)
     free = available_bytes(device)
     if free is not None and need > free:
         half = "; --dtype bfloat16 halves that" if dtype.itemsize > 2 else ""
@@ -89,20 +89,33 @@ def refuse_weights_if_too_large(folder: Path, dtype: torch.dtype, device: torch.
         )
 
 
-def weight_numbers(folder: Path) -> int:
-    """How many numbers the safetensors files in `folder` hold; a file that cannot be read counts as none."""
+def weight_bytes(folder: Path, dtype: torch.dtype) -> int:
+    """Bytes of the weights in `folder` in `dtype`; packed ones stay as they are, files that cannot be read count nothing."""
     import math
 
     from safetensors import SafetensorError, safe_open
 
-    count = 0
+    total = 0
     for path in folder.glob("*.safetensors"):
         try:
             with safe_open(path, framework="pt") as file:
-                count += sum(math.prod(file.get_slice(name).get_shape()) for name in file.keys())  # noqa: SIM118
+                for name in file.keys():  # noqa: SIM118
+                    part = file.get_slice(name)
+                    kind = str(part.get_dtype())
+                    size = dtype.itemsize if kind in _FLOATS else _stored_bytes(kind)
+                    total += math.prod(part.get_shape()) * size
         except (SafetensorError, OSError):
             continue
-    return count
+    return total
+
+
+_FLOATS = ("F64", "F32", "F16", "BF16")
+
+
+def _stored_bytes(kind: str) -> int:
+    """Bytes of a number as safetensors names its type: `I8`, `U8`, `F8_E4M3`, `I64`, `BOOL`."""
+    bits = "".join(filter(str.isdigit, kind.partition("_")[0]))
+    return max(1, int(bits or 8) // 8)
 
 
 def available_bytes(device: torch.device) -> int | None:
