@@ -9,7 +9,7 @@ import pytest
 import torch
 from safetensors import safe_open
 
-from mgam.documents import digesting, tiers
+from mgam.documents import building, tiers
 from mgam.documents.document import Document
 from mgam.documents.sources import Source
 from mgam.documents.tokens import Frame, encode
@@ -118,7 +118,7 @@ def test_a_digest_made_in_memory_has_the_same_bytes(
 ) -> None:
     texts = [source(600), source(300, 1)]
     digest(*texts, name="paged.mgam", eight_bits=eight_bits)
-    monkeypatch.setattr(digesting, "_paged", lambda device, memory: False)
+    monkeypatch.setattr(building, "_paged", lambda device, memory: False)
     digest(*texts, name="memory.mgam", eight_bits=eight_bits)
     digest(texts[0], name="appended.mgam", eight_bits=eight_bits)
     digest(texts[1], name="appended.mgam", eight_bits=eight_bits, append=True)

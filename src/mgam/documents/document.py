@@ -16,13 +16,14 @@ from torch import Tensor
 from mgam.documents import digesting
 from mgam.documents.asking import Answer, Streamer, per_level, settings_of
 from mgam.documents.confidence import Watch, confidence, is_found
-from mgam.documents.digesting import check_model, load_layer, set_recent
 from mgam.documents.evidence import find_evidence
+from mgam.documents.models import check_model
 from mgam.documents.paged import PagedPyramid
 from mgam.documents.pool import Counts, Pool
 from mgam.documents.sources import Source, read_source
 from mgam.documents.store.manifest import Manifest
 from mgam.documents.store.store import Store, changed
+from mgam.documents.taking_up import load_layer, set_recent
 from mgam.documents.tiers import HostPages, parse_memory, slots_for
 from mgam.documents.tokens import Frame, Places, Tokens, encode
 from mgam.engine import Record

@@ -29,7 +29,7 @@ DTYPES = {
 
 @dataclass(frozen=True)
 class LayerPart:
-    """What one layer puts into a segment, on the CPU.
+    """What one layer puts into a segment.
 
     Shapes: pages (C, H, page_bytes) uint8; keys[l-1], values[l-1] (H, n//size[l], D); search (H, S, C, D); rest
     (2, H, r, D): keys and values of the tokens after the last complete chunk; recent (Hq, R, D).
@@ -41,6 +41,11 @@ class LayerPart:
     search: Tensor
     rest: Tensor
     recent: Tensor
+
+    def on_cpu(self) -> LayerPart:
+        """The same in main memory."""
+        keys, values = ([states.cpu() for states in level] for level in (self.keys, self.values))
+        return LayerPart(self.pages.cpu(), keys, values, self.search.cpu(), self.rest.cpu(), self.recent.cpu())
 
 
 @dataclass(frozen=True)
