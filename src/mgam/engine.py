@@ -143,7 +143,8 @@ class Record:
         """Per layer: attention mass of each chunk of level 1, (H, C), of the queries from `evidence_from` on."""
         return {layer: mass.cpu() for layer, mass in self._mass.items()}
 
-    def count(self, cover: Cover, blocks: Blocks) -> None:
+    def count(self, cover: Cover, blocks: Blocks, layer: int = 0) -> None:
+        """Adds what a layer's blocks read."""
         found = cover.counted(blocks)
         self._entries = found if self._entries is None else self._entries.to(found.device) + found
         self.queries += float(blocks.length.sum())
@@ -297,7 +298,7 @@ def _watch(
     softcap: float | None,
     layer: int,
 ) -> None:
-    record.count(cover, blocks)
+    record.count(cover, blocks, layer)
     from_here = record.evidence_from
     if from_here is None or not cover.opened.shape[-1] or int(blocks.start.max()) < from_here:
         return

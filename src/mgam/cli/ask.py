@@ -5,9 +5,10 @@ from __future__ import annotations
 import os
 import sys
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass, replace
 from enum import StrEnum
+from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
@@ -18,7 +19,9 @@ from mgam.errors import SettingError
 if TYPE_CHECKING:
     from mgam.cli.progress import Stage
     from mgam.documents.asking import Answer
+    from mgam.documents.chart import Chart
     from mgam.documents.estimate import Estimate
+    from mgam.documents.prompt import Prompt
     from mgam.documents.sources import Source
     from mgam.integrations.loading import Loaded
 
@@ -68,6 +71,8 @@ class Request:
     max_new_tokens: int
     settings: dict[str, Any]
     """Dials of `mgam.Settings` that the user turned."""
+    chart: Path | None = None
+    """Where to draw what was read."""
 
 
 def ask(
@@ -135,6 +140,22 @@ def ask(
     dtype: Annotated[
         NumberFormat | None, typer.Option(help="Number format.", show_default="float32 on the CPU, bfloat16 on a GPU")
     ] = None,
+    policy: Annotated[
+        str | None,
+        typer.Option(metavar="FOLDER", help="A learned policy: what mgam fit wrote, or a hub id; none: none."),
+    ] = None,
+    recall: Annotated[
+        float | None,
+        typer.Option(help="Of a learned policy: the share of attention to read in full; easy passages then open less."),
+    ] = None,
+    chart: Annotated[
+        Path | None,
+        typer.Option(
+            "--map",
+            metavar="PAGE.html",
+            help="Draw what each layer and head read at which level, for a browser.",
+        ),
+    ] = None,
     download: Annotated[
         bool, typer.Option("--download", help="Fetch a hub id that is not on this machine yet.")
     ] = False,
@@ -150,6 +171,8 @@ def ask(
         "lookahead": lookahead and lookahead.value,
         "dense_until": dense_until,
         "positions": positions and positions.value,
+        "policy": policy,
+        "recall": recall,
     }
     request = Request(
         files,
@@ -162,6 +185,7 @@ def ask(
         method,
         max_new_tokens,
         {name: value for name, value in dials.items() if value is not None},
+        chart,
     )
     _refuse_bad_request(request)
     quiet_libraries()
@@ -176,6 +200,10 @@ def _refuse_bad_request(request: Request) -> None:
         raise SettingError("standard input (-) is named more than once, and can be read once only")
     if request.max_new_tokens < 1:
         raise SettingError(f"--max-new-tokens is {request.max_new_tokens}; at least 1 is wanted")
+    if request.chart is not None and is_digest(request.files[0]):
+        raise SettingError("--map draws how texts are read; name the text itself, not its digest")
+    if request.chart is not None and not request.chart.absolute().parent.is_dir():
+        raise SettingError(f"--map {request.chart}: there is no folder {request.chart.parent} to write it to")
 
 
 def quiet_libraries() -> None:
@@ -217,6 +245,7 @@ def _ask_texts(request: Request, stage: Stage) -> Iterator[tuple[Answer, dict[st
         raise SettingError("--memory bounds the reading of digests; make one first: mgam digest FILE... -o NAME.mgam")
     sources = [read_source(name) for name in request.files]  # before torch is imported: a wrong name is told at once
     dials = _checked_dials(request)
+    _refuse_map(request)
     started = time.perf_counter()
     loaded = _load(request, stage)
     loading = round(time.perf_counter() - started, 3)
@@ -229,9 +258,34 @@ def _ask_texts(request: Request, stage: Stage) -> Iterator[tuple[Answer, dict[st
         "on_text": stage.write,
         "retrieval": retrieval,
     }
+    if request.chart is not None:
+        how["on_chart"] = _draw(request.chart, stage)
     for answer in answers(model, loaded.tokenizer, sources, request.questions, **how):
         yield replace(answer, seconds={"loading": loading, **answer.seconds}), {"estimate": asdict(estimate)}
         loading = 0.0
+
+
+def _refuse_map(request: Request) -> None:
+    from mgam import methods
+
+    if request.chart is not None and (request.method == "dense" or methods.get(request.method).form == "loop"):
+        raise SettingError(f"--map draws how passages are chosen, which --method {request.method} does not do")
+
+
+def _draw(path: Path, stage: Stage) -> Callable[[Chart, Prompt, Answer], None]:
+    """Writes a page for each answer: the first as it was named, others with a number."""
+    from mgam.documents.chart import write_map
+
+    number = 0
+
+    def draw(chart: Chart, prompt: Prompt, answer: Answer) -> None:
+        nonlocal number
+        number += 1
+        place = path if number == 1 else path.with_stem(f"{path.stem}-{number}")
+        write_map(place, chart, prompt, answer, tuple(answer.settings["levels"]))
+        stage.note(f"the map is in {place}")
+
+    return draw
 
 
 def _ask_digest(request: Request, stage: Stage) -> Iterator[tuple[Answer, dict[str, Any]]]:
@@ -249,8 +303,6 @@ def _ask_digest(request: Request, stage: Stage) -> Iterator[tuple[Answer, dict[s
 
 def _refuse_other_settings(request: Request, path: str) -> None:
     """A digest is asked as it was read."""
-    from pathlib import Path
-
     from mgam.documents.store.manifest import Manifest
 
     manifest = Manifest.read(Path(path))

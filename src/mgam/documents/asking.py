@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 from transformers import DynamicCache, TextStreamer
 
+from mgam.documents.chart import Chart
 from mgam.documents.confidence import Watch, confidence, is_found
 from mgam.documents.evidence import Evidence, find_evidence
 from mgam.documents.prompt import Prompt, build
@@ -83,11 +84,13 @@ def ask_each(
     max_new_tokens: int = 64,
     on_progress: Callable[[int, int], None] | None = None,
     on_text: Callable[[str], None] | None = None,
+    on_chart: Callable[[Chart, Prompt, Answer], None] | None = None,
     evidence_count: int = 3,
 ) -> Iterator[Answer]:
     """Answers several questions from texts that are read once, one after the other; each as `ask` answers it alone.
 
-    The time of reading is that of the first answer.
+    The time of reading is that of the first answer. `on_chart` is called with what was read at which level for each
+    answer, where the model reads multi-granularly.
 
     Raises:
         DocumentError: for an empty question, no question or no text.
@@ -95,7 +98,7 @@ def ask_each(
     if not questions:
         raise DocumentError("no question was given; ask at least one")
     prompts = [build(tokenizer, sources, question) for question in questions]
-    return _answers(model, tokenizer, prompts, max_new_tokens, on_progress, on_text, evidence_count)
+    return _answers(model, tokenizer, prompts, max_new_tokens, on_progress, on_text, on_chart, evidence_count)
 
 
 def _answers(
@@ -105,6 +108,7 @@ def _answers(
     max_new_tokens: int,
     on_progress: Callable[[int, int], None] | None,
     on_text: Callable[[str], None] | None,
+    on_chart: Callable[[Chart, Prompt, Answer], None] | None,
     evidence_count: int,
 ) -> Iterator[Answer]:
     room = max(len(prompt.ids) for prompt in prompts) + max_new_tokens
@@ -112,9 +116,10 @@ def _answers(
     for number, prompt in enumerate(prompts):
         begin = time.perf_counter()
         if memory is None or prompt.ids[: prompt.document] != memory.ids:
-            memory = _Memory.of(model, prompt, room, keep=len(prompts) > 1, on_progress=on_progress)
+            record = Record(evidence_from=prompt.document) if on_chart is None else Chart(evidence_from=prompt.document)
+            memory = _Memory.of(model, prompt, room, record, keep=len(prompts) > 1, on_progress=on_progress)
         read = time.perf_counter()
-        cache, record = memory.turn_to(prompt, again=number + 1 < len(prompts))
+        cache, seen = memory.turn_to(prompt, again=number + 1 < len(prompts))
         watch = Watch()
         ids = torch.tensor([prompt.ids], device=model.device)
         produced = model.generate(
@@ -135,12 +140,12 @@ def _answers(
         done = time.perf_counter()
         applied = memory.applied
         evidence: list[Evidence] = []
-        if applied and record:
-            evidence = find_evidence(record, prompt, applied.settings.pyramid_levels, evidence_count)
-        yield Answer(
+        if applied and seen:
+            evidence = find_evidence(seen, prompt, applied.settings.pyramid_levels, evidence_count)
+        answer = Answer(
             answer=tokenizer.decode(answer_ids, skip_special_tokens=True).strip(),
             evidence=evidence,
-            entries_per_level=per_level(record, applied),
+            entries_per_level=per_level(seen, applied),
             tokens={"document": prompt.document, "question": prompt.question, "answer": int(answer_ids.shape[0])},
             seconds={"reading": round(read - begin, 3), "answering": round(done - read, 3)},
             peak_memory_bytes=peak_memory_bytes(),
@@ -148,6 +153,9 @@ def _answers(
             confidence=sure,
             found=is_found(sure),
         )
+        if on_chart is not None and isinstance(seen, Chart):
+            on_chart(seen, prompt, answer)
+        yield answer
 
 
 @dataclass
@@ -166,11 +174,17 @@ class _Memory:
     @classmethod
     @torch.no_grad()
     def of(
-        cls, model: Any, prompt: Prompt, room: int, *, keep: bool, on_progress: Callable[[int, int], None] | None
+        cls,
+        model: Any,
+        prompt: Prompt,
+        room: int,
+        record: Record,
+        *,
+        keep: bool,
+        on_progress: Callable[[int, int], None] | None,
     ) -> _Memory:
         applied: Applied | None = getattr(model, "_mgam_applied", None)
         cache: Any = DynamicCache(config=model.config.get_text_config(decoder=True))
-        record = Record(evidence_from=prompt.document)
         if applied is not None:
             cache = PyramidCache(model, [_schedule(applied, prompt)], reserve=room)
             cache.watch(record)
