@@ -8,6 +8,7 @@ from pathlib import Path
 from statistics import fmean, median, stdev
 from typing import Any
 
+from decoders import METHODS
 from growth import exponent
 
 from mgam import methods
@@ -33,11 +34,12 @@ def _decoders(folder: Path) -> str:
     (folder / "decoders.json").write_text(
         json.dumps([row.to_json() for row in rows], indent=1) + "\n", encoding="utf-8"
     )
-    run = files[0].runs[0]
+    runs = [run for file in files for run in file.runs]
+    run, commits = runs[0], ", ".join(dict.fromkeys(str(run.get("commit")) for run in runs))
     lines = [
         "# Methods that read with an unmodified decoder",
         "",
-        f"{run.get('date')}, {run.get('device')}, commit {run.get('commit')}; {run.get('processes')} processes shared "
+        f"{run.get('date')}, {run.get('device')}, commit {commits}; {run.get('processes')} processes shared "
         "a device, so seconds compare within a table and are no speed figures. Scores in percent ± standard error "
         "(trials); loss in nats per token. Entries, seconds and memory are means over the question tasks.",
         "",
@@ -54,7 +56,8 @@ def _table(rows: Sequence[Row]) -> list[str]:
     tasks = list(dict.fromkeys(row.task for row in rows))
     names = list(dict.fromkeys(row.method for row in rows))
     lines = [f"| method | {' | '.join(tasks)} | entries | seconds | GiB |", f"|---|{'---|' * (len(tasks) + 3)}"]
-    for name in sorted(names, key=lambda one: one != "dense"):
+    known = [*METHODS.split(","), *names]
+    for name in sorted(names, key=known.index):
         own = {row.task: row for row in rows if row.method == name}
         asked = [row for row in own.values() if row.unit == "percent" and row.score is not None]
         costs = (
@@ -108,13 +111,17 @@ def _frontier(rows: Sequence[Row]) -> str:
 def _plot_quality(rows: Sequence[Row], path: Path) -> None:
     plots = _plots()
     models = list(dict.fromkeys(row.model for row in rows))
-    lengths = sorted({row.length for row in rows})
+    places = dict.fromkeys((row.model, row.length) for row in rows)
+    cells = {place: _points([row for row in rows if (row.model, row.length) == place]) for place in places}
+    lengths = sorted({length for (_, length), points in cells.items() if len(points) > 1})
+    if not lengths:
+        return
     figure, axes = plots.subplots(
         len(models), len(lengths), figsize=(4.2 * len(lengths), 3.6 * len(models)), squeeze=False
     )
     for line, model in zip(axes, models, strict=True):
         for axis, length in zip(line, lengths, strict=True):
-            for name, (entries, score) in _points([r for r in rows if (r.model, r.length) == (model, length)]).items():
+            for name, (entries, score) in cells.get((model, length), {}).items():
                 axis.plot(entries, score, "o", color="C3" if name == "mgam" else "C0" if name != "dense" else "black")
                 axis.annotate(name, (entries, score), fontsize=7, xytext=(3, 3), textcoords="offset points")
             axis.set(title=f"{model}, {length // 1024}k", xscale="log", xlabel="entries read per query", ylim=(-5, 105))
