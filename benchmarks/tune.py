@@ -14,8 +14,8 @@ import torch
 
 from mgam.attend.triton.forward import Tiles, Turn, read
 from mgam.attend.triton.lists import Lists
-from mgam.benchmarks.attention import Setting, blocks_of, built, in_blocks, states
 from mgam.benchmarks.machine import here, timed
+from mgam.benchmarks.setting import Setting, blocks_of, built, in_blocks, states
 from mgam.cover import window_start
 from mgam.device import _asked
 from mgam.policies.search_triton import SearchTiles, cover, scores

@@ -9,9 +9,13 @@ from dataclasses import dataclass, field, fields, replace
 from functools import partial
 from pathlib import Path
 
-from mgam.benchmarks import attention as bench
-from mgam.benchmarks.attention import Row, Setting
+from mgam.benchmarks.decode import decode_rows
+from mgam.benchmarks.dense import DENSE_AT_MOST, dense_rows
 from mgam.benchmarks.machine import Machine, here
+from mgam.benchmarks.peers import flex_row, quest_row, same_blocks_row
+from mgam.benchmarks.prefill import prefill_rows, window_row
+from mgam.benchmarks.setting import Row, Setting, guarded
+from mgam.benchmarks.training import training_rows
 
 PHASES = ("prefill", "decode", "training", "peers")
 
@@ -71,22 +75,22 @@ def line(row: Row) -> str:
 def _rows(setting: Setting, machine: Machine, lengths: Sequence[int], phases: Sequence[str]) -> Iterator[Row]:
     for tokens in lengths:
         if "prefill" in phases:
-            yield from bench.guarded("prefill", partial(bench.prefill_rows, setting, machine, tokens))
-            yield from bench.guarded("prefill", partial(bench.dense_rows, setting, machine, tokens))
+            yield from guarded("prefill", partial(prefill_rows, setting, machine, tokens))
+            yield from guarded("prefill", partial(dense_rows, setting, machine, tokens))
         if "peers" in phases:
-            for make in (bench.window_row, bench.same_blocks_row, bench.flex_row):
-                yield from bench.guarded("prefill", partial(_alone, make, setting, machine, tokens))
-        if "training" in phases and tokens <= bench.DENSE_AT_MOST:
+            for make in (window_row, same_blocks_row, flex_row):
+                yield from guarded("prefill", partial(_alone, make, setting, machine, tokens))
+        if "training" in phases and tokens <= DENSE_AT_MOST:
             for positions in ("granular", "absolute"):
                 placed = replace(setting, positions=positions)
-                yield from bench.guarded("training", partial(bench.training_rows, placed, machine, tokens))
-            yield from bench.guarded("training", partial(bench.dense_rows, setting, machine, tokens, True))
+                yield from guarded("training", partial(training_rows, placed, machine, tokens))
+            yield from guarded("training", partial(dense_rows, setting, machine, tokens, True))
         for batch in (1, 16) if "decode" in phases else ():
             if tokens * batch > 1 << 22:
                 continue
-            yield from bench.guarded("decode", partial(bench.decode_rows, setting, machine, tokens, batch))
+            yield from guarded("decode", partial(decode_rows, setting, machine, tokens, batch))
             if "peers" in phases:
-                yield from bench.guarded("decode", partial(_alone, bench.quest_row, setting, machine, tokens, batch))
+                yield from guarded("decode", partial(_alone, quest_row, setting, machine, tokens, batch))
 
 
 def _alone(make: Callable[..., Row], *settings: object) -> Iterator[Row]:

@@ -43,8 +43,8 @@ def bench(
 
     if not torch.cuda.is_available():
         raise SettingError("mgam bench measures GPU kernels and needs a CUDA device; none is visible here")
-    from mgam.benchmarks.attention import Setting
     from mgam.benchmarks.plots import plot
+    from mgam.benchmarks.setting import Setting
     from mgam.benchmarks.suite import PHASES, run
 
     wanted = phases.split(",")

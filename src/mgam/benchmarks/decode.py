@@ -1,0 +1,105 @@
+"""Decode: one new token per row, captured in a CUDA graph."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from functools import partial
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from torch.nn.attention import SDPBackend, sdpa_kernel
+
+from mgam.attend.triton.forward import Turn, read
+from mgam.attend.triton.lists import Lists
+from mgam.benchmarks.dense import PEERS
+from mgam.benchmarks.machine import Machine, graphed, timed
+from mgam.benchmarks.setting import Row, Setting, built, rated, row_of, states
+from mgam.cover import Cover, dense_cover
+from mgam.device import decode
+from mgam.policies import Scored
+from mgam.policies.compact import CompactKeys
+from mgam.positions import Positions
+from mgam.pyramid import Pyramid
+from mgam.schedule import Blocks
+
+
+def decode_rows(setting: Setting, machine: Machine, tokens: int, batch: int) -> Iterator[Row]:
+    """One new token per row, captured in a CUDA graph, rows of slightly different lengths."""
+    queries, keys, values = states(setting, tokens, batch, 1)
+    pyramid = built(setting, keys, values)
+    policy, positions, scale = setting.policy, setting.placed, setting.dim**-0.5
+    if policy.compact is not None:
+        CompactKeys.of(pyramid, pyramid.levels, policy.compact)
+    chunks = tokens // setting.sizes[1]
+    lengths = torch.tensor([tokens - 7 * row for row in range(batch)], device="cuda")
+    entry = 2 * setting.dim * 2 * setting.kv_heads
+
+    def call() -> Tensor:
+        return decode(queries, lengths, pyramid, policy, positions, scale, chunks=chunks)
+
+    time = timed(graphed(call), most=200)
+    yield row_of("decode", "search + read", "mgam triton, CUDA graph", tokens, batch, time)
+    blocks = Blocks(
+        torch.arange(batch),
+        lengths.cpu() - 1,
+        torch.ones(batch, dtype=torch.int64),
+        lengths.cpu() - 1,
+        lengths.cpu() - 1,
+        lengths.cpu(),
+        1,
+        1,
+    )
+    covers = {"dense": dense_cover(blocks, setting.kv_heads, setting.levels, queries.device)}
+    if tokens > 4 * setting.budget:
+        covers["read"] = _decode_cover(queries, lengths, blocks, pyramid, policy, chunks)
+    for part, cover in covers.items():
+        place = positions if part == "read" else Positions()
+        lists = Lists.of(cover, blocks, queries.device, place)
+        turn = Turn.of(place, lists, tokens, queries.device, queries.dtype)
+        time = timed(
+            graphed(partial(read, queries, lists, pyramid.keys, pyramid.values, scale, turn=turn)),
+            most=200,
+        )
+        entries = sum(cover.entries_per_level(blocks))
+        row = row_of("decode", part, "mgam triton, CUDA graph", tokens, batch, time)
+        yield rated(row, machine, 4 * setting.dim * setting.query_heads * entries, entries * entry, entries / batch)
+    folded = queries.view(batch, setting.kv_heads, -1, setting.dim)
+    for name, peer in PEERS.items():
+
+        def dense(peer: SDPBackend = peer) -> Tensor:
+            with sdpa_kernel(peer):
+                return F.scaled_dot_product_attention(folded, keys, values)
+
+        try:
+            time = timed(graphed(dense), most=100)
+        except RuntimeError as error:
+            yield Row(
+                "decode",
+                "dense",
+                name,
+                tokens,
+                batch,
+                float("nan"),
+                0,
+                0,
+                0,
+                note=f"refused: {str(error).splitlines()[0][:120]}",
+            )
+            continue
+        entries = float(tokens * batch)
+        yield rated(row_of("decode", "dense", name, tokens, batch, time), machine, 0, entries * entry, float(tokens))
+
+
+def _decode_cover(
+    queries: Tensor, lengths: Tensor, blocks: Blocks, pyramid: Pyramid, policy: Scored, chunks: int
+) -> Cover:
+    from mgam.cover import window_start
+    from mgam.device import _asked
+    from mgam.policies.search_triton import cover, scores
+
+    start = window_start(lengths - 1, policy.window, pyramid.levels)
+    rows = torch.arange(len(blocks), device=queries.device)
+    live = torch.ones(len(blocks), 1, dtype=torch.bool, device=queries.device)
+    asked = _asked(queries, live, rows, (lengths - 1) // pyramid.levels.chunk, pyramid, policy, short=True)
+    return cover(scores(asked, chunks), start, pyramid.levels, policy.budget // pyramid.levels.chunk)

@@ -1,0 +1,93 @@
+"""Peers that select: FlexAttention over the same blocks, and pages chosen as Quest does."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import torch
+from torch import Tensor
+
+from mgam.attend.triton.forward import Turn, read
+from mgam.attend.triton.lists import Lists
+from mgam.benchmarks.machine import Machine, graphed, timed
+from mgam.benchmarks.prefill import read_row
+from mgam.benchmarks.setting import Row, Setting, blocks_of, built, in_blocks, rated, row_of, states
+from mgam.device import choose
+from mgam.levels import Levels
+from mgam.positions import Positions
+from mgam.pyramid import Pyramid
+
+
+def flex_row(setting: Setting, machine: Machine, tokens: int) -> Row:
+    """FlexAttention over the blocks that the same search opened, with sink and window, without summaries."""
+    from torch.nn.attention.flex_attention import BlockMask, flex_attention
+
+    queries, keys, values = states(setting, tokens)
+    pyramid = built(setting, keys, values)
+    blocks, cut = blocks_of(tokens, setting.block), in_blocks(queries, setting.block)
+    policy = replace(setting.policy, rest="drop")
+    cover = choose(cut, blocks, pyramid, policy)
+    chunk = setting.sizes[1]
+    first, last = cover.window_start // chunk, ((blocks.stop - 1) // chunk).to(queries.device)
+    near = first[:, None] + torch.arange(int((last - first).max()) + 1, device=queries.device)
+    near = near.masked_fill(near > last[:, None], -1)[:, None].expand(-1, setting.kv_heads, -1)
+    listed = torch.cat((cover.opened, near), -1)
+    order = torch.where(listed < 0, 1 << 40, listed).sort(-1).values
+    count = (listed >= 0).sum(-1, dtype=torch.int32)
+    group = setting.query_heads // setting.kv_heads
+    spread = torch.zeros(len(blocks), setting.kv_heads, tokens // chunk, dtype=torch.int32, device=queries.device)
+    spread[..., : order.shape[-1]] = order.clamp_max(tokens // chunk - 1)
+    index = spread.transpose(0, 1).repeat_interleave(group, 0)[None].contiguous()
+    number = count.transpose(0, 1).repeat_interleave(group, 0)[None].contiguous()
+
+    def causal(b: Tensor, h: Tensor, q: Tensor, k: Tensor) -> Tensor:
+        return q >= k
+
+    mask = BlockMask.from_kv_blocks(
+        number, index, BLOCK_SIZE=(setting.block, chunk), mask_mod=causal, compute_q_blocks=False
+    )
+    compiled = torch.compile(flex_attention, dynamic=False)
+    time = timed(lambda: compiled(queries, keys, values, block_mask=mask, enable_gqa=True))
+    entries = sum(cover.entries_per_level(blocks))
+    row = row_of(
+        "prefill", "read, same blocks, rest dropped", "FlexAttention", tokens, 1, time, "selection not included"
+    )
+    return rated(row, machine, 4 * setting.dim * setting.query_heads * entries, 0, entries / tokens)
+
+
+def same_blocks_row(setting: Setting, machine: Machine, tokens: int) -> Row:
+    """The read kernel over exactly what FlexAttention is given."""
+    queries, keys, values = states(setting, tokens)
+    pyramid = built(setting, keys, values)
+    blocks, cut = blocks_of(tokens, setting.block), in_blocks(queries, setting.block)
+    cover = choose(cut, blocks, pyramid, replace(setting.policy, rest="drop"))
+    plain = replace(setting, positions="absolute")
+    part = "read, same blocks, rest dropped"
+    return read_row(plain, machine, tokens, cut, pyramid, blocks, [(slice(0, len(blocks)), cover)], part)
+
+
+def quest_row(setting: Setting, machine: Machine, tokens: int, batch: int, page: int = 16) -> Row:
+    """A Quest-like selection at decode (Tang et al. 2024, arXiv 2406.10774): pages by the bound of their keys'
+    minima and maxima."""
+    queries, keys, values = states(setting, tokens, batch, 1)
+    levels = Levels((1, page), 1)
+    paged = keys.unflatten(2, (-1, page))
+    low, high = paged.amin(3), paged.amax(3)
+    pyramid = Pyramid.of(keys, values, levels)
+    folded = queries.view(batch, setting.kv_heads, -1, setting.dim)
+    most = (setting.budget + setting.window) // page
+    ends = torch.full((batch,), tokens - 1, device="cuda")
+
+    def call() -> Tensor:
+        bound = folded.clamp_min(0) @ high.transpose(2, 3) + folded.clamp_max(0) @ low.transpose(2, 3)
+        best = bound.amax(2)[..., :-1].topk(most, -1).indices.sort(-1).values
+        start = ends // page * page
+        none = best[..., :0]
+        table = torch.stack((torch.arange(batch, device="cuda"), ends, torch.ones_like(ends), start))
+        counts = torch.stack((torch.full_like(best[..., 0], most), torch.zeros_like(best[..., 0])), -1).int()
+        lists = Lists(levels, table, 1, (best, none), counts, (best, none), False)
+        turn = Turn.of(Positions(), lists, tokens, queries.device, queries.dtype)
+        return read(queries, lists, pyramid.keys, pyramid.values, setting.dim**-0.5, turn=turn).out
+
+    time = timed(graphed(call), most=100)
+    return row_of("decode", "search + read", f"Quest-like, pages of {page}, read by mgam triton", tokens, batch, time)

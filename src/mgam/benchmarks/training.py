@@ -1,0 +1,43 @@
+"""Forward and backward."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import replace
+
+import torch
+
+from mgam.attend.triton.autograd import Read
+from mgam.attend.triton.forward import Turn
+from mgam.attend.triton.lists import Lists
+from mgam.benchmarks.machine import Machine, timed
+from mgam.benchmarks.setting import Row, Setting, blocks_of, in_blocks, row_of, states
+from mgam.device import choose
+from mgam.pyramid import Pyramid
+
+
+def training_rows(setting: Setting, machine: Machine, tokens: int) -> Iterator[Row]:
+    """Build, search, read, and gradients of queries, keys and values."""
+    queries, keys, values = states(setting, tokens)
+    policy, positions, scale = setting.policy, setting.placed, setting.dim**-0.5
+    blocks = blocks_of(tokens, setting.block)
+    for states_ in (queries, keys, values):
+        states_.requires_grad_(True)
+    pull = torch.randn_like(in_blocks(queries, setting.block))
+    torch.cuda.reset_peak_memory_stats()
+    before = torch.cuda.memory_allocated()
+
+    def call() -> None:
+        pyramid = Pyramid.of(keys, values, setting.levels)
+        cut = in_blocks(queries, setting.block)
+        with torch.no_grad():
+            cover = choose(cut, blocks, pyramid, policy)
+            lists = Lists.of(cover, blocks, cut.device, positions)
+        turn = Turn.of(positions, lists, tokens, cut.device)
+        out = Read.apply(cut, lists, turn, scale, None, *pyramid.keys, *pyramid.values)
+        torch.autograd.grad(out, (queries, keys, values), pull)
+
+    call()
+    memory = (torch.cuda.max_memory_allocated() - before) / 1e9
+    row = row_of("forward + backward", "build + search + read", "mgam triton", tokens, 1, timed(call, least=3))
+    yield replace(row, memory_gb=memory)
