@@ -3,7 +3,12 @@
 from __future__ import annotations
 
 import copy
+import json
+import os
 import random
+import subprocess
+import sys
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -118,3 +123,24 @@ def test_a_chat_template_that_changes_the_text_is_refused(tiny: tuple[Any, Any])
     tokenizer.chat_template = "{% for m in messages %}{{ m['content'] | upper }}{% endfor %}"
     with pytest.raises(DocumentError, match="use a tokenizer without a template"):
         build(tokenizer, [Source("a", DOCUMENTS[0])], QUESTIONS[0])
+
+
+@pytest.mark.slow
+def test_two_processes_share_a_run(tiny: tuple[Any, Any], tmp_path: Path) -> None:
+    """`mgam eval` under a launcher: every trial is read once, and the first process gathers and reports."""
+    pytest.importorskip("accelerate")
+    for part in tiny:
+        part.save_pretrained(tmp_path / "tiny")
+    words = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", "2", "--master_port", "29533"]
+    words += ["-m", "mgam", "eval", "--model", str(tmp_path / "tiny"), "--device", "cpu", "--tasks", "passkey"]
+    words += ["--lengths", "512", "--trials", "4", "--json", "--results", str(tmp_path / "all.jsonl")]
+    place = {**os.environ, "ACCELERATE_USE_CPU": "1", "OMP_NUM_THREADS": "1"}
+    done = subprocess.run(words, capture_output=True, text=True, timeout=900, check=False, env=place)
+    assert done.returncode == 0, done.stderr[-2000:]
+    rows = json.loads(done.stdout)
+    assert [(row["method"], row["trials"]) for row in rows] == [("dense", 4), ("mgam", 4)]
+    lines = [json.loads(line) for line in (tmp_path / "all.jsonl").read_text().splitlines()]
+    read = [(line["method"], line["trial"]) for line in lines if "trial" in line]
+    assert len(read) == len(set(read)) == 8
+    assert len(lines) - len(read) == 2  # each process said under which conditions it ran
+    assert not list(tmp_path.glob("all.jsonl.*"))
