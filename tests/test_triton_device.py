@@ -36,7 +36,7 @@ def pyramid_of(keys: torch.Tensor, values: torch.Tensor, lengths: list[int] | No
 
 
 @pytest.mark.parametrize("kind", ["absolute", "granular"])
-@pytest.mark.parametrize("dense_until", [0, 24])
+@pytest.mark.parametrize("dense_until", [0, 24, 148])
 def test_prefill_equals_engine(kind: str, dense_until: int) -> None:
     from mgam.device import prefill
 

@@ -6,6 +6,9 @@ first time, and one new token per row. Both give what the engine gives for the s
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from itertools import pairwise
+
 import torch
 from torch import Tensor
 
@@ -38,30 +41,35 @@ def prefill(
 ) -> Tensor:
     """Reads whole texts: queries (B, H*G, T, D) from position 0 on, over a pyramid of T tokens per row.
 
-    Blocks of `block` queries choose by their own votes (lookahead=block). Returns the same shape.
+    Blocks of `block` queries choose by their own votes (lookahead=block); queries before `dense_until` read everything.
+    Returns the same shape.
     """
     batch, _, tokens, _ = queries.shape
     levels, heads = pyramid.levels, pyramid.keys[0].shape[1]
     out = torch.empty_like(queries)
-    whole = tokens // block
-    room = heads * max(1, tokens // levels.chunk)
-    step = max(1, SCORES // room)
+    step = max(1, SCORES // (heads * max(1, tokens // levels.chunk)))
     for row in range(batch):
-        for first in range(0, whole, step):
-            last = min(first + step, whole)
-            taken, written = (_blocks(states, row, first, last, block) for states in (queries, out))
-            _piece(taken, written, row, first * block, block, pyramid, policy, positions, scale, dense_until, softcap)
-        if whole * block < tokens:
-            rest = slice(whole * block, tokens)
-            taken, written = queries[row : row + 1, :, rest], out[row : row + 1, :, rest]
-            _piece(taken, written, row, whole * block, block, pyramid, policy, positions, scale, dense_until, softcap)
+        for begin, end, size, dense in _stretches(tokens, block, dense_until):
+            for first in range(begin, end, step * size):
+                last = min(first + step * size, end)
+                taken, written = (_blocks(states, row, first, last, size) for states in (queries, out))
+                _piece(taken, written, row, first, pyramid, policy, positions, scale, dense, softcap)
     return out
 
 
-def _blocks(states: Tensor, row: int, first: int, last: int, block: int) -> Tensor:
+def _stretches(tokens: int, block: int, dense_until: int) -> Iterator[tuple[int, int, int, bool]]:
+    """Begin, end, queries per block and whether all is read: no block reaches over `dense_until`."""
+    dense = min(dense_until, tokens)
+    after = min(-(-dense // block) * block, tokens)
+    borders = (0, dense // block * block, dense, after, max(after, tokens // block * block), tokens)
+    for number, (begin, end) in enumerate(pairwise(borders)):
+        if begin < end:
+            yield begin, end, block if (end - begin) % block == 0 else end - begin, number < 2
+
+
+def _blocks(states: Tensor, row: int, first: int, last: int, size: int) -> Tensor:
     """Blocks (N, H*G, Q, D) of a row, as a view."""
-    part = states[row, :, first * block : last * block]
-    return part.unflatten(1, (last - first, block)).transpose(0, 1)
+    return states[row, :, first:last].unflatten(1, (-1, size)).transpose(0, 1)
 
 
 def _piece(
@@ -69,31 +77,27 @@ def _piece(
     out: Tensor,
     row: int,
     begin: int,
-    block: int,
     pyramid: Pyramid,
     policy: Scored,
     positions: Positions,
     scale: float,
-    dense_until: int,
+    dense: bool,
     softcap: float | None,
 ) -> None:
-    """Consecutive blocks of one row: those before `dense_until` read everything."""
+    """Consecutive blocks of one row."""
     count, _, size, _ = queries.shape
     device = queries.device
-    dense = min(count, -(-max(0, dense_until - begin) // block))
-    for part, plain in ((slice(0, dense), True), (slice(dense, count), False)):
-        number = len(range(*part.indices(count)))
-        if not number:
-            continue
-        start = begin + (part.start + torch.arange(number)) * block
-        length = torch.full((number,), size)
-        blocks = Blocks(torch.full((number,), row), start, length, start, start, start + size, size, size)
-        chosen = choose(queries[part], blocks, pyramid, policy) if not plain else None
-        if chosen is None:
-            chosen = dense_cover(blocks, pyramid.keys[0].shape[1], pyramid.levels, device)
-        lists = Lists.of(chosen, blocks, device, positions)
-        turn = Turn.of(positions, lists, pyramid.tokens, device)
-        read(queries[part], lists, pyramid.keys, pyramid.values, scale, turn=turn, softcap=softcap, out=out[part])
+    start = begin + torch.arange(count) * size
+    blocks = Blocks(
+        torch.full((count,), row), start, torch.full((count,), size), start, start, start + size, size, size
+    )
+    if dense:
+        chosen = dense_cover(blocks, pyramid.keys[0].shape[1], pyramid.levels, device)
+    else:
+        chosen = choose(queries, blocks, pyramid, policy)
+    lists = Lists.of(chosen, blocks, device, positions)
+    turn = Turn.of(positions, lists, pyramid.tokens, device)
+    read(queries, lists, pyramid.keys, pyramid.values, scale, turn=turn, softcap=softcap, out=out)
 
 
 def choose(queries: Tensor, blocks: Blocks, pyramid: Pyramid, policy: Scored) -> Cover:
@@ -145,11 +149,10 @@ def decode(
 ) -> Tensor:
     """One new token per row: queries (B, H*G, 1, D); lengths (B,) on the device, the token included.
 
-    `chunks` bounds the chunks of any row. All shapes are static and nothing waits for the device, so that the call
-    can be
-    captured in a CUDA graph and replayed while `lengths` and the pyramid's buffers change. The compact keys, where
-    the policy
-    has them, must have been made before; they are searched when every row holds the tokens that give its basis.
+    `chunks` bounds the chunks of any row. All shapes are static and nothing waits for the device, so that the call can
+    be captured in a CUDA graph and replayed while `lengths` and the pyramid's buffers change. The compact keys, where
+    the policy has them, must have been made before; they are searched when every row holds the tokens that give its
+    basis.
     """
     levels: Levels = pyramid.levels
     rows = torch.arange(queries.shape[0], device=queries.device)
