@@ -223,6 +223,21 @@ def test_effective_length_is_the_longest_without_a_break() -> None:
     assert reach(summarise([at("dense", 1024, 0.0)])) == []
 
 
+def test_a_shortfall_within_the_error_is_said() -> None:
+    def at(method: str, length: int, *scores: float) -> list[Trial]:
+        return [Trial("t", method, "x", length, 0, index, score=score) for index, score in enumerate(scores)]
+
+    near, far = (0.9, 0.6, 0.9), (0.2, 0.1, 0.0)
+    table = [
+        *at("dense", 1024, 1.0, 1.0, 1.0),
+        *at("dense", 2048, *far),
+        *at("m", 1024, 1, 1, 1),
+        *at("m", 2048, *near),
+    ]
+    found = {one.method: (one.length, one.likely) for one in reach(summarise(table))}
+    assert found == {"dense": (1024, 1024), "m": (1024, 2048)}
+
+
 def test_heat_is_by_depth() -> None:
     cells = heat([trial(float(index < 5), index) for index in range(10)], "m", ["t"], 5)
     assert [(cell.depth, cell.score, cell.trials) for cell in cells] == [

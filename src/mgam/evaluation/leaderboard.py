@@ -9,7 +9,7 @@ from typing import Any
 
 from mgam.errors import DocumentError
 from mgam.evaluation.report.charts import short_number
-from mgam.evaluation.report.figures import WITHIN, lengths_of, methods_of, points, reach
+from mgam.evaluation.report.figures import WITHIN, Reach, lengths_of, methods_of, points, reach
 from mgam.evaluation.results import Row
 
 HEAD = """# Leaderboard
@@ -17,7 +17,7 @@ HEAD = """# Leaderboard
 Made by `mgam leaderboard` from the reports in `{folder}/`; each report's own command stands below the table. A score is
 the mean over the report's tasks in percent, ± standard error; dense attention of the same run stands first. The
 effective length is the longest up to which a method stays within {within} of the dense model's score at the shortest
-length.
+length; in brackets, the longest up to which it does so within one standard error.
 """
 
 
@@ -51,7 +51,7 @@ def _report(path: Path, whole: dict[str, Any]) -> str:
     scored = [row for row in rows if row.unit == "percent"]
     lengths = lengths_of(scored)
     cells = {(point.method, point.length): point for point in points(scored)}
-    far = {one.method: one.length for one in reach(scored)}
+    far = {one.method: one for one in reach(scored)}
     tasks = list(dict.fromkeys(row.task for row in scored))
     lines = [
         f"## {found.get('model', path.stem)}, {found.get('device', '')}",
@@ -64,11 +64,17 @@ def _report(path: Path, whole: dict[str, Any]) -> str:
     ]
     for method in methods_of(scored):
         shown = [_cell(cells.get((method, length))) for length in lengths]
-        length = far.get(method)
-        lines.append(f"| {method} | {' | '.join(shown)} | {short_number(length) if length else 'not reached'} |")
+        lines.append(f"| {method} | {' | '.join(shown)} | {_effective(far.get(method))} |")
     if whole["command"]:
         lines += ["", f"`{whole['command']}`"]
     return "\n".join([*lines, ""])
+
+
+def _effective(one: Reach | None) -> str:
+    if one is None:
+        return "not reached"
+    length = short_number(one.length) if one.length else "not reached"
+    return length if one.likely in (None, one.length) else f"{length} ({short_number(one.likely or 0)})"
 
 
 def _cell(point: Any) -> str:

@@ -34,6 +34,7 @@ class Reach:
     task: str  # "" for the mean over tasks
     short: float  # the reference: what the dense model scores at the shortest length, percent
     length: int | None  # longest length up to which every length is within; None if not even the shortest is
+    likely: int | None = None  # the same, where a shortfall of at most one standard error counts as within
 
 
 @dataclass(frozen=True)
@@ -93,19 +94,24 @@ def reach(rows: Sequence[Row], task: str = "") -> list[Reach]:
     """Effective length of each method, over all percent tasks or for one."""
     chosen = [row for row in rows if row.unit == "percent" and task in ("", row.task)]
     found = points(chosen)
-    reference = next((point.score for point in found if point.method == DENSE and point.score is not None), None)
-    if not reference:
+    first = next((point for point in found if point.method == DENSE and point.score is not None), None)
+    if first is None or not first.score:
         return []
-    return [
-        Reach(method, task, reference, _longest([point for point in found if point.method == method], reference))
-        for method in methods_of(chosen)
-    ]
+    near = []
+    for method in methods_of(chosen):
+        own = [point for point in found if point.method == method]
+        near.append(Reach(method, task, first.score, _longest(own, first, 0.0), _longest(own, first, 1.0)))
+    return near
 
 
-def _longest(found: Sequence[Point], reference: float) -> int | None:
+def _longest(found: Sequence[Point], first: Point, errors: float) -> int | None:
+    """The longest length without a break; `errors`: standard errors by which a score may fall short."""
     longest = None
     for point in sorted(found, key=lambda one: one.length):
-        if point.score is None or point.score < WITHIN * reference:
+        if point.score is None or first.score is None:
+            break
+        spread = ((point.stderr or 0.0) ** 2 + (WITHIN * (first.stderr or 0.0)) ** 2) ** 0.5
+        if point.score + errors * spread < WITHIN * first.score:
             break
         longest = point.length
     return longest

@@ -74,7 +74,7 @@ def _summary(outcome: Outcome) -> str:
         )
     cards = [
         f'<div class="card reach"><h3>{key(method, methods)}</h3>'
-        f"<b>{_reach_words(found[method].length)}</b>"
+        f"<b>{_reach_words(found[method].length)}</b>{_likely(found[method])}"
         f'<span class="faint">{_own_limit(method, found[method].length, rows)}</span></div>'
         for method in methods
         if method in found
@@ -82,7 +82,8 @@ def _summary(outcome: Outcome) -> str:
     short = next(iter(found.values())).short
     note = (
         "<p>Effective length: the longest text up to which the mean over all tasks stays within "
-        f"{WITHIN:.0%} of what the dense model scores at {short_number(lengths[0])} tokens ({short:.0f} %).</p>"
+        f"{WITHIN:.0%} of what the dense model scores at {short_number(lengths[0])} tokens ({short:.0f} %); where one "
+        "standard error more would make it longer, that is said too.</p>"
     )
     lead = f'<p class="lead">{escape(_verdict(found, lengths[-1]))}</p>'
     return f'{intro}{lead}<div class="row">{"".join(cards)}</div>{note}'
@@ -99,7 +100,18 @@ def _verdict(found: dict[str, Reach], longest: int) -> str:
     least = "at least " if far == longest else ""
     if times > 1:
         return f"{best} reads {least}{short_number(far)} tokens: {times:.3g} times as far as dense attention."
-    return f"{best} reads {least}{short_number(far)} tokens, {'as' if times == 1 else 'not as'} far as dense attention."
+    how = "as" if times == 1 else "not as"
+    said = f"{best} reads {least}{short_number(far)} tokens, {how} far as dense attention."
+    likely, beside = found[best].likely or far, found[DENSE].likely or dense
+    if likely > far:
+        said += f" Within one standard error: {short_number(likely)}, and {short_number(beside)} for dense attention."
+    return said
+
+
+def _likely(one: Reach) -> str:
+    if one.likely in (None, one.length):
+        return ""
+    return f'<span class="faint">{short_number(one.likely or 0)} within one standard error</span><br>'
 
 
 def _reach_words(length: int | None) -> str:
