@@ -33,6 +33,16 @@ Made with transformers {transformers} and torch {torch} on the CPU. `make test-o
 oldest transformers that mgam accepts.
 """
 
+FORMATS = """## Formats and devices that are not a row of the table
+
+- **GGUF**: a file is unpacked once into a folder of safetensors, in bfloat16 (float32 where the file holds that), and
+  read from there: what is packed is not kept packed. `tests/test_loading.py` compares the numbers with gguf's own.
+  Weights that transformers keeps packed for a few architectures stay as they are; attention does not see them.
+- **Layers on two devices, and Apple's MPS**: tested by code path on four models that are unlike one another
+  (`tests/models/test_placement.py`), with tensors that say they lie elsewhere and refuse what a real device refuses.
+  Where there are two CUDA devices, a test uses them (`tests/models/test_ways_in.py`).
+- **CUDA**: `make test` runs kernels and models there where there is a device, and skips that where there is none."""
+
 
 def main() -> None:
     """Runs all checks and prints or writes the page."""
@@ -78,9 +88,7 @@ def _page(cells: dict[tuple[str, str], str], reasons: list[str]) -> str:
         "- models that read images or sound too, encoders and encoder-decoders, and models whose every layer slides",
         "- any other model type: the message names the row to add (CONTRIBUTING.md, 'Add a model')",
         "",
-        "Checkpoints are loaded by transformers, so packed GGUF, 8-bit and 4-bit weights should work where "
-        "transformers can compute with them: attention sees queries, keys and values only. They are not in the table, "
-        "and not tested, because they need files or devices that a tiny random model does not have.",
+        *FORMATS.splitlines(),
         "",
     ]
     return "\n".join(lines)

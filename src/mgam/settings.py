@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, TypedDict
 
 from mgam.errors import SettingError
 from mgam.levels import Levels
@@ -16,6 +16,28 @@ from mgam.schedule import Lookahead
 
 WIDEST = 1024
 """Dimensions that no head has more of."""
+
+
+class Dials(TypedDict, total=False):
+    """The settings that `apply` takes besides method and budget, for editors and type checkers; see `Settings`."""
+
+    window: int
+    levels: tuple[int, ...]
+    search: int
+    every: int
+    search_dims: int | None
+    search_bits: Literal[8, 16]
+    rest: Rest
+    mass: float
+    positions: PositionKind
+    dense_until: int | None
+    lookahead: Lookahead
+    block: int
+    question_block: int
+    backend: str | None
+    policy: str | None
+    recall: float | None
+    middle: int
 
 
 @dataclass(frozen=True)

@@ -83,6 +83,20 @@ def test_a_pipeline_of_transformers() -> None:
     assert tokenizer.decode(produce(model, inputs.input_ids, 5, suppress_tokens=None)[0]) == alone[0]
 
 
+def test_type_hints_name_every_setting() -> None:
+    """Editors offer the dials of `apply`, and type checkers know their kinds."""
+    import typing
+    from dataclasses import fields
+
+    from mgam.settings import Dials
+
+    dials = typing.get_type_hints(Dials)
+    kinds = typing.get_type_hints(mgam.Settings)
+    assert dials == {
+        field.name: kinds[field.name] for field in fields(mgam.Settings) if field.name not in ("method", "budget")
+    }
+
+
 def test_settings_are_saved_beside_a_checkpoint(tmp_path: Path) -> None:
     model, ids = applied(LLAMA, budget=16, dtype=torch.float32), tokens(1, 61)
     model.save_pretrained(tmp_path)

@@ -90,7 +90,7 @@ def refuse_weights_if_too_large(folder: Path, dtype: torch.dtype, device: torch.
 
 
 def weight_bytes(folder: Path, dtype: torch.dtype) -> int:
-    """Bytes of the weights in `folder` in `dtype`; packed ones stay as they are, files that cannot be read count nothing."""
+    """Bytes of the weights in `folder` in `dtype`; packed ones stay packed, files that cannot be read are left out."""
     import math
 
     from safetensors import SafetensorError, safe_open

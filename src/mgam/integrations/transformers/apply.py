@@ -6,7 +6,7 @@ import functools
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
-from typing import Any, TypeVar
+from typing import Any, TypeVar, Unpack
 
 import torch
 from torch import Tensor, nn
@@ -22,7 +22,7 @@ from mgam.policies import Policy
 from mgam.policies.learned import LearnedLayers
 from mgam.positions import Positions, Rotary
 from mgam.schedule import Schedule
-from mgam.settings import Settings
+from mgam.settings import Dials, Settings
 
 Model = TypeVar("Model", bound=nn.Module)
 
@@ -129,7 +129,7 @@ class Applied:
             )
 
 
-def apply(model: Model, method: str = "mgam", *, budget: int | None = None, **settings: Any) -> Model:
+def apply(model: Model, method: str = "mgam", *, budget: int | None = None, **settings: Unpack[Dials]) -> Model:
     """Makes a transformers decoder read its context with the given method, in place.
 
     After it, `model(...)`, `model.generate(...)`, Trainer, PEFT and pipelines work as before.
@@ -210,7 +210,9 @@ def apply(model: Model, method: str = "mgam", *, budget: int | None = None, **se
 
 
 @contextmanager
-def applied(model: Model, method: str = "mgam", *, budget: int | None = None, **settings: Any) -> Iterator[Model]:
+def applied(
+    model: Model, method: str = "mgam", *, budget: int | None = None, **settings: Unpack[Dials]
+) -> Iterator[Model]:
     """`apply` for the length of a `with` block; what was applied before is applied again after it.
 
     Raises:
