@@ -117,7 +117,7 @@ def measure(model: Any, ids: Tensor, count: int, budgets: list[int], window: int
             zero = torch.zeros_like(start)
             asked = Blocks(zero, start, zero + size, start, start, start + size, size, size)
             masses = [
-                chunk_masses(seen, 0, torch.arange(at, at + size, device=cut.device), levels.chunk)
+                chunk_masses(seen, torch.arange(at, at + size, device=cut.device)[None], levels.chunk)[0]
                 for at in start.tolist()
             ]
             for budget in budgets:
