@@ -31,7 +31,7 @@ from mgam.integrations.transformers.fitted import shape_of
 from mgam.integrations.transformers.low_rank import FOLDER
 from mgam.levels import Levels
 from mgam.policies.files import FittedPolicy, resolve
-from mgam.policies.learned import Learned, best_logits, distances
+from mgam.policies.learned import Learned, LearnedLayers, best_logits, distances
 from mgam.schedule import Schedule, Span
 from mgam.training.checkpoints import last_whole
 from mgam.training.fit import Clock, Log, Say
@@ -150,11 +150,14 @@ class Pupil(nn.Module):
     @torch.no_grad()
     def _renew(self, applied: Applied) -> None:
         """Makes layers read by the searches as they are now."""
-        for key, there in list(applied._readings.items()):
-            if isinstance(there.policy, Learned):
-                weights = self.network.layer(key[0]).weights("lesson")
-                policy = Learned(weights, **_dials(there.policy))
-                applied._readings[key] = type(there)(**{**vars(there), "policy": policy})
+        there = applied.reading.policy
+        assert isinstance(there, LearnedLayers)
+        policies = {
+            layer: Learned(self.network.layer(layer).weights("lesson"), **_dials(policy))
+            for layer, policy in there.layers.items()
+        }
+        applied._readings.clear()
+        applied.make_policy = lambda scale: LearnedLayers(policies)  # type: ignore[method-assign]
 
 
 def _dials(policy: Learned) -> dict[str, Any]:
