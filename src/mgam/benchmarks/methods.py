@@ -5,6 +5,7 @@ from __future__ import annotations
 import gc
 import time
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -29,7 +30,7 @@ def time_method(name: str, tokens: int, device: str, *, trained: bool | None = N
     Args:
         name: a name from `mgam methods`.
         tokens: length of the text.
-        device: torch's name of a device; bytes are told on CUDA only.
+        device: torch's name of a device. On a CPU seconds are those of its cores, and peak bytes those of the process.
         trained: whether to time the trainable module of a method that is a policy too; None: only if it is no policy.
 
     Returns:
@@ -100,23 +101,35 @@ def _of_a_decoder(model: Any, tokens: int, device: str) -> dict[str, Any]:
             decoder(input_ids=ids[:, first : first + CALL], past_key_values=kept[0], use_cache=True)
 
     found = _timed(read, device, kept.clear)
-    before = _held(device)
     _step(model, ids, kept[0], 2)  # the first token of an evicting method forgets; later ones are as all that follow
     _wait(device)
-    begun = time.perf_counter()
+    begun = _clock(device)
     _step(model, ids, kept[0], GENERATED)
     _wait(device)
-    found["token_seconds"] = round((time.perf_counter() - begun) / GENERATED, 6)
-    if before is not None:
-        gc.collect()
-        held = _held(device)
-        kept.clear()
-        gc.collect()
-        empty = _held(device)
-        assert held is not None
-        assert empty is not None
-        found["kept_bytes"] = held - empty
+    found["token_seconds"] = round((_clock(device) - begun) / GENERATED, 6)
+    found["kept_bytes"] = _bytes_of(kept[0])
     return found
+
+
+def _bytes_of(cache: Any) -> int:
+    """Bytes of all tensors that a cache holds, each storage once."""
+    seen: dict[int, int] = {}
+    waiting, known = [cache], set()
+    while waiting:
+        one = waiting.pop()
+        if id(one) in known:
+            continue
+        known.add(id(one))
+        if isinstance(one, torch.Tensor):
+            storage = one.untyped_storage()
+            seen[storage.data_ptr()] = storage.nbytes()
+        elif isinstance(one, dict):
+            waiting += one.values()
+        elif isinstance(one, list | tuple):
+            waiting += one
+        elif type(one).__module__.startswith(("mgam", "transformers.cache")) and hasattr(one, "__dict__"):
+            waiting += vars(one).values()
+    return sum(seen.values())
 
 
 def _step(model: Any, ids: torch.Tensor, cache: Any, count: int) -> None:
@@ -151,28 +164,49 @@ def _timed(call: Callable[[], Any], device: str, before: Callable[[], Any] = lam
     """Seconds of some calls after a first one, which compiles kernels, and the most bytes above those held before."""
     seconds: list[float] = []
     peak = None
-    for number in range(REPEATS + 1):
+    compiles = device.startswith("cuda")
+    for number in range(REPEATS + compiles):
         before()
         gc.collect()
         _wait(device)
         held = _held(device)
-        if held is not None:
-            torch.cuda.reset_peak_memory_stats()
-        begun = time.perf_counter()
+        begun = _clock(device)
         call()
         _wait(device)
-        took = time.perf_counter() - begun
+        took = _clock(device) - begun
         if held is not None:
-            peak = torch.cuda.max_memory_allocated() - held
-        if number or took > LONG:
+            peak = max(peak or 0, _highest(device) - held)
+        if number >= compiles or took > LONG:
             seconds.append(round(took, 6))
-        if seconds and sum(seconds) > LONG / 2:
+        if sum(seconds) > LONG / 2:
             break
     return {"seconds": seconds, "peak_bytes": peak}
 
 
+def _clock(device: str) -> float:
+    """Seconds; on a CPU those of this process's threads, so that other work on the machine does not count."""
+    return time.perf_counter() if device.startswith("cuda") else time.process_time()
+
+
 def _held(device: str) -> int | None:
-    return torch.cuda.memory_allocated() if device.startswith("cuda") else None
+    """Bytes held now, from which the highest mark begins anew; None where the system does not tell."""
+    if device.startswith("cuda"):
+        torch.cuda.reset_peak_memory_stats()
+        return torch.cuda.memory_allocated()
+    try:
+        Path("/proc/self/clear_refs").write_text("5")
+    except OSError:
+        return None
+    return _resident("VmRSS")
+
+
+def _highest(device: str) -> int:
+    return torch.cuda.max_memory_allocated() if device.startswith("cuda") else _resident("VmHWM")
+
+
+def _resident(field: str) -> int:
+    lines = Path("/proc/self/status").read_text(encoding="utf-8").splitlines()
+    return 1024 * int(next(line for line in lines if line.startswith(field)).split()[1])
 
 
 def _wait(device: str) -> None:
