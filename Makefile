@@ -64,7 +64,7 @@ test-oldest: $(OLDEST_READY)
 docs: $(DEV_READY)
 	$(BIN)/python scripts/models_table.py --write
 	$(BIN)/python -m pip install --quiet 'mkdocs>=1.6,<2'
-	$(BIN)/python -m mkdocs build
+	$(BIN)/python -m mkdocs build --strict
 
 lint: $(DEV_READY)
 	$(BIN)/ruff check .

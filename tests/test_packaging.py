@@ -72,3 +72,14 @@ def test_no_models_registries_or_large_files_are_committed() -> None:
         assert path.stat().st_size < 3_000_000, path
         if path != Path(__file__):
             assert not HOSTS.search(path.read_text(encoding="utf-8", errors="replace")), path
+
+
+def test_every_page_of_the_docs_is_in_the_site_and_its_links_lead_somewhere() -> None:
+    site = (ROOT / "mkdocs.yml").read_text(encoding="utf-8")
+    pages = sorted((ROOT / "docs").rglob("*.md"))
+    assert len(pages) > 5
+    for page in pages:
+        name = page.relative_to(ROOT / "docs").as_posix()
+        assert f": {name}\n" in site, f"{name} is not in the nav of mkdocs.yml"
+        for target in re.findall(r"\]\(([^)#:]+)", page.read_text(encoding="utf-8")):
+            assert (page.parent / target).exists(), f"{name} links to {target}, which is not there"

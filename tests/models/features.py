@@ -286,7 +286,7 @@ def _rough_type(tiny: Tiny, dtype: torch.dtype, share: float) -> None:
 
 
 def eight_bits(tiny: Tiny) -> str | None:
-    """Weights of 8 bits (bitsandbytes, torchao) on the CPU: as near to dense with them as their own rounding allows."""
+    """Weights of 8 bits by bitsandbytes (and torchao, where it is installed): near to dense with the same weights."""
     return _packed_weights(tiny, 8)
 
 

@@ -36,4 +36,5 @@ def test_the_table_of_the_docs_is_whole() -> None:
     for feature in FEATURES:
         [row] = [row for row in rows if row[0] == feature]
         assert len(row) == 1 + len(NAMES)
+        assert f"- **{feature}**: {' '.join((FEATURES[feature].__doc__ or '').split())}" in lines
         assert all(cell == "✓" or f"{cell} " in "".join(f"{line[:4]} " for line in lines) for cell in row[1:]), row
