@@ -12,6 +12,9 @@ MADE       := $(VENV)/.made
 USER_READY := $(VENV)/.ready-user
 DEV_READY  := $(VENV)/.ready-dev
 
+# Kernels are tested on the CPU in Triton's interpreter. Builds of torch for a GPU bring the Triton that they need.
+TRITON := triton==3.9.0
+
 # A second environment: the oldest versions that are accepted, mgam as a wheel, and what the tests need.
 OLDEST       := .venv-oldest
 OLDEST_READY := $(OLDEST)/.ready
@@ -37,6 +40,8 @@ $(USER_READY): $(MADE) pyproject.toml constraints.txt
 
 $(DEV_READY): $(USER_READY)
 	$(BIN)/python -m pip install --quiet -c constraints.txt -e '.[gguf,documents,quantised,train,dev]'
+	@[ "$$(uname -s)" != Linux ] || $(BIN)/python -c 'import triton' 2> /dev/null || \
+	  $(BIN)/python -m pip install --quiet '$(TRITON)'
 	@touch $@
 
 demo: $(USER_READY)
@@ -47,6 +52,7 @@ test: $(DEV_READY)
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 	$(BIN)/python -m pytest
+	TRITON_INTERPRET=1 $(BIN)/python -m pytest tests/test_triton_*.py
 
 $(OLDEST_READY): pyproject.toml constraints-oldest.txt
 	$(PYTHON) -m venv --clear $(OLDEST)

@@ -65,7 +65,7 @@ def test_gradients_equal_oracle(name: str) -> None:
             assert ours.grad is not None
             assert torch.isfinite(ours.grad).all()
             error = (ours.grad.cpu().double() - expected).norm()
-            assert error <= made.tolerance * max(float(expected.norm()), 1e-2 * scale), (
+            assert error <= made.tolerance * max(float(expected.norm()), 1e-1 * scale), (
                 f"{error:.1e} of {expected.norm():.1e}"
             )
 

@@ -273,7 +273,7 @@ def select_kernel(
     chosen = above | (equal & (tl.cumsum(equal.to(tl.int32), 0) <= left)) | ((index == 0) & (window > 0))
     number = chosen.to(tl.int32)
     place_of = tl.cumsum(number, 0) - 1
-    tl.store(opened_ptr + pair * room + place_of, index.to(tl.int64), mask=chosen)
+    tl.store(opened_ptr + pair * room + place_of, index.to(tl.int64), mask=number > 0)
     slot = tl.arange(0, BLOCK_K)
     none = tl.full((BLOCK_K,), -1, tl.int64)
     tl.store(opened_ptr + pair * room + slot, none, mask=(slot >= tl.sum(number, 0)) & (slot < room))
