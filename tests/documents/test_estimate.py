@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from typing import Any
 
@@ -12,6 +13,7 @@ from mgam.documents import estimate as module
 from mgam.documents.estimate import Estimate, estimate
 from mgam.errors import MemoryBudgetError
 from mgam.integrations.transformers.apply import apply
+from mgam.integrations.transformers.call_size import call_size
 
 from . import tiny
 
@@ -45,7 +47,7 @@ def test_costs_between_the_depths_are_summed(monkeypatch: pytest.MonkeyPatch) ->
     """With a clock that knows what each part costs, the estimate is the sum over all tokens."""
     model = apply(tiny.make_plain_model(window=4096), **{**tiny.SETTINGS, "dense_until": 200})
     monkeypatch.setattr(module, "PROBE_BYTES", 1 << 20)
-    weights, dense, base, slope = 0.01, 1e-4, 0.002, 3e-6
+    apart, weights, dense, base, slope = 0.3, 0.01, 1e-4, 0.002, 3e-6
 
     def of_token(depth: int) -> float:
         return dense * depth if depth < 200 else base + slope * depth
@@ -53,15 +55,14 @@ def test_costs_between_the_depths_are_summed(monkeypatch: pytest.MonkeyPatch) ->
     def at(self: Any, depth: int) -> float:
         return sum(map(of_token, range(depth, depth + self.count))) / self.count
 
-    def timed(model: Any, run: Callable[[], object]) -> float:
-        run()
-        short = max(module.WARM_TOKENS, min(module.PROBE_TOKENS, tokens // 16))
-        return weights * short + sum(map(of_token, range(short)))
+    def timed(model: Any, run: Callable[[], Any]) -> float:
+        count = run().last_hidden_state.shape[1]
+        return apart + weights * count + sum(map(of_token, range(count)))
 
     monkeypatch.setattr(module._Attention, "_at", at)
     monkeypatch.setattr(module, "_timed", timed)
     for tokens in (2000, 5000, 50_000):
-        exact = weights * tokens + sum(map(of_token, range(tokens)))
+        exact = apart * math.ceil(tokens / call_size(model)) + weights * tokens + sum(map(of_token, range(tokens)))
         assert estimate(model, tokens).seconds == pytest.approx(exact, rel=0.03), tokens
 
 

@@ -1,6 +1,6 @@
 """What reading a text will take, before it is read: memory by counting, time by a probe of a few seconds.
 
-The probe measures what grows and what does not: one short call of the model for its weights, and the attention of some
+The probe measures what grows and what does not: two short calls of the model for its weights, and the attention of some
 query blocks in one layer at a few depths of a text of random numbers. Between these depths the cost is taken as
 linear, and beyond the last one too.
 """
@@ -10,6 +10,7 @@ from __future__ import annotations
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from itertools import pairwise
 from typing import Any
 
@@ -18,12 +19,14 @@ import torch
 from mgam.engine import Plan, read
 from mgam.integrations.memory import available_bytes, refuse_if_too_large
 from mgam.integrations.transformers import Applied
+from mgam.integrations.transformers.call_size import call_size
 from mgam.pyramid import Pyramid
 from mgam.schedule import Schedule
 
 PROBE_TOKENS = 256
-"""Tokens of the short call, at most; a short text is probed with a sixteenth of its own length."""
-WARM_TOKENS = 16
+"""Tokens of the longer of two short calls; half as many for a short text."""
+FEW_TOKENS = 16
+"""Tokens of the shorter one."""
 BLOCKS = 4
 """Query blocks whose attention is probed at a time."""
 PROBE_BYTES = 1 << 26
@@ -78,17 +81,20 @@ def _learns(applied: Applied) -> bool:
 
 
 def _seconds(model: Any, applied: Applied, tokens: int) -> float:
-    short = max(WARM_TOKENS, min(PROBE_TOKENS, tokens // 16))
+    short = min(PROBE_TOKENS, max(tokens // 8, PROBE_TOKENS // 2))
     decoder = model.get_decoder()
 
-    def first(count: int) -> Any:
+    def call(count: int) -> Any:
         return decoder(input_ids=torch.zeros(1, count, dtype=torch.long, device=model.device), use_cache=False)
 
-    first(WARM_TOKENS)
-    call = _timed(model, lambda: first(short))
+    call(FEW_TOKENS)
+    few, many = (_timed(model, partial(call, count)) for count in (FEW_TOKENS, short))
     attention = _Attention(model, applied, tokens)
-    own = attention.between(0, short)
-    return round(max(0.0, call - own) / short * tokens + attention.between(0, tokens), 1)
+    # What a call costs apart from its tokens matters in a short call and not in a long one.
+    weights = few - attention.between(0, FEW_TOKENS), many - attention.between(0, short)
+    token = max((weights[1] - weights[0]) / (short - FEW_TOKENS), weights[1] / short / 2, 0.0)
+    apart = max(0.0, weights[0] - token * FEW_TOKENS)
+    return round(token * tokens + apart * -(-tokens // call_size(model)) + attention.between(0, tokens), 1)
 
 
 class _Attention:
@@ -101,7 +107,8 @@ class _Attention:
         self.heads = getattr(config, "num_key_value_heads", None) or self.query_heads
         self.dim = getattr(config, "head_dim", None) or config.hidden_size // self.query_heads
         self.softcap = getattr(config, "attn_logit_softcapping", None)
-        self.count = max(1, min(BLOCKS * applied.settings.block, tokens // 16))
+        block = applied.settings.block
+        self.count = max(1, min(max(tokens // 16, block), BLOCKS * block, tokens))
         per_token = 2 * self.heads * self.dim * model.dtype.itemsize
         deepest = max(min(tokens, PROBE_BYTES // per_token) - self.count, 0)
         self.pyramid = self._pyramid(deepest + self.count)
