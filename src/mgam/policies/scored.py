@@ -15,7 +15,7 @@ from mgam.policies.asked import Asked, flat, plain_scores
 from mgam.policies.base import Rest, Voters
 from mgam.policies.compact import Compact, CompactKeys
 from mgam.pyramid import Pyramid
-from mgam.schedule import Blocks
+from mgam.schedule import Blocks, sent
 
 TILE = 128
 """Chunks scored at a time: the scores of a tile stay in the processor's cache."""
@@ -111,11 +111,10 @@ class Scored:
             if bool(late.any()):
                 found = torch.empty(len(blocks), pyramid.keys[0].shape[1], chunks, device=queries.device)
                 short = CompactKeys.of(pyramid, levels, self.compact)
-                for part, keys in ((late, short), (~late, None)):
-                    if bool(part.any()):
-                        there = part.to(queries.device)
-                        got = self._scores(queries[there], live[there], blocks[part], pyramid, levels, chunks, keys)
-                        found[there] = got.to(found.dtype)
+                halves = blocks.once(("late", self.compact, found.device), lambda: _halves(blocks, late, found.device))
+                for (part, some), keys in zip(halves, (short, None), strict=True):
+                    got = self._scores(queries[part], live[part], some, pyramid, levels, chunks, keys)
+                    found[part] = got.to(found.dtype)
                 return found
         return self._scores(queries, live, blocks, pyramid, levels, chunks, None)
 
@@ -147,6 +146,16 @@ class Scored:
         masked = (logits.to(wide) * scale).masked_fill(~visible[:, None, None], -torch.inf)
         mass = torch.softmax(masked, -1).nan_to_num(0.0)
         return (mass * live[:, None, :, None].repeat(1, 1, mass.shape[2] // live.shape[1], 1)).sum(2)
+
+
+def _halves(blocks: Blocks, late: Tensor, device: torch.device) -> list[tuple[slice | Tensor, Blocks]]:
+    """Where the late blocks and the others stand, and these blocks; a slice where they stand together."""
+    found: list[tuple[slice | Tensor, Blocks]] = []
+    for some in (late, ~late):
+        place = some.nonzero().flatten()
+        first, last = int(place[0]), int(place[-1]) + 1
+        found.append((slice(first, last) if last - first == len(place) else sent(place, device), blocks[some]))
+    return found
 
 
 def highest(scores: Tensor, most: int) -> Tensor:
