@@ -139,8 +139,8 @@ def _trained(folder: Path) -> str:
     text = [
         "# Methods that must be trained",
         "",
-        f"Small decoders from scratch, width {one['width']}, at most {one['steps']} steps of {one['rows']} texts; "
-        f"{one['machine']}, commit {one['commit']}; {one['processes']} processes shared the device. Accuracy in "
+        f"Small decoders from scratch, width {one['width']}, at most {one['steps_at_most']:,} steps of {one['rows']} "
+        f"texts; {one['machine']}, commit {one['commit']}; {one['processes']} processes shared the device. Accuracy in "
         "percent on unseen texts, and the steps after which it was learned (a training ends at 99.5 %).",
         "",
     ]
@@ -165,7 +165,8 @@ def _accuracy(lines: Sequence[dict[str, Any]]) -> str:
         return "not measured"
     found = [100 * line["accuracy"] for line in lines]
     spread = f" ± {stdev(found) / len(found) ** 0.5:.1f}" if len(found) > 1 else ""
-    return f"{fmean(found):.1f}{spread} ({median(line['steps'] for line in lines):,.0f} steps)"
+    steps = [line["steps"] for line in lines if line["steps"] is not None]  # not known of some early runs
+    return f"{fmean(found):.1f}{spread} ({f'{median(steps):,.0f} steps' if steps else 'learned early'})"
 
 
 def _growth(folder: Path) -> str:
@@ -212,7 +213,7 @@ def _mebibytes(value: int | None) -> str:
 
 def _plot_growth(lines: Sequence[dict[str, Any]], names: Sequence[str], path: Path) -> None:
     plots = _plots()
-    figure, axes = plots.subplots(1, 3, figsize=(17, 6))
+    figure, axes = plots.subplots(1, 3, figsize=(21, 6))
     wanted = (
         ("seconds of reading a text", lambda line: median(line["seconds"])),
         ("seconds of one generated token", lambda line: line.get("token_seconds")),
@@ -224,10 +225,13 @@ def _plot_growth(lines: Sequence[dict[str, Any]], names: Sequence[str], path: Pa
             if points:
                 style = ("-", "--", ":")[number // 10]
                 slope = exponent(points)
-                label = f"{name} {_number(slope)}"
+                decodes = methods.get(name).phase == "decode"
+                claimed = methods.get(name).grows if decodes == ("token" in title) and "MiB" not in title else None
+                label = f"{name} {_number(slope)}" + ("" if claimed is None else f" ({claimed:g})")
                 axis.plot(*zip(*points, strict=True), style, marker=".", label=label, color=f"C{number % 10}")
         axis.set(title=title, xscale="log", yscale="log", xlabel="tokens")
-        axis.legend(fontsize=7, title="measured exponent", title_fontsize=7)
+        about = {"loc": "upper left", "bbox_to_anchor": (1.0, 1.0)}
+        axis.legend(fontsize=7, title="exponent measured (claimed)", title_fontsize=7, **about)
     figure.tight_layout()
     figure.savefig(path)
 

@@ -57,7 +57,8 @@ def one(task: str, method: str, how: dict[str, Any]) -> dict[str, Any]:
     def batch(rows: int, seed: int) -> Batch:
         return TASKS[task](rows, training.length, seed, training.device)
 
-    return {"task": task, **asdict(train(task, "causal-self", method, batch, training)), **how}
+    found = asdict(train(task, "causal-self", method, batch, training))
+    return {"task": task, **how, "steps_at_most": training.steps, **found}
 
 
 def measure(options: argparse.Namespace) -> Iterator[dict[str, Any]]:
