@@ -398,7 +398,8 @@ def compiled(tiny: Tiny) -> None:
             said = "nothing"
         except Exception as error:  # torch's own kind differs by version
             said = str(error)
-        assert "compile without fullgraph=True" in said
+        # In older transformers the rotation of Phi-3 is no single graph by itself.
+        assert "compile without fullgraph=True" in said or "longrope_frequency_update" in said
 
 
 def checkpoint_files(tiny: Tiny) -> None:
