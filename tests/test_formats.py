@@ -142,6 +142,15 @@ def test_pdf_that_is_encrypted(tmp_path: Path) -> None:
     assert read_source(written(tmp_path, "open.pdf", open_to_all)).text == "for all to read"
 
 
+def test_pdf_that_is_encrypted_in_a_way_that_needs_more(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def decrypt(*_: object) -> None:
+        raise pypdf.errors.DependencyError("cryptography>=3.1 is required for AES algorithm")
+
+    path = written(tmp_path, "book.pdf", pdf(["for all"], "", "owner"))
+    monkeypatch.setattr(pypdf.PdfReader, "decrypt", decrypt)
+    assert "pip install 'pypdf[crypto]'" in refusal(path)
+
+
 def test_pdf_without_text_or_damaged(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     assert "its 2 pages are pictures" in refusal(written(tmp_path, "scan.pdf", pdf(["", ""])))
     whole = pdf(["a line"])
