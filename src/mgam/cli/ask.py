@@ -142,7 +142,7 @@ def ask(
     ] = None,
     policy: Annotated[
         str | None,
-        typer.Option(metavar="FOLDER", help="A learned policy: what mgam fit wrote, or a hub id; none: none."),
+        typer.Option(metavar="FOLDER", help="A learned policy: what mgam fit wrote, or a hub id."),
     ] = None,
     recall: Annotated[
         float | None,

@@ -37,7 +37,7 @@ class Chart(Record):
     reads: dict[int, list[Tensor]] = field(default_factory=dict)
     """Per layer and level: how many answering queries read each chunk, (H, chunks of that level)."""
     budgets: dict[int, list[tuple[Tensor, Tensor]]] = field(default_factory=lambda: defaultdict(list))
-    """Per layer: where blocks of the text begin (N,), and the tokens before the window that they opened (N, H)."""
+    """Per layer: where blocks of the text begin (N,), and the tokens between sink and window that they opened (N, H)."""
     windows: Tensor | None = None
     """First token of the window of the last query."""
 
@@ -45,7 +45,7 @@ class Chart(Record):
         """Counts entries as every record does, and keeps who read what."""
         super().count(cover, blocks, layer)
         assert self.evidence_from is not None
-        opened = (cover.opened >= 0).sum(-1) * cover.levels.chunk
+        opened = (cover.opened > 0).sum(-1) * cover.levels.chunk  # all but the sink
         late = (blocks.start >= self.evidence_from) & (cover.begin > 0)  # from 0 on is all of it, in full
         early = (blocks.start < self.evidence_from) & (cover.begin > 0)
         if bool(early.any()):
