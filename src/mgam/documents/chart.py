@@ -37,7 +37,7 @@ class Chart(Record):
     reads: dict[int, list[Tensor]] = field(default_factory=dict)
     """Per layer and level: how many answering queries read each chunk, (H, chunks of that level)."""
     budgets: dict[int, list[tuple[Tensor, Tensor]]] = field(default_factory=lambda: defaultdict(list))
-    """Per layer: where blocks of the text begin (N,), and the tokens between sink and window that they opened (N, H)."""
+    """Per layer: where blocks of the text begin (N,), and tokens that they opened between sink and window (N, H)."""
     windows: Tensor | None = None
     """First token of the window of the last query."""
 
