@@ -194,7 +194,7 @@ CASES = [
     Case("dyadic-near", "dyadic", summaries=by_distance(2), make=lambda s, scale: Dyadic(s.window, reach=2)),
     Case("window-coarse", "dyadic", make=lambda s, scale: Window(s.window, rest="summaries")),
     Case("mgam", "mgam", {"budget": ENOUGH}, opens=within(2)),
-    Case("mgam-drop", "mgam", {"budget": ENOUGH}, {"rest": "drop"}, within(2), nothing, "drops"),
+    Case("mgam-drop", "mgam", {"budget": ENOUGH}, {"rest": "drop"}, within(2), nothing, cover="drops"),
     Case("mgam-every", "mgam", {"budget": ENOUGH}, {"every": 3}, within(2)),
     Case("mgam-half-mass", "mgam", {"budget": ENOUGH}, {"mass": 0.5}, within(2)),
     Case("mgam-compact", "mgam", {"budget": ENOUGH}, {}, within(2), make=compact),
