@@ -152,7 +152,7 @@ def test_several_questions(command: Command, calls: dict[str, Any], text: str) -
     places = [done.out.index(f"{question}\nAda keeps it.\n") for question in calls["ask"]["questions"]]
     assert places == sorted(places)
     assert done.out.count("What the answer rests on") == 3
-    assert done.out.count("Not found in the text, it seems: the confidence is 0.10") == 1
+    assert done.out.count("Perhaps not found in the text: the confidence is 0.10") == 1
     assert calls["load"]
     listed = json.loads(command("ask", text, QUESTION, *more, "--json").out)
     assert [one["question"] for one in listed] == calls["ask"]["questions"]

@@ -38,8 +38,8 @@ def _doubt(confidence: float | None) -> Text:
     from mgam.documents.confidence import FOUND
 
     return Text(
-        f"Not found in the text, it seems: the confidence is {confidence:.2f}, and answers that stand in a text mostly "
-        f"have {FOUND} or more."
+        f"Perhaps not found in the text: the confidence is {confidence:.2f}, and answers that stand in a text mostly "
+        f"have {FOUND} or more (measured on short texts)."
     )
 
 
