@@ -131,7 +131,7 @@ def test_two_processes_share_a_run(tiny: tuple[Any, Any], tmp_path: Path) -> Non
     pytest.importorskip("accelerate")
     for part in tiny:
         part.save_pretrained(tmp_path / "tiny")
-    words = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", "2", "--master_port", "29533"]
+    words = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
     words += ["-m", "mgam", "eval", "--model", str(tmp_path / "tiny"), "--device", "cpu", "--tasks", "passkey"]
     words += ["--lengths", "512", "--trials", "4", "--json", "--results", str(tmp_path / "all.jsonl")]
     place = {**os.environ, "ACCELERATE_USE_CPU": "1", "OMP_NUM_THREADS": "1"}
@@ -143,4 +143,30 @@ def test_two_processes_share_a_run(tiny: tuple[Any, Any], tmp_path: Path) -> Non
     read = [(line["method"], line["trial"]) for line in lines if "trial" in line]
     assert len(read) == len(set(read)) == 8
     assert len(lines) - len(read) == 2  # each process said under which conditions it ran
+    assert not list(tmp_path.glob("all.jsonl.*"))
+
+
+CREW = """
+import os, sys, time
+from pathlib import Path
+from mgam.evaluation.session import _Crew
+
+rank = int(os.environ["RANK"])
+crew = _Crew(Path(sys.argv[1]), 2, rank, "cpu")
+crew.begin(print)
+time.sleep(3 * rank)
+crew.own.write_text('{"run": {}}\\n')
+crew.end(print)
+"""
+
+
+@pytest.mark.slow
+def test_the_first_process_waits_for_a_slow_one(tmp_path: Path) -> None:
+    pytest.importorskip("accelerate")
+    (tmp_path / "crew.py").write_text(CREW)
+    words = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
+    words += [str(tmp_path / "crew.py"), str(tmp_path / "all.jsonl")]
+    done = subprocess.run(words, capture_output=True, text=True, timeout=300, check=False)
+    assert done.returncode == 0, done.stderr[-2000:]
+    assert len((tmp_path / "all.jsonl").read_text().splitlines()) == 2
     assert not list(tmp_path.glob("all.jsonl.*"))

@@ -7,6 +7,7 @@ import os
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
+from datetime import timedelta
 from importlib import resources
 from pathlib import Path
 from typing import Any
@@ -26,6 +27,8 @@ from mgam.evaluation.texts import TextLibrary
 from mgam.evaluation.tokens import TokenCounter
 
 DENSE = "dense"
+LONGEST_WAIT = timedelta(days=7)
+"""One process may have slower trials than another; accelerate's own ten minutes would end the run."""
 
 
 @dataclass(frozen=True)
@@ -84,12 +87,12 @@ def evaluate_session(session: Session, notes: Console) -> Outcome | None:
     readers = [ModelReader(*loaded, label, name=name, settings=changes) for label in labels]
     path = session.results or _own_results(session, name)
     say = _sayer(notes, rank)
-    crew = _Crew(path, world, rank)
+    device = str(loaded[0].device)
+    crew = _Crew(path, world, rank, device)
     crew.begin(say)
     results = ResultsFile(path, say, crew.own)
     if session.results is None and results.trials and rank == 0:
         say(f"going on from {path}, where {len(results.trials)} trials are done")
-    device = str(loaded[0].device)
     found = conditions(device)
     results.begin({**found, "model": name, "seed": session.seed, "command": _command(session)})
     there = len(results.trials)
@@ -227,8 +230,8 @@ def _sayer(notes: Console, rank: int) -> Callable[[str], None]:
 class _Crew:
     """Several processes that share one run, each with a file of its own that the first one gathers."""
 
-    def __init__(self, path: Path, world: int, rank: int) -> None:
-        self.path, self.world, self.rank = path, world, rank
+    def __init__(self, path: Path, world: int, rank: int, device: str) -> None:
+        self.path, self.world, self.rank, self.device = path, world, rank, device
         self.own = path if world == 1 else path.with_name(f"{path.name}.{rank}")
 
     def begin(self, say: Callable[[str], None]) -> None:
@@ -252,7 +255,14 @@ class _Crew:
                 from accelerate import PartialState
             except ImportError as error:
                 raise MgamError("a run over several processes needs accelerate; pip install 'mgam[train]'") from error
-            PartialState().wait_for_everyone()
+            # without `cpu`, accelerate sees no group of processes on a machine without an accelerator and waits for none
+            crew = PartialState(cpu=self.device == "cpu", timeout=LONGEST_WAIT)
+            if crew.num_processes != self.world:
+                raise MgamError(
+                    f"WORLD_SIZE says {self.world} processes, accelerate sees {crew.num_processes}, so they cannot "
+                    "share a run; start them with `accelerate launch` or `torchrun`"
+                )
+            crew.wait_for_everyone()
 
 
 def _command(session: Session) -> str:
