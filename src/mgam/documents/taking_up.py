@@ -6,7 +6,7 @@ from torch import Tensor
 
 from mgam.documents.store.manifest import Segment
 from mgam.documents.store.segment import Resident
-from mgam.integrations.transformers.cache import PyramidLayer
+from mgam.integrations.transformers.pyramid_layer import PyramidLayer
 from mgam.integrations.transformers.tail import Tail
 from mgam.pyramid import Pyramid
 

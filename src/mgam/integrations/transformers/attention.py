@@ -14,8 +14,10 @@ from transformers.masking_utils import AttentionMaskInterface, flash_attention_m
 from mgam.engine import read
 from mgam.errors import UnsupportedModelError
 from mgam.integrations.transformers import calls, local
-from mgam.integrations.transformers.cache import PyramidLayer, RecentLayer, ensure_pyramid, ensure_recent
+from mgam.integrations.transformers.cache import ensure_pyramid, ensure_recent
 from mgam.integrations.transformers.calls import Call
+from mgam.integrations.transformers.pyramid_layer import PyramidLayer
+from mgam.integrations.transformers.recent_layer import RecentLayer
 from mgam.pyramid import Pyramid
 from mgam.schedule import Schedule
 

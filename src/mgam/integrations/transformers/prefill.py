@@ -9,8 +9,9 @@ import torch
 from torch import Tensor
 
 from mgam.errors import SettingError, UnsupportedModelError
-from mgam.integrations.transformers.cache import PyramidCache, RowsLayer
+from mgam.integrations.transformers.cache import PyramidCache
 from mgam.integrations.transformers.call_size import call_size
+from mgam.integrations.transformers.rows_layer import RowsLayer
 from mgam.schedule import Schedule
 from mgam.settings import Settings
 
