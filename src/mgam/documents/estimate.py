@@ -20,6 +20,7 @@ from mgam.engine import Plan, read
 from mgam.integrations.memory import available_bytes, refuse_if_too_large
 from mgam.integrations.transformers import Applied
 from mgam.integrations.transformers.call_size import call_size
+from mgam.policies.base import keeps_state
 from mgam.pyramid import Pyramid
 from mgam.schedule import Schedule
 
@@ -71,13 +72,10 @@ def estimate(model: Any, tokens: int) -> Estimate:
     """
     need = refuse_if_too_large(model, tokens)
     applied: Applied | None = getattr(model, "_mgam_applied", None)
-    seconds = _seconds(model, applied, tokens) if applied is not None and not _learns(applied) else None
+    seconds = (
+        _seconds(model, applied, tokens) if applied is not None and not keeps_state(applied.reading.policy) else None
+    )
     return Estimate(tokens, seconds, need.total, available_bytes(model.device))
-
-
-def _learns(applied: Applied) -> bool:
-    policy = applied.reading.policy
-    return hasattr(policy, "observe") or hasattr(policy, "evict")
 
 
 def _seconds(model: Any, applied: Applied, tokens: int) -> float:

@@ -1,13 +1,13 @@
 """Multi-granular attention, with the training-free search or a learned one."""
 
 from mgam.methods.registry import Method, register
-from mgam.policies import Policy, Scored
+from mgam.policies import PerLayer, Policy, Scored
 from mgam.policies.files import FittedPolicy, resolve
 from mgam.policies.learned import LearnedLayers
 from mgam.settings import Settings
 
 
-def policy(s: Settings, scale: float) -> Policy:
+def policy(s: Settings, scale: float) -> Policy | PerLayer:
     """The learned policy that the settings name, else the scored one."""
     if s.policy is None:
         return Scored(s.budget, s.window, s.rest, s.mass, scale, s.every, s.compact)

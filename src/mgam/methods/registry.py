@@ -8,7 +8,7 @@ from dataclasses import dataclass, fields
 from typing import Any, Literal
 
 from mgam.errors import SettingError
-from mgam.policies import Policy
+from mgam.policies import PerLayer, Policy
 from mgam.settings import Settings
 
 
@@ -25,8 +25,8 @@ class Method:
     title: str
     paper: str
     """Where it is described."""
-    policy: Callable[[Settings, float], Policy] = no_policy
-    """Makes the policy from settings and the attention scale."""
+    policy: Callable[[Settings, float], Policy | PerLayer] = no_policy
+    """Makes the policy, or those of the layers, from settings and the attention scale."""
     form: Literal["policy", "loop", "module"] = "policy"
     """How it is used: a policy of an unmodified decoder; a loop around one; a module that must be trained."""
     module: str = ""

@@ -45,6 +45,25 @@ class Policy(Protocol):
         ...
 
 
+@runtime_checkable
+class PerLayer(Protocol):
+    """The policies of a model's layers, where they differ."""
+
+    def at(self, layer: int) -> Policy:
+        """The policy of one layer."""
+        ...
+
+
+def of_layer(policy: Policy | PerLayer, layer: int) -> Policy:
+    """The policy that one layer reads with."""
+    return policy.at(layer) if isinstance(policy, PerLayer) else policy
+
+
+def keeps_state(policy: Policy) -> bool:
+    """Whether it forgets tokens or learns while it reads."""
+    return isinstance(policy, Observing | Evicting)
+
+
 @dataclass(frozen=True)
 class Heard:
     """What a call of a layer brings, for policies that need every query and not only voters.

@@ -334,8 +334,6 @@ class LearnedLayers:
 
     layers: Mapping[int, Learned]
 
-    votes = True
-
     @classmethod
     def of(cls, weights: Mapping[int, SearchWeights], **dials: Any) -> LearnedLayers:
         """One policy per layer, with the same dials."""
@@ -344,11 +342,3 @@ class LearnedLayers:
     def at(self, layer: int) -> Learned:
         """The policy of one layer."""
         return self.layers[layer]
-
-    def choose(self, voters: Voters | None, blocks: Blocks, pyramid: Pyramid, levels: Levels) -> Cover:
-        """Nothing is chosen for all layers at once."""
-        raise NotImplementedError("a learned policy is one per layer; ask at(layer)")
-
-    def read_at_most(self, tokens: int, levels: Levels) -> int:
-        """The same for all layers."""
-        return next(iter(self.layers.values())).read_at_most(tokens, levels)

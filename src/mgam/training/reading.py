@@ -150,7 +150,7 @@ class Pupil(nn.Module):
     @torch.no_grad()
     def _renew(self, applied: Applied) -> None:
         """Makes layers read by the searches as they are now."""
-        there = applied.reading.policy
+        there = applied.make_policy(1.0)
         assert isinstance(there, LearnedLayers)
         policies = {
             layer: Learned(self.network.layer(layer).weights("lesson"), **_dials(policy))

@@ -18,8 +18,8 @@ from mgam.errors import SettingError, UnsupportedModelError
 from mgam.integrations.transformers import attention, low_rank, prefill
 from mgam.integrations.transformers.fitted import fit_to
 from mgam.integrations.transformers.models import Architecture, Attention, architecture, attention_layers
-from mgam.policies import Policy
-from mgam.policies.learned import LearnedLayers
+from mgam.policies import PerLayer, Policy
+from mgam.policies.base import of_layer
 from mgam.positions import Positions, Rotary
 from mgam.schedule import Schedule
 from mgam.settings import Dials, Settings
@@ -69,16 +69,15 @@ class Applied:
         """How one layer reads: its positions, and a policy that knows its scale."""
         key = (layer, scale)
         if key not in self._readings:
-            policy = self.make_policy(scale)
             self._readings[key] = replace(
                 self.reading,
-                policy=policy.at(layer) if isinstance(policy, LearnedLayers) else policy,
+                policy=of_layer(self.make_policy(scale), layer),
                 positions=self.positions.get(layer, self.reading.positions),
             )
         return self._readings[key]
 
-    def make_policy(self, scale: float) -> Policy:
-        """A policy for layers with this attention scale."""
+    def make_policy(self, scale: float) -> Policy | PerLayer:
+        """The policy, or those of the layers, for this attention scale."""
         return self.method.policy(self.settings, scale)
 
     def plan(
@@ -167,7 +166,7 @@ def apply(model: Model, method: str = "mgam", *, budget: int | None = None, **se
     fitted = fit_to(target, wanted)
     places = _positions(wanted, row, decoder, window, layers)
     reading = Reading(
-        policy=chosen.policy(wanted, 1.0),
+        policy=of_layer(chosen.policy(wanted, 1.0), next((at for at, one in layers.items() if one.window is None), 0)),
         levels=wanted.pyramid_levels,
         positions=next((place for place in places.values() if place.kind == "granular"), Positions()),
         dense_until=dense_until,
