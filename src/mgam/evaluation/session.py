@@ -255,7 +255,7 @@ class _Crew:
                 from accelerate import PartialState
             except ImportError as error:
                 raise MgamError("a run over several processes needs accelerate; pip install 'mgam[train]'") from error
-            # without `cpu`, accelerate sees no group of processes on a machine without an accelerator and waits for none
+            # without `cpu`, accelerate sees no group of processes where there is no accelerator, and waits for none
             crew = PartialState(cpu=self.device == "cpu", timeout=LONGEST_WAIT)
             if crew.num_processes != self.world:
                 raise MgamError(
