@@ -1,9 +1,8 @@
 """The main job in figures: reading speed and memory against dense, hits, and loss.
 
     python benchmarks/main_job.py                     everything, on the device at hand
-    python benchmarks/main_job.py --quick             what two cores can do: short needles, few trials
-    python benchmarks/main_job.py --parts reading     one part: reading, hits, loss
-    python benchmarks/main_job.py --sampled           dense reading beyond 32k from four of its calls, marked as such
+    python benchmarks/main_job.py --quick             needles as two cores can read them: 2k and 8k tokens, 5 trials
+    python benchmarks/main_job.py --parts reading     some parts: reading, passkey, needles, loss
 
 Cells that are done stay done: a killed run goes on where it stopped. Dense is read by the same calls in the same run.
 Results with their conditions go to benchmarks/results/main_job.<device>.json.
@@ -22,30 +21,39 @@ import typer
 from rich.console import Console
 from rich.table import Table
 
+from mgam.evaluation.machine import conditions
+from mgam.integrations.loading import resolve_device
+
 HERE = Path(__file__).parent
 TEXT = HERE.parent / "examples"
 READING_LENGTHS = (4096, 8192, 32768, 65536)
+PARTS = ("reading", "passkey", "needles", "loss")
+KEEP_OUT = ["--keep-out", "64,768"]  # the sink and what every method reads anyway
+PASSKEY = ["--tasks", "passkey", "--lengths", "16k,32k", "--trials", "10", *KEEP_OUT]
+NEEDLES = ["--tasks", "needle_prose", "--prose", "novels", "--lengths", "2k,8k,32k", "--trials", "20", *KEEP_OUT]
+QUICK_NEEDLES = ["--tasks", "needle_prose", "--prose", "novels", "--lengths", "2k,8k", "--trials", "5", *KEEP_OUT]
+LOSS = ["--tasks", "loss_novels", "--lengths", "8k", "--trials", "4"]  # losses are read without lookahead
 
 
 def main(
     model: Annotated[str | None, typer.Option(help="Hub id, folder or GGUF file.")] = None,
     device: Annotated[str, typer.Option()] = "auto",
-    parts: Annotated[str, typer.Option(help="Of reading, hits, loss; commas between.")] = "reading,hits,loss",
-    quick: Annotated[bool, typer.Option("--quick", help="Needles at 2k and 8k only, 5 trials.")] = False,
-    sampled: Annotated[bool, typer.Option("--sampled", help="Dense beyond 32k: time four calls and sum up.")] = False,
+    parts: Annotated[str, typer.Option(help=f"Of {', '.join(PARTS)}; commas between.")] = ",".join(PARTS),
+    quick: Annotated[bool, typer.Option("--quick", help="Only needles, at 2k and 8k, 5 trials.")] = False,
     results: Annotated[Path | None, typer.Option(help="Where finished cells are kept.")] = None,
     cell: Annotated[str | None, typer.Option(hidden=True)] = None,
 ) -> None:
     """Makes the missing cells, then prints all."""
     if cell is not None:
-        spec = json.loads(cell)
-        print(json.dumps((_sample_cell if spec.pop("sampled", False) else _read_cell)(model, device, **spec)))
+        print(json.dumps(_read_cell(model, device, **json.loads(cell))))
         return
-    name = Path(model or "embedded").stem
-    path = results or HERE / "results" / f"main_job.{device}.{name}.json"
+    device = str(resolve_device(device))
+    path = results or HERE / "results" / f"main_job.{device}{f'.{Path(model).stem}' if model else ''}.json"
     cells: dict[str, Any] = json.loads(path.read_text()) if path.exists() else {}
-    wanted = parts.split(",")
-    for key, make in _cells(model, device, wanted, quick, sampled):
+    wanted = ["needles"] if quick else parts.split(",")
+    if unknown := sorted(set(wanted) - set(PARTS)):
+        raise SystemExit(f"--parts {parts}: {', '.join(unknown)} is none of {', '.join(PARTS)}")
+    for key, make in _cells(model, device, wanted, quick):
         if key in cells:
             continue
         begin = time.perf_counter()
@@ -56,25 +64,17 @@ def main(
     _print(cells)
 
 
-def _cells(model: str | None, device: str, parts: list[str], quick: bool, sampled: bool) -> Any:
+def _cells(model: str | None, device: str, parts: list[str], quick: bool) -> Any:
     """Each cell's key and the function that makes it."""
     if "reading" in parts:
         for length in READING_LENGTHS:
             for method in ("dense", "mgam"):
                 spec = {"length": length, "method": method}
-                if sampled and method == "dense" and length > 32768:
-                    spec["sampled"] = True
                 yield f"reading {method} {length}", lambda spec=spec: _in_a_process(model, device, spec)
-    trials = {"passkey": 10, "needle_prose": 5 if quick else 20}
-    lengths = {"passkey": "16k,32k", "needle_prose": "2k,8k" if quick else "2k,8k,32k"}
-    if "hits" in parts:
-        for task in ("passkey", "needle_prose"):
-            yield (
-                f"hits {task} {lengths[task]}",
-                lambda task=task: _eval(model, device, task, lengths[task], trials[task]),
-            )
-    if "loss" in parts:
-        yield "loss 8k", lambda: _eval(model, device, "loss_novels", "8k", 4)
+    evaluations = {"passkey": PASSKEY, "needles": QUICK_NEEDLES if quick else NEEDLES, "loss": LOSS}
+    for part, words in evaluations.items():
+        if part in parts:
+            yield "quick needles" if quick else part, lambda words=words: _eval(model, device, words)
 
 
 def _in_a_process(model: str | None, device: str, spec: dict[str, Any]) -> dict[str, Any]:
@@ -92,7 +92,6 @@ def _read_cell(model: str | None, device: str, length: int, method: str) -> dict
     import mgam
     from mgam.documents.asking import ask
     from mgam.documents.sources import Source
-    from mgam.evaluation.machine import conditions
     from mgam.integrations.loading import load
 
     loaded, tokenizer = load(model, device=device)[:2]
@@ -116,74 +115,17 @@ def _read_cell(model: str | None, device: str, length: int, method: str) -> dict
     }
 
 
-def _sample_cell(model: str | None, device: str, length: int, method: str) -> dict[str, Any]:
-    """Dense reading from four of its calls: a call's cost grows linearly with its position, so midpoints sum up.
-
-    The cache is filled with random keys and values, which cost what real ones cost; the peak is that of the last call.
-    """
-    import torch
-    from transformers import DynamicCache
-
-    from mgam.evaluation.machine import conditions
-    from mgam.integrations.loading import load
-    from mgam.integrations.memory import peak_memory_bytes
-    from mgam.integrations.transformers.call_size import LEAST as CALL
-
-    loaded = load(model, device=device)[0]
-    config = loaded.config.get_text_config(decoder=True)
-    heads, dim = config.num_key_value_heads, config.hidden_size // config.num_attention_heads
-    calls = length // CALL
-    seconds = []
-    for part in range(4):
-        place = int((part + 0.5) * calls / 4) * CALL - CALL // 2
-        cache = DynamicCache(config=config)
-        for layer in range(config.num_hidden_layers):
-            cache.update(torch.randn(1, heads, place, dim), torch.randn(1, heads, place, dim), layer)
-        ids = torch.zeros(1, CALL, dtype=torch.long)
-        begin = time.perf_counter()
-        with torch.no_grad():
-            loaded.get_decoder()(
-                input_ids=ids,
-                position_ids=torch.arange(place, place + CALL)[None],
-                past_key_values=cache,
-                use_cache=True,
-            )
-        seconds.append(time.perf_counter() - begin)
-        del cache
-    return {
-        "reading_seconds": round(sum(seconds) / 4 * calls, 1),
-        "sampled_calls": [round(one, 2) for one in seconds],
-        "peak_memory_bytes": peak_memory_bytes(),
-        "tokens": length,
-        "settings": {"method": method},
-        "conditions": conditions(str(loaded.device)),
-    }
-
-
-def _eval(model: str | None, device: str, task: str, lengths: str, trials: int) -> dict[str, Any]:
-    """Rows of `mgam eval` for one task, dense beside mgam."""
-    command = [
-        sys.executable,
-        "-m",
-        "mgam",
-        "eval",
-        "--tasks",
-        task,
-        "--lengths",
-        lengths,
-        "--methods",
-        "mgam",
-        "--trials",
-        str(trials),
-        "--device",
-        device,
-        "--json",
-    ]
-    command += [] if model is None else ["--model", model]
-    done = subprocess.run(command, stdout=subprocess.PIPE, text=True, check=False)
+def _eval(model: str | None, device: str, words: list[str]) -> dict[str, Any]:
+    """Rows of `mgam eval`, dense beside mgam; on a GPU the trials of a cell are read as one batch."""
+    words = ["eval", *words, "--methods", "mgam", "--device", device]
+    words += [] if device == "cpu" else ["--batch-size", "10"]
+    words += [] if model is None else ["--model", model]
+    done = subprocess.run(
+        [sys.executable, "-m", "mgam", *words, "--json"], stdout=subprocess.PIPE, text=True, check=False
+    )
     if done.returncode:
-        raise SystemExit(f"{' '.join(command)} ended with {done.returncode}")
-    return {"command": " ".join(["mgam", *command[3:]]), "rows": json.loads(done.stdout)}
+        raise SystemExit(f"mgam {' '.join(words)} ended with {done.returncode}")
+    return {"command": " ".join(["mgam", *words]), "rows": json.loads(done.stdout), "conditions": conditions(device)}
 
 
 def _print(cells: dict[str, Any]) -> None:
@@ -213,18 +155,16 @@ def _print(cells: dict[str, Any]) -> None:
                 f"{q / p:.2f}",
             )
     console.print(reading)
-    hits = Table("task", "tokens", "method", "trials", "score", "stderr", "entries per query", title="Hits and loss")
-    for cell in cells.values():
-        for row in cell.get("rows", []):
-            hits.add_row(
-                row["task"],
-                f"{row['length']:,}",
-                row["method"],
-                str(row["trials"]),
-                f"{row['score']:.3f}",
-                f"{row['stderr']:.3f}",
-                f"{row['entries_per_query']:,.0f}",
-            )
+    hits = Table("task", "tokens", "method", "trials", "score (95 %)", "entries per query", title="Hits and loss")
+    for row in (row for cell in cells.values() if isinstance(cell, dict) for row in cell.get("rows", [])):
+        hits.add_row(
+            row["task"],
+            f"{row['length']:,}",
+            row["method"],
+            str(row["trials"]),
+            f"{row['score']:.3f} ({row['low']:.1f} to {row['high']:.1f})",
+            f"{row['entries_per_query']:,.0f}",
+        )
     console.print(hits)
 
 
