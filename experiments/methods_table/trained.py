@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import json
 import multiprocessing
+import time
 from collections.abc import Iterator
 from concurrent.futures import ProcessPoolExecutor, as_completed
 from dataclasses import asdict
@@ -17,6 +18,23 @@ from mgam.evaluation.patterns.tasks import IGNORED, Batch, make_batch
 from mgam.evaluation.patterns.train import SIZES, Training, able, train
 
 VOCABULARY = 32
+SHORT = 64
+"""Texts of so many tokens and fewer are read with half the sizes."""
+HALVES: dict[str, dict[str, Any]] = {
+    "mgam": {"levels": (1, 4, 16), "window": 8, "budget": 16},
+    "sliding": {"window": 16},
+    "strided": {"window": 16},
+    "dilated": {"window": 8},
+    "blockwise": {"window": 16, "exchange": 4},
+    "longformer": {"window": 16, "global_tokens": 2},
+    "bigbird": {"block": 4},
+    "reformer": {"bucket": 8},
+    "nsa": {"blocks": 4, "window": 8},
+    "moba": {"block": 4},
+    "cca": {"window": 8},
+    "dga": {"look": 4},
+}
+"""Settings that keep the share of a text that is read token by token what it is at 128 tokens."""
 
 
 def recall(rows: int, length: int, seed: int, device: str) -> Batch:
@@ -52,13 +70,17 @@ TASKS = {"recall": recall, "copying": copying, "needle": needle}
 def one(task: str, method: str, how: dict[str, Any]) -> dict[str, Any]:
     """Trains one model; called in a process of its own."""
     torch.set_num_threads(1)
-    training = Training(**how)
+    short = how["length"] <= SHORT
+    training = Training(**how, sizes=HALVES.get(method, {}) if short else {})
 
     def batch(rows: int, seed: int) -> Batch:
         return TASKS[task](rows, training.length, seed, training.device)
 
+    begun = time.process_time()
     found = asdict(train(task, "causal-self", method, batch, training))
-    return {"task": task, **how, "steps_at_most": training.steps, **found}
+    core = round(time.process_time() - begun, 2)
+    more = {"sizes": dict(training.sizes), "steps_at_most": training.steps, "core_seconds": core}
+    return {"task": task, **how, **more, **found}
 
 
 def measure(options: argparse.Namespace) -> Iterator[dict[str, Any]]:

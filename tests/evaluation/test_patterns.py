@@ -146,3 +146,8 @@ def test_the_command() -> None:
         ("causal-cross", "cca", True),
     ]  # fmt: skip
     assert isinstance(CliRunner().invoke(app, ["patterns", "--patterns", "causal"]).exception, SettingError)
+
+
+def test_sizes_of_a_training_reach_the_attention() -> None:
+    model = model_for("causal-self", "sliding", 40, Training(length=16, sizes={"window": 5}))
+    assert {layer.attention.window for layer in model.layers} == {5}

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from typing import Any
 
 import torch
@@ -65,6 +65,8 @@ class Training:
     """Different keys, and different values."""
     seed: int = 0
     device: str = "cpu"
+    sizes: Mapping[str, Any] = field(default_factory=dict)
+    """Settings of the attention in place of those in `SIZES`."""
 
     def __post_init__(self) -> None:
         for name in ("length", "width", "heads", "layers", "rows", "steps", "keys"):
@@ -100,15 +102,17 @@ def able(pattern: Pattern) -> list[str]:
     return [name for name, kind in kinds.items() if (kind.CAUSAL if causal else kind.BIDIRECTIONAL)]
 
 
-def module_for(method: str, width: int, heads: int, causal: bool, longest: int = 1024) -> nn.SelfAttention:
-    """The self-attention of a method at small size.
+def module_for(
+    method: str, width: int, heads: int, causal: bool, longest: int = 1024, **sizes: Any
+) -> nn.SelfAttention:
+    """The self-attention of a method at small size; `sizes` are settings in place of those in `SIZES`.
 
     Raises:
         SettingError: unknown, without a module, or without this direction.
     """
     if method not in SIZES:
         raise SettingError(unknown("method", method, list(SIZES)) + "; these have modules")
-    kind, options = getattr(nn, methods.get(method).module), dict(SIZES[method])
+    kind, options = getattr(nn, methods.get(method).module), {**SIZES[method], **sizes}
     if method == "linformer":
         options["longest"] = longest
     return kind(width, heads, causal=causal, **options)
@@ -132,9 +136,11 @@ def model_for(pattern: Pattern, method: str, vocabulary: int, how: Training) -> 
         )
     kind = nn.Decoder if causal else nn.Encoder
     longest = 2 * how.length
-    return kind(
-        vocabulary, how.width, lambda: module_for(method, how.width, how.heads, causal, longest), layers=how.layers
-    )
+
+    def attention() -> nn.SelfAttention:
+        return module_for(method, how.width, how.heads, causal, longest, **how.sizes)
+
+    return kind(vocabulary, how.width, attention, layers=how.layers)
 
 
 def train_pattern(pattern: Pattern, method: str, how: Training) -> Learned:
