@@ -37,27 +37,28 @@ from mgam.training.teacher import Seen, chunk_masses, watching
 BLOCK = 128
 BASIS = 8192
 """Tokens that give the basis of compact keys; nothing before them is measured."""
+CHEAPER = "every=2,search_dims=32,search_bits=8,every=2:search_bits=8,every=2:search_dims=32:search_bits=8"
 Kept = dict[tuple[str, str, int], list[list[float]]]
 """(queries, search, budget): by layer, one figure a text."""
 
 
-def searches(budget: int, window: int, dim: int) -> dict[str, Scored]:
-    """The flat search and what makes it cheaper, each alone and together."""
-    half = dim // 2
+def searches(labels: list[str], budget: int, window: int, dim: int) -> dict[str, Scored]:
+    """The flat search, and those that labels such as `every=2:search_dims=32:search_bits=8` name.
 
-    def made(every: int = 1, dims: int | None = None, bits: int = 16) -> Scored:
-        short = None if dims is None and bits == 16 else Compact(dims or dim, 8 if bits == 8 else 16, BASIS)
-        return Scored(budget, window, every=every, compact=short)
-
-    return {
-        "flat": made(),
-        "every=2": made(every=2),
-        f"search_dims={half}": made(dims=half),
-        "search_bits=8": made(bits=8),
-        "every=2:search_bits=8": made(every=2, bits=8),
-        f"search_dims={half}:search_bits=8": made(dims=half, bits=8),
-        f"every=2:search_dims={half}:search_bits=8": made(2, half, 8),
-    }
+    Raises:
+        typer.BadParameter: a part that is none of these three.
+    """
+    found = {"flat": Scored(budget, window)}
+    for label in labels:
+        parts = dict(part.partition("=")[::2] for part in label.split(":"))
+        if not parts.keys() <= {"every", "search_dims", "search_bits"} or not all(map(str.isdigit, parts.values())):
+            raise typer.BadParameter(
+                f"{label!r}: a search is named by every=, search_dims= and search_bits=, colons between"
+            )
+        dims, bits = int(parts.get("search_dims", dim)), int(parts.get("search_bits", 16))
+        short = None if (dims, bits) == (dim, 16) else Compact(dims, 8 if bits == 8 else 16, BASIS)
+        found[label] = Scored(budget, window, every=int(parts.get("every", 1)), compact=short)
+    return found
 
 
 def main(
@@ -66,6 +67,7 @@ def main(
     blocks: Annotated[int, typer.Option(help="Blocks of each text, and single queries.")] = 16,
     budgets: Annotated[str, typer.Option(help="Tokens opened, with commas.")] = "1024,2048",
     window: Annotated[int, typer.Option(help="Tokens of the window.")] = 512,
+    cheaper: Annotated[str, typer.Option(help="Searches to set beside the flat one, commas between.")] = CHEAPER,
     model: Annotated[str | None, typer.Option(help="Hub id, folder or GGUF file.")] = None,
     prose: Annotated[str | None, typer.Option(help="Text source; its test split is read.")] = None,
     device: Annotated[str, typer.Option()] = "auto",
@@ -76,7 +78,7 @@ def main(
     began, kept = time.perf_counter(), Kept()
     for number in range(texts):
         ids = read(loaded.tokenizer, tokens, prose, number).to(loaded.model.device)
-        measure(loaded.model, ids, blocks, [int(one) for one in budgets.split(",")], window, kept)
+        measure(loaded.model, ids, blocks, [int(one) for one in budgets.split(",")], window, cheaper.split(","), kept)
         result = summary(kept) | {
             "tokens": tokens, "texts": number + 1, "blocks_per_text": blocks, "window": window,
             "model": Path(model or "default").stem, "seconds": round(time.perf_counter() - began, 1),
@@ -100,7 +102,9 @@ def read(tokenizer: Any, tokens: int, prose: str | None, seed: int) -> Tensor:
 
 
 @torch.no_grad()
-def measure(model: Any, ids: Tensor, count: int, budgets: list[int], window: int, kept: Kept) -> None:
+def measure(
+    model: Any, ids: Tensor, count: int, budgets: list[int], window: int, cheaper: list[str], kept: Kept
+) -> None:
     """Adds what one text shows."""
     tokens = ids.shape[1]
     last = tokens // BLOCK - 1
@@ -121,7 +125,7 @@ def measure(model: Any, ids: Tensor, count: int, budgets: list[int], window: int
                 for at in start.tolist()
             ]
             for budget in budgets:
-                for name, policy in searches(budget, window, seen.queries.shape[3]).items():
+                for name, policy in searches(cheaper, budget, window, seen.queries.shape[3]).items():
                     found = policy.choose(voters, asked, pyramid, levels).opened
                     share = [
                         _share(mass, opened, int(begin) // levels.chunk)
