@@ -7,6 +7,7 @@ from mgam.nn.cross import CrossAttention, FullCrossAttention, MultiGranularCross
 from mgam.nn.dga import DynamicGroupAttention
 from mgam.nn.full import FullAttention
 from mgam.nn.granular import MultiGranularAttention
+from mgam.nn.learned import LearnedGranularAttention
 from mgam.nn.linformer import LinformerAttention
 from mgam.nn.local import LocalAttention
 from mgam.nn.longformer import LongformerAttention
@@ -27,6 +28,7 @@ __all__ = [
     "Encoder",
     "FullAttention",
     "FullCrossAttention",
+    "LearnedGranularAttention",
     "LinformerAttention",
     "LocalAttention",
     "LongformerAttention",

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from mgam.errors import SettingError
 from mgam.nn.base import Seen, SelfAttention, above
-from mgam.nn.sparse import See, by_blocks, over_entries, spans
+from mgam.nn.sparse import See, attended_by_blocks, over_entries, spans
 
 Kind = Literal["sliding", "strided", "dilated", "blockwise"]
 BLOCK = 64
@@ -26,6 +26,7 @@ class LocalAttention(SelfAttention):
             past).
         window: keys on a side, the query's own included; `mgam.nn.window_of` converts other conventions.
         global_tokens: leading tokens that all read. Bidirectional ones read all; causal ones read their past.
+        recompute: gathers again in the backward pass, so that nothing gathered is kept.
     """
 
     def __init__(
@@ -39,6 +40,7 @@ class LocalAttention(SelfAttention):
         stride: int = 8,
         exchange: int = 0,
         global_tokens: int = 0,
+        recompute: bool = False,
         **base: Any,
     ) -> None:
         super().__init__(width, heads, kv_heads, **base)
@@ -52,7 +54,7 @@ class LocalAttention(SelfAttention):
                 f"exchange={exchange} must lie between 0 (plain blocks) and window={window} (neighbours)"
             )
         self.kind, self.window, self.stride, self.exchange = kind, window, stride, exchange
-        self.global_tokens = global_tokens
+        self.global_tokens, self.recompute = global_tokens, recompute
 
     def sees(self, query: Tensor, key: Tensor) -> Tensor:
         """Which query position reads which key position."""
@@ -89,4 +91,4 @@ class LocalAttention(SelfAttention):
         if self.kind == "strided":
             besides.append(torch.arange(0, tokens, self.stride, device=device))
         index = torch.cat((index, torch.cat(besides).expand(len(index), -1)), 1)
-        return by_blocks(q, seen.k, seen.v, seen.first, BLOCK, index, see, self.scale).out
+        return attended_by_blocks(q, seen.k, seen.v, seen.first, BLOCK, index, see, self.scale, self.recompute)

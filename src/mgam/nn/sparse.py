@@ -5,7 +5,9 @@ from __future__ import annotations
 from collections.abc import Callable
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
+from torch.utils.checkpoint import checkpoint
 
 from mgam.merge import Part
 
@@ -16,6 +18,8 @@ See = Callable[[Tensor, Tensor], Tensor]
 
 ELEMENTS = 1 << 24
 """Elements of one gathered tensor at a time."""
+GATHERED = {"cuda": 1 << 28}
+"""The same where kernels are fused, and only what was gathered takes memory."""
 
 
 def window_of(convention: str, size: int) -> int:
@@ -89,6 +93,51 @@ def by_blocks(q: Tensor, k: Tensor, v: Tensor, first: int, block: int, index: Te
     out = torch.cat([part.out for part in parts], 2).movedim(2, 3).flatten(3, 4).flatten(1, 2)
     lse = torch.cat([part.lse for part in parts], 2).movedim(2, 3).flatten(3, 4).flatten(1, 2)
     return Part(out[:, :, :length], lse[:, :, :length])
+
+
+def attended_by_blocks(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    first: int,
+    block: int,
+    index: Tensor,
+    see: See,
+    scale: float,
+    recompute: bool = False,
+) -> Tensor:
+    """What `by_blocks` puts out, by fused kernels, for queries that read something. Same shapes.
+
+    `recompute`: gathers again in the backward pass, so that nothing gathered is kept.
+    """
+    length, tokens, rows, heads = q.shape[2], k.shape[2], len(k), k.shape[1]
+    spare = torch.full_like(index[:, :1], -1).expand(-1, -index.shape[1] % 16)  # kernels take multiples of 16
+    index = torch.cat((index, spare), 1).sort(-1).values
+    fine = (index >= 0) & (index < tokens) & (F.pad(index[:, :-1], (1, 0), value=-1) != index)
+    padded = F.pad(q, (0, 0, 0, len(index) * block - length)).unflatten(2, (-1, block))
+    blocks = padded.movedim(2, 0).flatten(1, 2)  # (N, B*H, b, D)
+    own = first + torch.arange(len(index) * block, device=q.device).view(-1, block)
+    flat_k, flat_v = (states.movedim(2, 0).flatten(1) for states in (k, v))
+
+    def some(q: Tensor, own: Tensor, place: Tensor, fine: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        seen = (see(own[..., None], place[:, None]) & fine[:, None]) | (own >= tokens)[..., None]
+        mask = torch.zeros((), dtype=q.dtype, device=q.device).masked_fill(~seen, -torch.inf)[:, None]
+        shape = (*place.shape, rows, heads, -1)
+        near = [part.index_select(0, place.flatten()).view(shape).permute(0, 2, 3, 1, 4) for part in (k, v)]
+        group = q.shape[1] // (rows * heads)
+        k, v = (part[:, :, :, None].expand(-1, -1, -1, group, -1, -1).flatten(1, 3) for part in near)
+        return F.scaled_dot_product_attention(q, k, v, attn_mask=mask, scale=scale)
+
+    step = max(1, GATHERED.get(q.device.type, ELEMENTS) // (2 * index.shape[1] * flat_k.shape[1]))
+    outs = []
+    for low in range(0, len(index), step):
+        part = slice(low, low + step)
+        given = (blocks[part], own[part], index[part].clamp(0, tokens - 1), fine[part], flat_k, flat_v)
+        if recompute and torch.is_grad_enabled():
+            outs.append(checkpoint(some, *given, use_reentrant=False, preserve_rng_state=False))
+        else:
+            outs.append(some(*given))
+    return torch.cat(outs).unflatten(1, (rows, -1)).movedim(0, 2).flatten(2, 3)[..., :length, :].contiguous()
 
 
 def by_lists(q: Tensor, k: Tensor, v: Tensor, first: int, index: Tensor, scale: float) -> Part:
