@@ -1,7 +1,7 @@
 """Multi-granular attention to be trained from scratch: a policy chooses among all levels, in either direction.
 
-A straight-through gate teaches the policy: to every far entry's logit the score of what it stands for is added and, without
-gradient, taken away again. Nothing changes, and the policy gets the gradient that a bias on these logits would have: what
+A straight-through gate teaches the policy: the score of what an entry stands for is added to its logit and taken away
+again without gradient. Nothing changes, and the policy gets the gradient that a bias on these logits would have: what
 would have lowered the loss with more weight is scored higher, at whichever level it was read.
 """
 
@@ -48,8 +48,8 @@ class LearnedGranularAttention(SelfAttention):
     """One softmax over a cover of the text: window, first chunk, what the policy opens, and summaries of the rest.
 
     Args:
-        policy: `learned` has projections of its own and a gate that teaches them; `scored` uses the queries and keys of
-            the reading; `fixed` opens what is nearest; `random` ignores the text. Only the first has something to learn.
+        policy: `learned` has projections of its own and a gate that teaches them; `scored` uses the queries and keys
+            of the reading; `fixed` opens what is nearest; `random` ignores the text.
         levels: tokens of a chunk at each level.
         search: tokens of a search key.
         window: tokens beside a block of queries that are always read; half on either side if it is not causal.

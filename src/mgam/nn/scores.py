@@ -1,7 +1,7 @@
 """What a policy thinks of each chunk of a text: a score per block of queries, KV head and chunk.
 
-Scores by distance and at random look at places only; others at the queries and keys of the reading, or at projections of
-their own.
+Scores by distance and at random look at places only; others at the queries and keys of the reading, or at
+projections of their own.
 """
 
 from __future__ import annotations
