@@ -53,14 +53,15 @@ def copying(rows: int, length: int, seed: int, device: str) -> Batch:
 
 
 def needle(rows: int, length: int, seed: int, device: str) -> Batch:
-    """One marked token anywhere in noise; after the mark at the end it is to follow."""
+    """One token of another kind anywhere in noise; after each of the questions at the end it is to follow."""
     draw = torch.Generator().manual_seed(seed)
-    text = torch.randint(0, VOCABULARY - 1, (rows, length), generator=draw)
-    place = torch.randint(0, length - 3, (rows, 1), generator=draw)
+    end, kinds = length - length // 8, VOCABULARY // 2
+    text = torch.randint(0, kinds, (rows, length), generator=draw)
+    told = torch.randint(kinds, VOCABULARY - 1, (rows, 1), generator=draw)
+    text.scatter_(1, torch.randint(0, end, (rows, 1), generator=draw), told)
+    text[:, end:] = VOCABULARY - 1
     answer = torch.full_like(text, IGNORED)
-    answer[:, -1:] = text.gather(1, place + 1)
-    text.scatter_(1, place, VOCABULARY - 1)
-    text[:, -1] = VOCABULARY - 1
+    answer[:, end:] = told
     return Batch("causal-self", VOCABULARY, text.to(device), answer.to(device))
 
 
