@@ -68,6 +68,12 @@ def test_odd_sizes_padding_and_gradients(name: str) -> None:
     mask[1, 4] = False
     with pytest.raises(SettingError, match="has holes"):
         module(states(4), source, mask)
+    with pytest.raises(SettingError, match=r"a mask of shape \(2, 16\) was given"):
+        module(states(4), source, mask[:, :16])
+    with pytest.raises(SettingError, match="1 rows of source were given for 2 rows of target"):
+        module(states(4), source[:1])
+    with pytest.raises(SettingError, match=r"hidden states \(rows, tokens, \d+\) are wanted"):
+        module(states(4), source[..., :-1])
 
 
 def test_settings_name_their_range() -> None:

@@ -14,6 +14,9 @@ from mgam.errors import SettingError
 from mgam.nn.base import Seen, SelfAttention
 
 WIDTH, HEADS = 16, 2
+SMALL: dict[str, Any] = {
+    "levels": (1, 4, 8), "search": 2, "window": 8, "budget": 4, "middle": 1, "block": 4, "every": 2, "dims": 3,
+}  # fmt: skip
 MODULES: dict[str, tuple[type[SelfAttention], dict[str, Any]]] = {
     "full": (nn.FullAttention, {}),
     "full-grouped": (nn.FullAttention, {"kv_heads": 1}),
@@ -22,6 +25,12 @@ MODULES: dict[str, tuple[type[SelfAttention], dict[str, Any]]] = {
         {"levels": (1, 4, 8), "search": 2, "window": 4, "budget": 4, "block": 4},
     ),
     "granular-fixed": (nn.MultiGranularAttention, {"policy": "fixed", "levels": (1, 4, 8), "window": 4, "budget": 4}),
+    "granular-learned": (nn.LearnedGranularAttention, {**SMALL, "kv_heads": 1}),
+    "granular-learned-two": (nn.LearnedGranularAttention, {**SMALL, "levels": (1, 4), "share": None}),
+    "granular-learned-one": (nn.LearnedGranularAttention, {**SMALL, "rest": "drop"}),
+    "granular-by-score": (nn.LearnedGranularAttention, {**SMALL, "policy": "scored", "recompute": True}),
+    "granular-by-distance": (nn.LearnedGranularAttention, {**SMALL, "policy": "fixed"}),
+    "granular-at-random": (nn.LearnedGranularAttention, {**SMALL, "policy": "random", "mass": 0.0}),
     "sliding": (nn.LocalAttention, {"window": 3, "kv_heads": 1}),
     "strided": (nn.LocalAttention, {"kind": "strided", "window": 3, "stride": 5}),
     "dilated": (nn.LocalAttention, {"kind": "dilated", "window": 3, "stride": 4}),
@@ -44,6 +53,8 @@ MODULES: dict[str, tuple[type[SelfAttention], dict[str, Any]]] = {
 ALWAYS_FULL: dict[str, dict[str, Any]] = {
     "granular-scored": {"budget": 64},
     "granular-fixed": {"window": 64},
+    "granular-learned": {"budget": 64, "share": None},
+    "granular-by-distance": {"window": 128},
     "sliding": {"window": 64},
     "strided": {"stride": 1},
     "dilated": {"window": 64, "stride": 1},
@@ -200,6 +211,23 @@ def test_what_is_not_there_is_refused() -> None:
         nn.ReformerAttention(WIDTH, HEADS, 1)
     with pytest.raises(SettingError, match="exchange=9"):
         nn.LocalAttention(WIDTH, HEADS, kind="blockwise", window=4, exchange=9)
+    for wrong in ({"window": 0}, {"window": 2.5}, {"budget": -1}, {"block": 0}, {"mass": 2}):
+        with pytest.raises(SettingError, match=f"{next(iter(wrong))}={next(iter(wrong.values()))} must "):
+            nn.MultiGranularAttention(WIDTH, HEADS, **wrong)  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize("name", CAUSAL)
+def test_states_that_do_not_fit_are_refused(name: str) -> None:
+    module, states = make(name), text(5)
+    for wrong in (states[..., :-1], states[0], states.long()):
+        with pytest.raises(SettingError, match=r"hidden states \(rows, tokens, 16\) are wanted"):
+            module(wrong)
+        with pytest.raises(SettingError, match=r"hidden states \(rows, tokens, 16\) are wanted"):
+            module.step(wrong)
+    with pytest.raises(SettingError, match=r"a mask of shape \(2, 4\) was given .*\(2, 5\) is wanted"):
+        module(states, torch.ones(2, 4))
+    with pytest.raises(SettingError, match="3 rows were given for a state of 2"):
+        module.step(text(1, rows=3), module.step(states)[1])
 
 
 @pytest.mark.parametrize("name", CAUSAL)

@@ -81,7 +81,7 @@ class SelfAttention(nn.Module, ABC):
         if kv_heads < 1 or heads % kv_heads:
             raise SettingError(f"kv_heads={kv_heads} must divide heads={heads}")
         self._check_direction(causal)
-        self.heads, self.kv_heads, self.dim, self.causal = heads, kv_heads, width // heads, causal
+        self.width, self.heads, self.kv_heads, self.dim, self.causal = width, heads, kv_heads, width // heads, causal
         self.scale = self.dim**-0.5
         self.query = nn.Linear(width, width, bias=False)
         self.key = nn.Linear(width, kv_heads * self.dim, bias=False)
@@ -107,18 +107,15 @@ class SelfAttention(nn.Module, ABC):
         read as if the row were alone; columns of padding give zeros. Returns the shape of `states`.
 
         Raises:
-            SettingError: when a row's tokens do not stand together.
+            SettingError: for states or a mask of another shape, and when a row's tokens do not stand together.
         """
-        if mask is None or bool(mask.all()):
+        check_states(states, self.width)
+        places = live_places(mask, states)
+        if places is None:
             return self._whole(states)
         out = torch.zeros_like(states)
-        for row, live in enumerate(mask.bool()):
-            place = live.nonzero().flatten()
-            if len(place):
-                first, last = int(place[0]), int(place[-1]) + 1
-                if last - first != len(place):
-                    raise SettingError(f"the mask of row {row} has holes; a row's tokens must stand together")
-                out[row, first:last] = self._whole(states[row : row + 1, first:last])[0]
+        for row, place in places:
+            out[row, place] = self._whole(states[row : row + 1, place])[0]
         return out
 
     def step(self, states: Tensor, state: State | None = None) -> tuple[Tensor, State]:
@@ -127,16 +124,24 @@ class SelfAttention(nn.Module, ABC):
         Returns their outputs, equal to what `forward` gives for the whole text, and the new state.
 
         Raises:
-            SettingError: for a bidirectional module.
+            SettingError: for a bidirectional module, and for states or rows that do not fit.
         """
-        if not self.causal:
-            name = type(self).__name__
-            raise SettingError(f"this {name} is bidirectional and cannot stream; make it with causal=True")
-        state = state or State()
+        state = self._begun(states, state)
         q, new = self._project(states, state.tokens)
         kept = {name: torch.cat((state.kept[name], part), 2) if state.kept else part for name, part in new.items()}
         out = self.attend(Seen(states, q, kept["k"], kept["v"], kept))
         return self._merge(out), State(kept, state.tokens + states.shape[1])
+
+    def _begun(self, states: Tensor, state: State | None) -> State:
+        """What was read so far, after checking that the next states can follow it."""
+        if not self.causal:
+            name = type(self).__name__
+            raise SettingError(f"this {name} is bidirectional and cannot stream; make it with causal=True")
+        check_states(states, self.width)
+        for part in (state or State()).kept.values():
+            if len(part) != len(states):
+                raise SettingError(f"{len(states)} rows were given for a state of {len(part)}; the same rows go on")
+        return state or State()
 
     @abstractmethod
     def attend(self, seen: Seen) -> Tensor:
@@ -174,11 +179,49 @@ class SelfAttention(nn.Module, ABC):
         return self.out(heads.transpose(1, 2).flatten(2))
 
 
+def check_states(states: Tensor, width: int) -> None:
+    """Refuses what are no hidden states of this width.
+
+    Raises:
+        SettingError: naming the shape that is wanted.
+    """
+    if states.dim() != 3 or states.shape[2] != width or not states.is_floating_point():
+        raise SettingError(
+            f"{states.dtype} of shape {tuple(states.shape)} was given; hidden states (rows, tokens, {width}) are wanted"
+        )
+
+
+def live_places(mask: Tensor | None, states: Tensor) -> list[tuple[int, slice]] | None:
+    """Rows of a text (B, T, width) that have tokens, and where these stand; None where all columns are tokens.
+
+    Raises:
+        SettingError: for a mask (B, T) of another shape, and when a row's tokens do not stand together.
+    """
+    if mask is None:
+        return None
+    if mask.shape != states.shape[:2]:
+        raise SettingError(
+            f"a mask of shape {tuple(mask.shape)} was given for states of shape {tuple(states.shape)}; "
+            f"{tuple(states.shape[:2])} is wanted, True for tokens"
+        )
+    if bool(mask.all()):
+        return None
+    places = []
+    for row, live in enumerate(mask.bool()):
+        columns = live.nonzero().flatten().tolist()
+        if columns:
+            place = slice(columns[0], columns[-1] + 1)
+            if place.stop - place.start != len(columns):
+                raise SettingError(f"the mask of row {row} has holes; a row's tokens must stand together")
+            places.append((row, place))
+    return places
+
+
 def above(name: str, value: int, least: int) -> None:
-    """Refuses a number that is too small.
+    """Refuses what is no whole number, or one that is too small.
 
     Raises:
         SettingError: naming the range.
     """
-    if value < least:
-        raise SettingError(f"{name}={value} must be {least} or more")
+    if value != int(value) or value < least:
+        raise SettingError(f"{name}={value} must be a whole number, {least} or more")

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from mgam.errors import SettingError
 from mgam.merge import merge
-from mgam.nn.base import above
+from mgam.nn.base import above, check_states, live_places
 from mgam.nn.performer import of_keys, of_queries, orthogonal
 from mgam.nn.sparse import by_lists, softmax
 
@@ -40,7 +40,7 @@ class CrossAttention(nn.Module, ABC):
             raise SettingError(f"width={width} must be a multiple of heads={heads}")
         if kv_heads < 1 or heads % kv_heads:
             raise SettingError(f"kv_heads={kv_heads} must divide heads={heads}")
-        self.heads, self.kv_heads, self.dim = heads, kv_heads, width // heads
+        self.width, self.heads, self.kv_heads, self.dim = width, heads, kv_heads, width // heads
         self.scale = self.dim**-0.5
         self.query = nn.Linear(width, width, bias=False)
         self.key = nn.Linear(width, kv_heads * self.dim, bias=False)
@@ -54,18 +54,19 @@ class CrossAttention(nn.Module, ABC):
         zeros where a row has no source.
 
         Raises:
-            SettingError: when a row's source tokens do not stand together.
+            SettingError: for states, rows or a mask that do not fit, and when a row's source tokens do not stand
+                together.
         """
-        if mask is None or bool(mask.all()):
+        check_states(states, self.width)
+        check_states(source, self.width)
+        if len(source) != len(states):
+            raise SettingError(f"{len(source)} rows of source were given for {len(states)} rows of target")
+        places = live_places(mask, source)
+        if places is None:
             return self._whole(states, source)
         out = torch.zeros_like(states)
-        for row, live in enumerate(mask.bool()):
-            place = live.nonzero().flatten()
-            if len(place):
-                first, last = int(place[0]), int(place[-1]) + 1
-                if last - first != len(place):
-                    raise SettingError(f"the mask of row {row} has holes; a row's tokens must stand together")
-                out[row] = self._whole(states[row : row + 1], source[row : row + 1, first:last])[0]
+        for row, place in places:
+            out[row] = self._whole(states[row : row + 1], source[row : row + 1, place])[0]
         return out
 
     @abstractmethod

@@ -9,7 +9,7 @@ from torch import Tensor
 from mgam.engine import Plan, Reading, history, read
 from mgam.errors import SettingError
 from mgam.levels import Levels
-from mgam.nn.base import Seen, SelfAttention
+from mgam.nn.base import Seen, SelfAttention, above
 from mgam.policies import Dyadic, Policy, Scored
 from mgam.pyramid import Pyramid
 from mgam.schedule import Schedule
@@ -43,6 +43,11 @@ class MultiGranularAttention(SelfAttention):
         super().__init__(width, heads, kv_heads, **base)
         if policy not in ("scored", "fixed"):
             raise SettingError(f"policy={policy!r} is unknown; choose scored or fixed")
+        above("window", window, 1)
+        above("budget", budget, 0)
+        above("block", block, 1)
+        if not 0 <= mass <= 1:
+            raise SettingError(f"mass={mass} must lie between 0 (a summary counts once) and 1 (once per token)")
         self.levels, self.schedule = Levels(levels, search), Schedule.uniform(block)
         chosen: Policy = Dyadic(window, reach=max(1, budget // levels[1]), mass=mass)
         if policy == "scored":

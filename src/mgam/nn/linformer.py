@@ -35,6 +35,9 @@ class LinformerAttention(SelfAttention):
         """One softmax over the projected rows."""
         tokens = seen.k.shape[2]
         if tokens > self.longest:
-            raise SettingError(f"{tokens} tokens; this LinformerAttention was made for at most {self.longest}")
+            raise SettingError(
+                f"{tokens} tokens were given; this LinformerAttention was made for at most {self.longest}: give shorter "
+                f"texts, or make it with longest={tokens} and train it so"
+            )
         k, v = self.rows_of_keys[:, :tokens] @ seen.k, self.rows_of_values[:, :tokens] @ seen.v
         return over_entries(seen.q, k, v, torch.full_like(seen.own, k.shape[2]), self.scale).out

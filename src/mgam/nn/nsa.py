@@ -48,6 +48,8 @@ class NativeSparseAttention(SelfAttention):
     ) -> None:
         super().__init__(width, heads, kv_heads, **base)
         above("stride", stride, 1)
+        above("length", length, 1)
+        above("select", select, 1)
         above("window", window, 1)
         above("blocks", blocks, 3)
         if length % stride or select % stride:

@@ -52,9 +52,7 @@ class PerformerAttention(SelfAttention):
 
     def step(self, states: Tensor, state: State | None = None) -> tuple[Tensor, State]:
         """The next tokens; what is kept does not grow with the text."""
-        if not self.causal:
-            return super().step(states, state)
-        state = state or State()
+        state = self._begun(states, state)
         q, new = self._project(states, state.tokens)
         q, k = of_queries(q.unflatten(1, (self.kv_heads, -1)), self.features), of_keys(new["k"], self.features)
         v = torch.nn.functional.pad(new["v"].to(k.dtype), (0, 1), value=1.0)
