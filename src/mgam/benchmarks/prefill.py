@@ -14,7 +14,6 @@ from mgam.benchmarks.machine import Machine, timed
 from mgam.benchmarks.setting import Row, Setting, blocks_of, built, in_blocks, rated, row_of, states
 from mgam.cover import Cover
 from mgam.device import choose, prefill
-from mgam.policies import Scored
 from mgam.policies.compact import CompactKeys
 from mgam.policies.fixed import Window
 from mgam.pyramid import Pyramid
@@ -62,25 +61,10 @@ def prefill_rows(setting: Setting, machine: Machine, tokens: int, parts: bool = 
     flop = 2 * setting.query_heads * (tokens / setting.every) * (tokens / 8) * width
     name = f"mgam triton, every {setting.every}, {width} dims, {setting.bits} bits"
     yield rated(row_of("prefill", "search", name, tokens, 1, time, "rate on one pass of products"), machine, flop, 0)
-    covers = [choose(cut[piece], blocks[piece], pyramid, policy) for piece in pieces]
-    device = queries.device
-    time = timed(lambda: [Lists.of(c, blocks[p], device, positions) for c, p in zip(covers, pieces, strict=True)])
+    covers = [(piece, choose(cut[piece], blocks[piece], pyramid, policy)) for piece in pieces]
+    time = timed(lambda: [Lists.of(cover, blocks[piece], queries.device, positions) for piece, cover in covers])
     yield row_of("prefill", "lists and ranks", "torch", tokens, 1, time)
-    yield _read_row(setting, machine, tokens, cut, pyramid, blocks, pieces, policy)
-
-
-def _read_row(
-    setting: Setting,
-    machine: Machine,
-    tokens: int,
-    cut: Tensor,
-    pyramid: Pyramid,
-    blocks: Blocks,
-    pieces: list[slice],
-    policy: Scored,
-) -> Row:
-    covers = [choose(cut[piece], blocks[piece], pyramid, policy) for piece in pieces]
-    return read_row(setting, machine, tokens, cut, pyramid, blocks, list(zip(pieces, covers, strict=True)), "read")
+    yield read_row(setting, machine, tokens, cut, pyramid, blocks, covers, "read")
 
 
 def read_row(
