@@ -199,8 +199,9 @@ def test_folders_that_are_no_digests(digest: Make, model: Any, tokenizer: Any, t
 
 
 def test_what_a_digest_cannot_hold_is_refused(digest: Make) -> None:
-    with pytest.raises(UnsupportedModelError, match="keeps more than keys, values and summaries"):
-        digest(source(300), model=tiny.make_model(method="quest"))
+    for method, budget in (("quest", 16), ("snapkv", 256), ("h2o", 16)):
+        with pytest.raises(UnsupportedModelError, match=f"{method}' keeps more than keys, values and summaries"):
+            digest(source(300), model=tiny.make_model(method=method, budget=budget))
     with pytest.raises(SettingError, match="needs a method that chooses"):
         digest(source(300), model=tiny.make_model(method="dense"), memory="1GiB")
     with pytest.raises(MgamError, match="lone surrogate"):

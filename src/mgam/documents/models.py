@@ -13,6 +13,7 @@ from mgam.documents.store.manifest import Manifest
 from mgam.errors import DigestError, UnsupportedModelError
 from mgam.integrations.transformers import Applied
 from mgam.policies import Dyadic, Full, Scored, Window
+from mgam.policies.base import Observing
 from mgam.settings import Settings
 
 SERVED = (Scored, Window, Dyadic, Full)
@@ -30,7 +31,8 @@ def shape_of(model: Any, applied: Applied, eight_bits: bool) -> Shape:
         raise UnsupportedModelError(
             "a digest keeps layers with full attention only, and this model has others too (sliding or linear)"
         )
-    if not isinstance(applied.reading.policy, SERVED):
+    policy = applied.reading.policy
+    if not isinstance(policy, SERVED) or isinstance(policy, Observing):
         raise UnsupportedModelError(
             f"method {applied.settings.method!r} keeps more than keys, values and summaries, which a digest does not "
             "hold; digest with method mgam, streaming-llm or dyadic"

@@ -9,33 +9,16 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from mgam.cover import Cover, dense_cover, window_start
+from mgam.cover import window_start
 from mgam.errors import SettingError
-from mgam.levels import Levels
-from mgam.policies.base import Heard, Voters
-from mgam.policies.fixed import Window
+from mgam.policies.base import Heard
+from mgam.policies.fixed import Full, Window
 from mgam.policies.scored import highest
 from mgam.positions import Positions, rotate
 from mgam.pyramid import Pyramid
-from mgam.schedule import Blocks
 
 ELEMENTS = 1 << 24
 """Attention weights written out at a time."""
-
-
-@dataclass(frozen=True)
-class _Kept:
-    """Reads all that is kept."""
-
-    votes = False
-
-    def choose(self, voters: Voters | None, blocks: Blocks, pyramid: Pyramid, levels: Levels) -> Cover:
-        """Dense covers of what is kept."""
-        return dense_cover(blocks, pyramid.keys[0].shape[1], levels, pyramid.keys[0].device)
-
-    def read_at_most(self, tokens: int, levels: Levels) -> int:
-        """Nothing stands before the window: the window is all that is kept."""
-        return 0
 
 
 @dataclass(frozen=True)
@@ -73,7 +56,7 @@ class Sliding(Window):
 
 
 @dataclass(frozen=True)
-class SnapKV(_Kept):
+class SnapKV(Full):
     """After the prompt, keeps the tokens that its last queries attend to (Li et al. 2024, arXiv 2404.14469).
 
     Importance: softmax weights of the last `look` queries, averaged over the group's heads, summed, and smoothed over
@@ -155,7 +138,7 @@ class LastQueries:
 
 
 @dataclass(frozen=True)
-class HeavyHitters(_Kept):
+class HeavyHitters(Full):
     """Keeps the tokens with the most attention so far, and the last ones (H2O: Zhang et al. 2023, arXiv 2306.14048).
 
     Attention is summed over all queries that were read while a token was kept, and over the group's heads. A block
