@@ -36,8 +36,8 @@ class LinformerAttention(SelfAttention):
         tokens = seen.k.shape[2]
         if tokens > self.longest:
             raise SettingError(
-                f"{tokens} tokens were given; this LinformerAttention was made for at most {self.longest}: give shorter "
-                f"texts, or make it with longest={tokens} and train it so"
+                f"{tokens} tokens were given; this LinformerAttention was made for at most {self.longest}: give less "
+                f"text, or train one with longest={tokens}"
             )
         k, v = self.rows_of_keys[:, :tokens] @ seen.k, self.rows_of_values[:, :tokens] @ seen.v
         return over_entries(seen.q, k, v, torch.full_like(seen.own, k.shape[2]), self.scale).out
