@@ -66,7 +66,8 @@ def test_many_pages_at_once_are_those_read_one_by_one_and_checked(scene: Scene, 
     shutil.copytree(scene.whole, tmp_path / "it.mgam")
     store = Store.open(tmp_path / "it.mgam")
     shape = store.manifest.shape
-    list(store.residents())
+    with store.residents(torch.device("cpu")) as parts:
+        list(parts)
     chunks = store.manifest.done // shape.levels.chunk
     rng = np.random.default_rng(0)
     head, chunk = rng.integers(0, shape.heads, 300), rng.integers(0, chunks, 300)
@@ -83,7 +84,8 @@ def test_many_pages_at_once_are_those_read_one_by_one_and_checked(scene: Scene, 
     data[offset] ^= 1
     file.write_bytes(data)
     fresh = Store.open(tmp_path / "it.mgam")
-    list(fresh.residents())
+    with fresh.residents(torch.device("cpu")) as parts:
+        list(parts)
     head[150], chunk[150] = 0, chunks - 1
     with pytest.raises(DigestError, match=rf"damaged between byte {offset:,} .*KV head 0, chunk {chunks - 1}\b"):
         fresh.read_pages(1, head, chunk, together)

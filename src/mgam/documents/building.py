@@ -21,7 +21,7 @@ from mgam.documents.store.manifest import Manifest, Segment
 from mgam.documents.store.pages import decode, encode
 from mgam.documents.store.segment import LayerPart, TokenPart, write
 from mgam.documents.store.store import Store
-from mgam.documents.taking_up import load_layer, set_recent
+from mgam.documents.taking_up import load_segment, set_recent
 from mgam.documents.tiers import slots_for
 from mgam.documents.tokens import Tokens, check_equal
 from mgam.errors import DigestError, SettingError
@@ -112,17 +112,19 @@ class Builder:
     def _load(self) -> None:
         """Takes up what is on disk."""
         done = 0
-        for part, resident in self.store.residents():
-            found = resident.on(self.model.device)
-            stored = TokenPart(found.numbers("ids"), found.numbers("texts"), found.numbers("offsets"))
-            check_equal(stored, self.tokens.part(part.first, part.first + part.tokens))
-            for number, layer in self.cache.pyramids.items():
+        layers = self.cache.pyramids
+        with self.store.residents(self.model.device) as parts:
+            for part, found in parts:
+                stored = TokenPart(found.numbers("ids"), found.numbers("texts"), found.numbers("offsets"))
+                check_equal(stored, self.tokens.part(part.first, part.first + part.tokens))
                 if self.pool is None:
-                    self._load_tokens(layer.pyramid, number, part)
-                load_layer(layer.pyramid, number, part, found)
+                    for number, layer in layers.items():
+                        self._load_tokens(layer.pyramid, number, part)
+                load_segment({number: layer.pyramid for number, layer in layers.items()}, part, found)
                 if self.shape.recent:
-                    set_recent(layer, found[f"layers.{number}.recent"][None].to(self.model.device))
-            done = part.first + part.tokens
+                    for number, layer in layers.items():
+                        set_recent(layer, found[f"layers.{number}.recent"][None])
+                done = part.first + part.tokens
         for layer in self.cache.pyramids.values():
             layer.columns = done
 

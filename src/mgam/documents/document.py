@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
@@ -21,9 +21,10 @@ from mgam.documents.models import check_model
 from mgam.documents.paged import PagedPyramid
 from mgam.documents.pool import Counts, Pool
 from mgam.documents.sources import Source, read_source
-from mgam.documents.store.manifest import Manifest
+from mgam.documents.store.manifest import Manifest, Segment
+from mgam.documents.store.segment import Resident
 from mgam.documents.store.store import Store, changed
-from mgam.documents.taking_up import load_layer, set_recent
+from mgam.documents.taking_up import load_segment, set_recent
 from mgam.documents.tiers import HostPages, parse_memory, slots_for
 from mgam.documents.tokens import Frame, Places, Tokens, encode
 from mgam.engine import Record
@@ -131,21 +132,22 @@ class Document:
                 f"{folder} is unfinished: {manifest.done:,} of {manifest.tokens:,} tokens are digested; "
                 f"go on with: mgam digest -o {folder}"
             )
-        check_model(manifest, model, tokenizer, folder)
-        settings = manifest.settings.as_dict()
-        applied = getattr(model, "_mgam_applied", None)
-        if applied is None or applied.settings != manifest.settings:
-            apply(model, settings.pop("method"), **{**settings, "dense_until": manifest.dense_until})
         bound = parse_memory(memory)
         device = model.device
-        pool = Pool(manifest.shape, slots_for(manifest.shape, manifest.tokens, room, bound, device), device)
-        cache = PyramidCache(model, [Schedule.uniform(1)])
-        total = manifest.tokens + room
-        pool.reserve(-(-total // manifest.shape.levels.chunk))
-        for number, layer in cache.pyramids.items():
-            layer.pyramid = PagedPyramid(manifest.shape.levels, pool, number, total)
-            layer.lazy_initialization(pool.keys, pool.values)
-        tokens, recent = _load(store, cache)
+        with store.residents(device) as parts:  # which are being read while the rest is made ready
+            check_model(manifest, model, tokenizer, folder)
+            settings = manifest.settings.as_dict()
+            applied = getattr(model, "_mgam_applied", None)
+            if applied is None or applied.settings != manifest.settings:
+                apply(model, settings.pop("method"), **{**settings, "dense_until": manifest.dense_until})
+            pool = Pool(manifest.shape, slots_for(manifest.shape, manifest.tokens, room, bound, device), device)
+            cache = PyramidCache(model, [Schedule.uniform(1)])
+            total = manifest.tokens + room
+            pool.reserve(-(-total // manifest.shape.levels.chunk))
+            for number, layer in cache.pyramids.items():
+                layer.pyramid = PagedPyramid(manifest.shape.levels, pool, number, total)
+                layer.lazy_initialization(pool.keys, pool.values)
+            tokens, recent = _load(store, parts, cache)
         if tier == "disk":
             pool.fetch = store.read_pages
         else:
@@ -315,27 +317,26 @@ class Chat:
         self.spans = (*spans, Span(stop, 1)) if said else spans
 
 
-def _load(store: Store, cache: PyramidCache) -> tuple[Tokens, dict[int, Tensor | None]]:
+def _load(
+    store: Store, parts: Iterator[tuple[Segment, Resident]], cache: PyramidCache
+) -> tuple[Tokens, dict[int, Tensor | None]]:
     """Takes up all that stays in memory; returns the tokens and each layer's recent queries."""
-    shape = store.manifest.shape
-    parts: list[tuple[Any, Any, Any]] = []
-    recent: dict[int, Tensor | None] = dict.fromkeys(cache.pyramids)
-    for part, resident in store.residents():
-        found = resident.on(cache.pyramids[0].pyramid.keys[0].device)
-        parts.append((found.numbers("ids"), found.numbers("texts"), found.numbers("offsets")))
-        for number, layer in cache.pyramids.items():
-            pyramid = layer.pyramid
-            load_layer(pyramid, number, part, found)
-            device = pyramid.keys[0].device
-            rest = found[f"layers.{number}.rest"].to(device)
-            whole = (part.first + part.tokens) // shape.levels.chunk * shape.levels.chunk
-            pyramid.put(slice(None), whole, rest[:1], rest[1:])
+    shape, layers = store.manifest.shape, cache.pyramids
+    numbers: list[tuple[Any, Any, Any]] = []
+    recent: dict[int, Tensor | None] = dict.fromkeys(layers)
+    for part, found in parts:
+        numbers.append((found.numbers("ids"), found.numbers("texts"), found.numbers("offsets")))
+        load_segment({number: layer.pyramid for number, layer in layers.items()}, part, found)
+        done = part.first + part.tokens
+        for number, layer in layers.items():
+            if done % shape.levels.chunk:
+                rest = found[f"layers.{number}.rest"]
+                layer.pyramid.put(slice(None), done // shape.levels.chunk * shape.levels.chunk, rest[:1], rest[1:])
             if shape.recent:
-                new = found[f"layers.{number}.recent"][None].to(device)
-                old = recent[number]
+                new, old = found[f"layers.{number}.recent"][None], recent[number]
                 recent[number] = (new if old is None else torch.cat((old, new), 2))[:, :, -shape.recent :].clone()
-            layer.columns = part.first + part.tokens
-    ids, texts, offsets = (np.concatenate(columns) for columns in zip(*parts, strict=True))
+            layer.columns = done
+    ids, texts, offsets = (np.concatenate(columns) for columns in zip(*numbers, strict=True))
     if ((texts >= len(store.manifest.texts)) | (texts < -1)).any():
         raise DigestError(f"{store.folder} cannot be right: it has tokens of texts that it does not hold")
     return Tokens(ids, texts, offsets), recent

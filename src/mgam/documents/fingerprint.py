@@ -28,11 +28,13 @@ def of_model(model: Any) -> str:
 
 def of_tokenizer(tokenizer: Any) -> str:
     """A hash of what turns text into tokens, and of the chat template."""
-    table: Any = sorted(tokenizer.get_vocab().items())
+    table: Any
     if getattr(tokenizer, "is_fast", False):
         table = json.loads(tokenizer.backend_tokenizer.to_str())
         for changing in ("truncation", "padding"):  # set by the last call
             table.pop(changing, None)
+    else:
+        table = sorted(tokenizer.get_vocab().items())
     text = json.dumps([table, getattr(tokenizer, "chat_template", None)], sort_keys=True, default=str)
     return hashlib.sha256(text.encode()).hexdigest()
 

@@ -1,6 +1,8 @@
-"""Taking up what a digest holds: summaries, search keys and voters of one layer."""
+"""Taking up what a digest holds: summaries and search keys of all layers, voters of one."""
 
 from __future__ import annotations
+
+from collections.abc import Mapping
 
 from torch import Tensor
 
@@ -19,15 +21,19 @@ def set_recent(layer: PyramidLayer, queries: Tensor | None) -> None:
     layer._votes = votes
 
 
-def load_layer(pyramid: Pyramid, layer: int, part: Segment, found: Resident) -> None:
-    """Puts summaries and search keys of a segment into a pyramid that has room for them."""
-    for level, size in enumerate(pyramid.levels.sizes[1:], start=1):
-        first = part.first // size
-        for kind, states in (("keys", pyramid.keys), ("values", pyramid.values)):
-            new = found[f"layers.{layer}.{kind}.{level}"]
-            states[level][0, :, first : first + new.shape[1]] = new
-    assert pyramid.search is not None
-    search = found[f"layers.{layer}.search"]
-    first = part.first // pyramid.levels.chunk
-    pyramid.search[0, :, :, first : first + search.shape[2]] = search
-    pyramid.lengths = [part.first + part.tokens]
+def load_segment(pyramids: Mapping[int, Pyramid], part: Segment, found: Resident) -> None:
+    """Puts summaries and search keys of a segment into the pyramids of all layers, which have room for them."""
+    levels = found.layout.shape.levels
+    for level, size in enumerate(levels.sizes[1:], start=1):
+        span = slice(part.first // size, (part.first + part.tokens) // size)
+        for kind in ("keys", "values"):
+            for layer, new in enumerate(found.across(f"{kind}.{level}").unbind()):
+                states = pyramids[layer].keys if kind == "keys" else pyramids[layer].values
+                states[level][0, :, span] = new
+    span = slice(part.first // levels.chunk, (part.first + part.tokens) // levels.chunk)
+    for layer, new in enumerate(found.across("search").unbind()):
+        search = pyramids[layer].search
+        assert search is not None
+        search[0, :, :, span] = new
+    for pyramid in pyramids.values():
+        pyramid.lengths = [part.first + part.tokens]

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import hashlib
+import math
 import os
 from collections.abc import Callable
 from dataclasses import dataclass, replace
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +16,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from mgam.documents.store import files
-from mgam.documents.store.layout import Layout, Place
+from mgam.documents.store.layout import SIZES, Layout, Place
 from mgam.documents.store.pages import checksums
 from mgam.errors import DigestError
 
@@ -120,15 +122,15 @@ def check_size(descriptor: int, layout: Layout, path: Path) -> None:
         raise DigestError(f"{path} has another header than its digest calls for: it is damaged or foreign")
 
 
-def read_head(descriptor: int, layout: Layout, sha256: str, path: Path) -> Resident:
-    """All that stands before the pages.
+def read_head(descriptor: int, layout: Layout, sha256: str, path: Path, buffer: bytearray | None = None) -> Resident:
+    """All that stands before the pages, in a buffer that is large enough or in new memory.
 
     Raises:
         DigestError: it does not fit its checksum, or ends early.
     """
-    data = bytearray(layout.pages_begin)
+    data = memoryview(bytearray(layout.pages_begin) if buffer is None else buffer)[: layout.pages_begin]
     try:
-        got = files.read_at(descriptor, memoryview(data), 0)
+        got = files.read_at(descriptor, data, 0)
     except OSError as error:
         raise DigestError(f"{path} cannot be read: {error.strerror}") from error
     if got != len(data) or hashlib.sha256(data).hexdigest() != sha256:
@@ -143,7 +145,7 @@ def read_head(descriptor: int, layout: Layout, sha256: str, path: Path) -> Resid
 class Resident:
     """The tensors of a segment that stand before its pages."""
 
-    data: bytearray
+    data: memoryview
     layout: Layout
     moved: Tensor | None = None
     """All of `data` on another device, in one piece."""
@@ -154,13 +156,32 @@ class Resident:
             return self
         return replace(self, moved=torch.frombuffer(self.data, dtype=torch.uint8).to(device))
 
+    @cached_property
+    def _whole(self) -> Tensor:
+        return torch.frombuffer(self.data, dtype=torch.uint8) if self.moved is None else self.moved
+
     def __getitem__(self, name: str) -> Tensor:
         place: Place = self.layout.places[name]
-        whole = torch.frombuffer(self.data, dtype=torch.uint8) if self.moved is None else self.moved
         if not place.bytes:
-            return torch.empty(place.shape, dtype=DTYPES[place.code], device=whole.device)
-        return whole[place.begin : place.end].view(DTYPES[place.code]).view(place.shape)
+            return torch.empty(place.shape, dtype=DTYPES[place.code], device=self._whole.device)
+        return self._whole[place.begin : place.end].view(DTYPES[place.code]).view(place.shape)
+
+    def across(self, kind: str) -> Tensor:
+        """A tensor of every layer (layers, ...) at once: one look instead of many."""
+        layers, first = self.layout.shape.layers, self.layout.places[f"layers.0.{kind}"]
+        last = self.layout.places[f"layers.{layers - 1}.{kind}"]
+        numbers = DTYPES[first.code]
+        if not first.bytes:
+            return torch.empty((layers, *first.shape), dtype=numbers, device=self._whole.device)
+        step = (last.begin - first.begin) // max(layers - 1, 1) // SIZES[first.code]
+        inner = [math.prod(first.shape[axis + 1 :]) for axis in range(len(first.shape))]
+        flat = self._whole[first.begin : last.end].view(numbers)
+        return flat.as_strided((layers, *first.shape), (step, *inner))
 
     def numbers(self, name: str) -> Numbers:
         """A tensor of whole numbers, as a copy that outlives the rest."""
         return replace(self, moved=None)[name].numpy().copy()
+
+    def checks(self) -> Numbers:
+        """Checksums of pages (layers, C, H), as a copy that outlives the rest."""
+        return replace(self, moved=None).across("checks").contiguous().clone().numpy()

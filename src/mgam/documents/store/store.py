@@ -5,11 +5,14 @@ from __future__ import annotations
 import hashlib
 import os
 import zlib
+from collections import deque
 from collections.abc import Iterator
-from concurrent.futures import ThreadPoolExecutor, wait
+from concurrent.futures import Future, ThreadPoolExecutor, wait
+from contextlib import contextmanager
 from pathlib import Path
 
 import numpy as np
+import torch
 from torch import Tensor
 
 from mgam.documents.sources import read_source
@@ -31,7 +34,7 @@ class Store:
         self.folder = folder
         self.manifest = manifest
         self._descriptors: dict[int, int] = {}
-        self._checks: list[list[Numbers]] = []
+        self._checks: list[Numbers] = []
         self._checked: list[Numbers] = []
         self._readers: ThreadPoolExecutor | None = None
 
@@ -93,31 +96,49 @@ class Store:
             )
         return data.decode()
 
-    def residents(self) -> Iterator[tuple[Segment, Resident]]:
-        """Every segment with what stays in memory of it, in order; a few are read at a time.
+    @contextmanager
+    def residents(self, device: torch.device) -> Iterator[Iterator[tuple[Segment, Resident]]]:
+        """Every segment with what stays in memory of it, in order, on a device.
+
+        A few are read ahead, from the moment of this call on. What is handed out counts until the next one is asked
+        for: its memory is used again.
 
         Raises:
             DigestError: one is damaged.
         """
-        with ThreadPoolExecutor(min(READERS, os.cpu_count() or 1)) as readers:
-            numbers = range(len(self.manifest.segments))
-            ahead = READERS
-            waiting = [readers.submit(self.resident, number) for number in numbers[:ahead]]
-            for number in numbers:
-                found = waiting.pop(0).result()
-                if number + ahead < len(numbers):
-                    waiting.append(readers.submit(self.resident, number + ahead))
-                self.learn_checks(number, found)
-                yield self.manifest.segments[number], found
+        workers = min(READERS, os.cpu_count() or 1)
+        spare: list[bytearray] = []
 
-    def resident(self, number: int) -> Resident:
-        """What stays in memory of a segment, checked."""
+        def read(number: int) -> tuple[Resident, bytearray]:
+            need = self.manifest.layout(self.manifest.segments[number]).pages_begin
+            buffer = spare.pop() if spare else bytearray()
+            buffer = buffer if len(buffer) >= need else bytearray(need)
+            return self.resident(number, buffer).on(device), buffer
+
+        def hand_out(waiting: deque[Future[tuple[Resident, bytearray]]]) -> Iterator[tuple[Segment, Resident]]:
+            for number, part in enumerate(self.manifest.segments):
+                found, buffer = waiting.popleft().result()
+                self.learn_checks(number, found)
+                yield part, found
+                spare.append(buffer)
+                if number + ahead < len(self.manifest.segments):
+                    waiting.append(readers.submit(read, number + ahead))
+
+        ahead = workers + 1
+        readers = ThreadPoolExecutor(workers)
+        try:
+            yield hand_out(deque(readers.submit(read, n) for n in range(min(ahead, len(self.manifest.segments)))))
+        finally:
+            readers.shutdown(cancel_futures=True)
+
+    def resident(self, number: int, buffer: bytearray | None = None) -> Resident:
+        """What stays in memory of a segment, checked; in `buffer` where one is given."""
         part = self.manifest.segments[number]
         descriptor = files.open_for_reading(self.folder, part.file)
         try:
             layout = self.manifest.layout(part)
             segment.check_size(descriptor, layout, self.path(number))
-            return segment.read_head(descriptor, layout, part.sha256, self.path(number))
+            return segment.read_head(descriptor, layout, part.sha256, self.path(number), buffer)
         finally:
             os.close(descriptor)
 
@@ -125,7 +146,7 @@ class Store:
         """Keeps the checksums of a segment's pages, which come with what was checked already."""
         del self._checks[number:], self._checked[number:]
         shape = self.manifest.shape
-        self._checks.append([found.numbers(f"layers.{layer}.checks") for layer in range(shape.layers)])
+        self._checks.append(found.checks())
         self._checked.append(np.zeros((shape.layers, found.layout.chunks, shape.heads), np.bool_))
 
     def read_pages(self, layer: int, heads: Numbers, chunks: Numbers, pages: Tensor) -> None:
@@ -164,7 +185,7 @@ class Store:
             raise DigestError(f"{self.path(number)} cannot be read at byte {offset:,}: {error.strerror}") from error
         if got == len(view) and self._checked[number][layer, inside, head]:
             return
-        if got != len(view) or zlib.crc32(view) != self._checks[number][layer][inside, head]:
+        if got != len(view) or zlib.crc32(view) != self._checks[number][layer, inside, head]:
             chunk = number * (self.manifest.grid // self.manifest.shape.levels.chunk) + inside
             raise DigestError(damaged_page(self.path(number), offset, len(view), layer, chunk, head))
         self._checked[number][layer, inside, head] = True
