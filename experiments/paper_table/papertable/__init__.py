@@ -1,0 +1,1 @@
+"""The paper's table: tasks, models, training, measures and pages."""

@@ -1,0 +1,73 @@
+"""Means and intervals over seeds, and what the paper claims."""
+
+from __future__ import annotations
+
+import math
+import statistics
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from papertable.plan import SEEDS, pooled
+
+STUDENT = {1: 12.706, 2: 4.303, 3: 3.182, 4: 2.776, 5: 2.571}
+"""97.5 % quantiles of Student's t, by degrees of freedom."""
+CLAIMED = {"bert": (72.5, 70.3), "gpt2": (74.8, 73.1), "longformer": (76.2, 74.5), "mgam": (80.1, 78.6)}
+"""Accuracy and F1 in the paper, for models of these names; of the conditions nothing is published."""
+CLAIMED_MARGINS = (3.9, 4.1)
+"""MGAM over Longformer: accuracy and F1."""
+
+
+@dataclass(frozen=True)
+class Figure:
+    """Mean over seeds, half of a 95 % interval (None of one seed alone), and how many seeds."""
+
+    mean: float
+    half: float | None
+    seeds: int
+
+    def __str__(self) -> str:
+        spread = "" if self.half is None else f" ± {self.half:.1f}"
+        return f"{self.mean:.1f}{spread}"
+
+
+def figure(values: Sequence[float]) -> Figure | None:
+    """Mean and 95 % t-interval."""
+    if not values:
+        return None
+    half = None
+    if len(values) > 1:
+        half = STUDENT[len(values) - 1] * statistics.stdev(values) / math.sqrt(len(values))
+    return Figure(statistics.mean(values), half, len(values))
+
+
+def scores(results: dict[str, dict[str, Any]], model: str, name: str, length: str | None = None) -> list[float]:
+    """A pooled figure of each finished seed; a run that diverged counts as 0."""
+    found = []
+    for seed in range(SEEDS):
+        result = results.get(f"{model}-{seed}")
+        if result is None:
+            continue
+        value = 0.0 if result["diverged"] is not None else pooled(result["test"]["scores"], name, length)
+        if value is not None:
+            found.append(value)
+    return found
+
+
+def margin(results: dict[str, dict[str, Any]], left: str, right: str, name: str) -> Figure | None:
+    """Difference of two models over the seeds that both have finished."""
+    both = [seed for seed in range(SEEDS) if all(f"{one}-{seed}" in results for one in (left, right))]
+    ours, theirs = (
+        scores({f"{one}-{seed}": results[f"{one}-{seed}"] for seed in both}, one, name) for one in (left, right)
+    )
+    return figure([a - b for a, b in zip(ours, theirs, strict=True)])
+
+
+def of_stage(results: dict[str, dict[str, Any]], model: str, length: int, name: str) -> float | None:
+    """Median over seeds of what was measured in training at a length."""
+    found = [
+        result["stages"][str(length)][name]
+        for seed in range(SEEDS)
+        if (result := results.get(f"{model}-{seed}")) and str(length) in result["stages"]
+    ]
+    return statistics.median(found) if found else None

@@ -1,0 +1,153 @@
+"""Growth of time and memory with length: one row, a process of its own for each point."""
+
+from __future__ import annotations
+
+import json
+import statistics
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator
+from contextlib import nullcontext
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from mgam.evaluation.machine import conditions
+from mgam.nn import LearnedGranularAttention
+from mgam.nn.base import Seen
+from papertable.measure import Clock, peak_memory, reset_memory
+from papertable.models import MODELS, Reader, loss_of
+from papertable.sample import ASKED, Batch
+from papertable.sizes import SIZES
+from papertable.vocabulary import END, SIZE
+
+ENOUGH_SECONDS = 40.0
+"""A point that took so long is the last of its model."""
+LEAST, MOST, SECONDS = 3, 20, 3.0
+
+
+def measure(
+    size: str, folder: Path, device: str, shortest: int, longest: int, models: tuple[str, ...] = MODELS
+) -> Iterator[dict[str, Any]]:
+    """Points that are not in `growth.jsonl` yet, added to it one by one."""
+    path = folder / "growth.jsonl"
+    done = {(line["model"], line["length"]): line for line in read(folder)}
+    for model in models:
+        length, enough = shortest, False
+        while length <= longest and not enough:
+            line = done.get((model, length))
+            if line is None:
+                line = _apart(size, model, length, device)
+                folder.mkdir(parents=True, exist_ok=True)
+                with path.open("a") as file:
+                    file.write(json.dumps(line) + "\n")
+                yield line
+            enough = "failed" in line or line["step_ms"] > 1e3 * ENOUGH_SECONDS
+            length *= 2
+
+
+def read(folder: Path) -> list[dict[str, Any]]:
+    """Points that were measured."""
+    path = folder / "growth.jsonl"
+    return [json.loads(line) for line in path.read_text().splitlines()] if path.is_file() else []
+
+
+def _apart(size: str, model: str, length: int, device: str) -> dict[str, Any]:
+    words = [sys.executable, str(Path(__file__).parents[1] / "run.py"), "point", "--size", size, "--model", model]
+    done = subprocess.run([*words, "--length", str(length), "--device", device], capture_output=True, text=True)
+    if done.returncode:
+        last = (done.stderr.strip().splitlines() or [f"ended with {done.returncode}"])[-1]
+        return {"model": model, "length": length, "size": size, "failed": last, **_conditions(device)}
+    return json.loads(done.stdout.splitlines()[-1])
+
+
+def point(size: str, model: str, length: int, device: str) -> dict[str, Any]:
+    """Forward pass and training step of one row of `length` tokens, and MGAM's parts, each alone."""
+    torch.manual_seed(0)
+    reader = Reader(model, SIZES[size]).to(device)
+    batch = _batch(length).to(device)
+    autocast = torch.autocast("cuda", torch.bfloat16) if device.startswith("cuda") else nullcontext()
+
+    def forward() -> None:
+        with torch.no_grad(), autocast:
+            reader(batch)
+
+    def step() -> None:
+        with autocast:
+            units, tokens = reader(batch)
+            loss = loss_of(units, tokens, batch)
+        loss.backward()
+        reader.zero_grad(set_to_none=True)
+
+    found: dict[str, Any] = {"model": model, "length": length, "size": size}
+    found["idle_bytes"] = _memory_now(device)
+    for name, call in (("forward", forward), ("step", step)):
+        reset_memory(device)
+        found |= {f"{name}_{part}": value for part, value in _timed(call, device).items()}
+        found[f"{name}_peak_bytes"] = peak_memory(device)
+    if model.startswith("mgam"):
+        found |= _parts(reader, length, device, autocast)
+    return {**found, **_conditions(device)}
+
+
+def _batch(length: int) -> Batch:
+    draw = torch.Generator().manual_seed(0)
+    tokens = torch.randint(8, SIZE, (1, length + 1), generator=draw)
+    ends = torch.arange(ASKED + 32, length - ASKED, 32)[None]
+    tokens[0, ends[0]] = END
+    gold = torch.zeros_like(ends, dtype=torch.bool)
+    gold[0, 0] = True
+    return Batch(tokens, ends, gold, torch.tensor([[ASKED + 2, ASKED + 3]]))
+
+
+@torch.no_grad()
+def _parts(reader: Reader, length: int, device: str, autocast: Any) -> dict[str, Any]:
+    """Pyramid (summaries of all levels, search keys) and policy (its projections, scores and choice) of all layers."""
+    layer: Any = reader.layers[0]
+    attention: LearnedGranularAttention = layer.attention
+    states = torch.randn(1, length + 1, attention.width, device=device)
+    with autocast:
+        q, new = attention._project(states, 0)
+        seen = Seen(states, q, new["k"], new["v"], new)
+        search = attention.pyramid(seen)[2]
+        part = attention.part(0, -(-(length + 1) // attention.block), length + 1, states.device)
+
+        def policy() -> None:
+            attention.extra(states, q, 0)
+            attention.choose(part, *attention.judge(part, search, seen))
+
+        calls: dict[str, Callable[[], Any]] = {"pyramid": lambda: attention.pyramid(seen), "policy": policy}
+        times = {name: _timed(call, device)["ms"] * len(reader.layers) for name, call in calls.items()}
+    return {f"{name}_ms": round(value, 4) for name, value in times.items()}
+
+
+def _timed(call: Callable[[], Any], device: str) -> dict[str, Any]:
+    """Median, fastest and slowest, in milliseconds, after one call that is not counted."""
+    call()
+    clock, began = Clock(device), time.perf_counter()
+    repeats = 0
+    while repeats < LEAST or (repeats < MOST and time.perf_counter() - began < SECONDS):
+        with clock:
+            call()
+        repeats += 1
+        if time.perf_counter() - began > ENOUGH_SECONDS:
+            break
+    times = clock.milliseconds()
+    return {
+        "ms": round(statistics.median(times), 4),
+        "fastest_ms": round(min(times), 4),
+        "slowest_ms": round(max(times), 4),
+        "repeats": repeats,
+    }
+
+
+def _memory_now(device: str) -> int:
+    """Bytes before the first pass: weights, and on a CPU the process itself."""
+    return torch.cuda.memory_allocated(device) if device.startswith("cuda") else peak_memory(device)
+
+
+def _conditions(device: str) -> dict[str, Any]:
+    found = conditions(device)
+    return {"machine": found["device"], "commit": found["commit"], "threads": found["threads"], "date": found["date"]}

@@ -1,0 +1,179 @@
+"""Time, memory, entries read, and the figures of a part."""
+
+from __future__ import annotations
+
+import resource
+import statistics
+import time
+from collections import defaultdict
+from collections.abc import Sequence
+from contextlib import nullcontext
+from typing import Any
+
+import numpy as np
+import torch
+from torch import nn
+
+from mgam.nn import FullAttention, LearnedGranularAttention, LongformerAttention
+from papertable.library import Library
+from papertable.sample import Sample, collate
+from papertable.score import SILENCE, choices, oracle, rouges, score
+from papertable.shelf import Part
+
+SEED = 0
+"""Of test and dev samples: the same for all."""
+
+
+class Clock:
+    """Times of several steps, without waiting for the device in between."""
+
+    def __init__(self, device: str) -> None:
+        self.gpu = device.startswith("cuda")
+        self.events: list[tuple[Any, Any]] = []
+        self.found: list[float] = []
+        self.began = 0.0
+
+    def __enter__(self) -> None:
+        if self.gpu:
+            pair = (torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True))
+            self.events.append(pair)
+            pair[0].record()
+        self.began = time.perf_counter()
+
+    def __exit__(self, *failure: object) -> None:
+        if self.gpu:
+            self.events[-1][1].record()
+        else:
+            self.found.append((time.perf_counter() - self.began) * 1e3)
+
+    def milliseconds(self) -> list[float]:
+        """Of each step so far."""
+        if not self.gpu:
+            return self.found
+        if self.events:
+            torch.cuda.synchronize()
+        return [start.elapsed_time(stop) for start, stop in self.events]
+
+
+def reset_memory(device: str) -> None:
+    """Peak memory counts from here, where the device can say so."""
+    if device.startswith("cuda"):
+        torch.cuda.reset_peak_memory_stats(device)
+
+
+def peak_memory(device: str) -> int:
+    """Bytes: of tensors on a GPU; of the whole process, since it began, on a CPU."""
+    if device.startswith("cuda"):
+        return torch.cuda.max_memory_allocated(device)
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+
+
+@torch.no_grad()
+def evaluate(
+    model: nn.Module,
+    library: Library,
+    tasks: Sequence[str],
+    part: Part,
+    cells: Sequence[tuple[int, int]],
+    tokens: int,
+    device: str,
+) -> dict[str, Any]:
+    """Figures of every task and length, in percent: {task: {length: {figure: value}}}; entries read, {length: ...}."""
+    model.eval()
+    found: dict[str, Any] = {task: {} for task in tasks}
+    reading: dict[str, Any] = {}
+    for length, count in cells:
+        counted: list[dict[str, float]] = []
+        for task in tasks:
+            scores: dict[str, list[float]] = defaultdict(list)
+            rows = max(1, tokens // length)
+            for low in range(0, count, rows):
+                samples = [library.sample(task, part, length, SEED, at) for at in range(low, min(count, low + rows))]
+                with torch.autocast("cuda", torch.bfloat16) if device.startswith("cuda") else nullcontext():
+                    units, spans, entries = _watched(model, samples, device)
+                counted.append(entries)
+                for sample, choice in zip(samples, choices(units, spans, samples), strict=True):
+                    for name, value in score(library, sample, choice).items():
+                        scores[name].append(100 * value)
+            found[task][str(length)] = {name: round(statistics.mean(all_), 4) for name, all_ in scores.items()}
+        names = counted[0]
+        reading[str(length)] = {name: round(statistics.mean(one[name] for one in counted), 4) for name in names}
+    return {"scores": found, "entries": reading}
+
+
+def baselines(library: Library, tasks: Sequence[str], part: Part, cells: Sequence[tuple[int, int]]) -> dict[str, Any]:
+    """Chance, silence and the oracle on the same samples."""
+    found: dict[str, Any] = {}
+    for task in tasks:
+        for length, count in cells:
+            scores: dict[str, list[float]] = defaultdict(list)
+            for at in range(count):
+                sample = library.sample(task, part, length, SEED, at)
+                scores["chance accuracy"].append(100 * min(1.0, len(sample.gold) / len(sample.ends)))
+                for name, choice in (("oracle", oracle(sample)), ("silence", SILENCE)):
+                    for figure, value in score(library, sample, choice).items():
+                        scores[f"{name} {figure}"].append(100 * value)
+                if sample.lead:
+                    drawn = np.random.default_rng(at).choice(len(sample.ends), 3, replace=False).tolist()
+                    for figure, value in rouges(library, sample, drawn).items():
+                        scores[f"chance {figure}"].append(100 * value)
+            found.setdefault(task, {})[str(length)] = {name: statistics.mean(all_) for name, all_ in scores.items()}
+    return found
+
+
+def _watched(
+    model: nn.Module, samples: Sequence[Sample], device: str
+) -> tuple[torch.Tensor, torch.Tensor, dict[str, float]]:
+    """Logits, and entries that a query reads on average over queries, heads and layers, by level."""
+    layers = [layer.attention for layer in model.layers]  # type: ignore[union-attr]
+    for layer in layers:
+        if isinstance(layer, LearnedGranularAttention):
+            layer.seen_covers = []
+    units, spans = model(collate(samples).to(device))
+    found: dict[str, list[float]] = defaultdict(list)
+    for layer in layers:
+        for name, value in _entries(layer, samples).items():
+            found[name].append(value)
+        if isinstance(layer, LearnedGranularAttention):
+            layer.seen_covers = None
+    return units, spans, {name: statistics.mean(values) for name, values in found.items()}
+
+
+def _entries(layer: nn.Module, samples: Sequence[Sample]) -> dict[str, float]:
+    tokens = len(samples[0].tokens)
+    place = np.arange(tokens)
+    if isinstance(layer, FullAttention):
+        return {"tokens": float((place + 1).mean()) if layer.causal else float(tokens)}
+    if isinstance(layer, LongformerAttention):
+        low, high = np.maximum(place - layer.window + 1, 0), np.minimum(place + layer.window, tokens)
+        own = high - low + np.clip(low, 0, layer.global_tokens)
+        own[: layer.global_tokens] = tokens
+        return {"tokens": float(own.mean())}
+    assert isinstance(layer, LearnedGranularAttention)
+    assert layer.seen_covers is not None
+    chunk, block = layer.levels.chunk, layer.block
+    fine, coarse, blocks, held = 0.0, [0.0] * layer.levels.top, 0, []
+    for part, cover in layer.seen_covers:
+        blocks += len(part.start)
+        low, high = part.left.cpu().numpy(), np.minimum(part.right.cpu().numpy(), tokens)
+        near = high - low - ((block - 1) / 2 if layer.causal else 0)
+        fine += float((near + chunk * (low >= chunk)).sum())
+        fine += float((cover.opened >= 0).sum(-1).double().mean((0, 1)).sum()) * chunk
+        for level, read in enumerate(cover.read):
+            coarse[level] += float(read.sum(-1).double().mean((0, 1)).sum())
+        if int(part.start[-1]) + block >= tokens:
+            held += _held(cover.opened[:, :, -1].cpu(), int(low[-1]), samples, chunk)
+    found = {"tokens": fine / blocks}
+    found |= {f"level {level + 1}": value / blocks for level, value in enumerate(coarse)}
+    return found | ({"gold read as tokens": statistics.mean(held)} if held else {})
+
+
+def _held(opened: torch.Tensor, window: int, samples: Sequence[Sample], chunk: int) -> list[float]:
+    """Share of heads that read the end of a gold unit as tokens for <answer>, of units before its window."""
+    found = []
+    for row, sample in enumerate(samples):
+        for number in sample.gold.tolist():
+            end = int(sample.ends[number])
+            if chunk <= end < window:
+                found.append(float((opened[row] == end // chunk).any(-1).double().mean()))
+    return found

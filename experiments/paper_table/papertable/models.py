@@ -1,0 +1,115 @@
+"""Five readers that differ in their attention alone, with equal parameters, and MGAM's ablations."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from mgam.errors import SettingError
+from mgam.nn import FullAttention, LearnedGranularAttention, LongformerAttention, SelfAttention
+from papertable.sample import ASKED, Batch
+from papertable.sizes import Size
+from papertable.vocabulary import END, SIZE
+
+MODELS = ("bert", "gpt2", "longformer", "mgam-causal", "mgam")
+ABLATIONS: dict[str, dict[str, Any]] = {
+    "as it is": {},
+    "one level": {"rest": "drop"},
+    "two levels": {"levels": 2},
+    "random policy": {"policy": "random"},
+    "fixed policy": {"policy": "fixed"},
+    "scored policy": {"policy": "scored"},
+    "no mass": {"mass": 0.0},
+    "no adaptive budget": {"share": None},
+}
+DIMS = 64
+"""Of a pointer."""
+
+
+def attention(kind: str, size: Size, **changes: Any) -> SelfAttention:
+    """One layer's attention.
+
+    Raises:
+        SettingError: for a model that is not known.
+    """
+    if kind in ("bert", "gpt2"):
+        return FullAttention(size.width, size.heads, causal=kind == "gpt2")
+    if kind == "longformer":
+        return LongformerAttention(
+            size.width, size.heads, causal=False, window=size.window, global_tokens=1 + ASKED, recompute=True
+        )
+    if kind not in MODELS:
+        raise SettingError(f"model {kind!r} is unknown; choose one of {', '.join(MODELS)}")
+    options = {**size.granular, "recompute": True, **changes}
+    if changes.get("levels") == 2:
+        options["levels"] = size.granular["levels"][:2]
+    return LearnedGranularAttention(size.width, size.heads, causal=kind == "mgam-causal", **options)
+
+
+class Layer(nn.Module):
+    """Attention and a feed-forward part, each normed before and added."""
+
+    def __init__(self, made: SelfAttention, width: int, inner: int) -> None:
+        super().__init__()
+        self.attention = made
+        self.before, self.between = nn.RMSNorm(width), nn.RMSNorm(width)
+        self.feed = nn.Sequential(nn.Linear(width, inner, bias=False), nn.GELU(), nn.Linear(inner, width, bias=False))
+
+    def forward(self, states: Tensor) -> Tensor:
+        """(B, T, width) -> (B, T, width)."""
+        states = states + self.attention(self.before(states))
+        return states + self.feed(self.between(states))
+
+
+class Reader(nn.Module):
+    """Reads a sample and points from its last token to units and to the answer.
+
+    Every kind has the parameters of full attention with a feed-forward part four times as wide, within a row of it.
+    """
+
+    def __init__(self, kind: str, size: Size, **changes: Any) -> None:
+        super().__init__()
+        width = size.width
+        self.embed = nn.Embedding(SIZE, width)
+        nn.init.normal_(self.embed.weight, std=0.5)
+        made = []
+        for number in range(size.layers):
+            own = {**changes, "seed": number} if kind.startswith("mgam") else {}
+            made.append(attention(kind, size, **own))
+        wanted = parameters(attention("bert", size)) + 8 * width * width
+        inner = round((wanted - parameters(made[0])) / (2 * width))
+        self.layers = nn.ModuleList(Layer(one, width, inner) for one in made)
+        self.norm = nn.RMSNorm(width)
+        self.ask = nn.Linear(width, 3 * DIMS)
+        self.told = nn.Linear(width, 3 * (DIMS + 1))
+
+    def forward(self, batch: Batch) -> tuple[Tensor, Tensor]:
+        """Logits of units (B, M), and of first and last tokens (B, 2, T); -inf where none may be."""
+        states = self.embed(batch.tokens)
+        for layer in self.layers:
+            states = layer(states)
+        states = self.norm(states)
+        asked = self.ask(states[:, -1]).unflatten(1, (3, DIMS)).float()
+        told = self.told(states).unflatten(2, (3, DIMS + 1)).float()
+        logits = torch.einsum("bpd,btpd->bpt", asked, told[..., :-1]) * DIMS**-0.5 + told[..., -1].transpose(1, 2)
+        units = logits[:, 0].gather(1, batch.ends.clamp_min(0)).masked_fill(batch.ends < 0, -torch.inf)
+        place = torch.arange(batch.tokens.shape[1], device=batch.tokens.device)
+        outside = (place <= ASKED) | (place >= len(place) - 1 - ASKED) | (batch.tokens == END)
+        return units, logits[:, 1:].masked_fill(outside[:, None], -torch.inf)
+
+
+def loss_of(units: Tensor, tokens: Tensor, batch: Batch) -> Tensor:
+    """Cross entropies of evidence (mean over gold units), first and last token; the latter where there is a span."""
+    chance = units.log_softmax(-1).masked_fill(~batch.gold, 0.0)
+    evidence = -(chance.sum(-1) / batch.gold.sum(-1)).mean()
+    there = batch.span[:, 0] >= 0
+    spans = F.cross_entropy(tokens.transpose(1, 2), batch.span.clamp_min(0), reduction="none").sum(-1)
+    return evidence + torch.where(there, spans, 0.0).sum() / there.sum().clamp_min(1)
+
+
+def parameters(module: nn.Module) -> int:
+    """Numbers that are trained."""
+    return sum(part.numel() for part in module.parameters())

@@ -1,0 +1,144 @@
+"""The runs of the table in the order in which they tell most, and who makes which."""
+
+from __future__ import annotations
+
+import json
+import os
+import statistics
+import time
+from collections.abc import Iterator
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+from papertable.library import Library
+from papertable.models import ABLATIONS, MODELS
+from papertable.sizes import Size
+from papertable.train import Run, train
+
+SEEDS, ABLATION_SEEDS, TUNING_SEED = 3, 2, 100
+ABLATED = "hop"
+
+
+def plan(size: Size) -> list[Run]:
+    """Rates for each model, then one seed of all models, other seeds, ablations. A rate of 0 is yet to be chosen."""
+    runs = [
+        Run(f"tune-{model}-{rate:g}", model, rate, TUNING_SEED, size, tuning=True)
+        for model in MODELS for rate in size.rates
+    ]  # fmt: skip
+    runs += [Run(f"{model}-{seed}", model, 0.0, seed, size) for seed in range(SEEDS) for model in MODELS]
+    runs += [
+        Run(f"ablation-{name.replace(' ', '-')}-{seed}", "mgam", 0.0, seed, size, (ABLATED,), changes,
+            steps=max(1, size.steps // 2))
+        for seed in range(ABLATION_SEEDS) for name, changes in ABLATIONS.items()
+    ]  # fmt: skip
+    return runs
+
+
+def results(folder: Path) -> dict[str, dict[str, Any]]:
+    """What is finished, by name of the run."""
+    return {path.stem: json.loads(path.read_text()) for path in sorted((folder / "runs").glob("*.json"))}
+
+
+def dev_score(result: dict[str, Any]) -> float:
+    """Mean of pooled accuracy and F1; below all others where the loss diverged."""
+    if result["diverged"] is not None:
+        return -1.0
+    pools = [pooled(result["test"]["scores"], figure) for figure in ("accuracy", "f1")]
+    return statistics.mean(value for value in pools if value is not None)
+
+
+def pooled(scores: dict[str, dict[str, dict[str, float]]], figure: str, length: str | None = None) -> float | None:
+    """Mean over tasks and lengths that have the figure, each cell with equal weight; of one length, if given."""
+    cells = [
+        cell[figure]
+        for lengths in scores.values() for own, cell in lengths.items()
+        if figure in cell and length in (None, own)
+    ]  # fmt: skip
+    return statistics.mean(cells) if cells else None
+
+
+def chosen_rate(model: str, size: Size, done: dict[str, dict[str, Any]]) -> float | None:
+    """The rate with the best dev score, the lowest of equal ones; None while some are not finished."""
+    found = [(rate, done.get(f"tune-{model}-{rate:g}")) for rate in sorted(size.rates)]
+    if any(result is None for _, result in found):
+        return None
+    return max(found, key=lambda pair: dev_score(pair[1] or {}))[0]
+
+
+def ready(size: Size, folder: Path, only: str) -> Iterator[tuple[Run, bool]]:
+    """Runs that are not finished, each with whether it can begin: its rate is known."""
+    done = results(folder)
+    for run in plan(size):
+        if run.name in done or only not in run.name:
+            continue
+        rate = run.rate or chosen_rate(run.model, size, done)
+        yield (run if rate is None else replace(run, rate=rate)), rate is not None
+
+
+def work(
+    library: Library, size: Size, folder: Path, device: str, workers: int, minutes: float, only: str = ""
+) -> Iterator[dict[str, Any]]:
+    """Makes runs until all are finished or time is up; several processes may work in one folder."""
+    until = time.time() + 60 * minutes
+    while time.time() < until:
+        waiting = list(ready(size, folder, only))
+        if not waiting:
+            return
+        begun = False
+        for run, able in waiting:
+            if not able or _seconds_left(folder, run) > until - time.time() or not _claim(folder, run.name):
+                continue
+            begun = True
+            try:
+                result = train(run, library, folder, device, workers, until)
+            finally:
+                _lock(folder, run.name).unlink(missing_ok=True)
+            if result is None:
+                return
+            yield result
+            break
+        if not begun:
+            if all(able for _, able in waiting):
+                return  # others make what is left, or it would not end in time
+            time.sleep(1.0)
+
+
+def _seconds_left(folder: Path, run: Run) -> float:
+    """What a run will take, by the finished ones of its model and length; 0 where nothing is known."""
+    alike = [
+        result["seconds"] + result.get("test_seconds", 0.0)
+        for result in results(folder).values()
+        if result["run"]["model"] == run.model and result["run"]["steps"] == run.total and result["diverged"] is None
+    ]
+    progress = folder / "checkpoints" / run.name / "progress.json"
+    spent = json.loads(progress.read_text())["seconds"] if progress.is_file() else 0.0
+    return max(0.0, statistics.mean(alike) - spent) if alike else 0.0
+
+
+def _lock(folder: Path, name: str) -> Path:
+    return folder / "claims" / name
+
+
+def _claim(folder: Path, name: str) -> bool:
+    """Whether this process is the one that makes a run; the claim of a process that is gone counts for nothing."""
+    path = _lock(folder, name)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    if path.exists() and not _alive(path):
+        path.unlink(missing_ok=True)
+    try:
+        with path.open("x") as file:
+            file.write(str(os.getpid()))
+    except FileExistsError:
+        return False
+    return not (folder / "runs" / f"{name}.json").is_file()
+
+
+def _alive(path: Path) -> bool:
+    try:
+        os.kill(int(path.read_text() or "0"), 0)
+    except (ProcessLookupError, FileNotFoundError, ValueError):
+        return False
+    except PermissionError:
+        return True
+    return True

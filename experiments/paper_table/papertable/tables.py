@@ -1,0 +1,230 @@
+"""Markdown of what was measured, beside what the paper claims."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+from mgam.errors import SettingError
+from papertable import growth, plots
+from papertable.figures import CLAIMED, CLAIMED_MARGINS, Figure, figure, margin, of_stage, scores
+from papertable.library import TASKS
+from papertable.models import ABLATIONS, MODELS
+from papertable.plan import ABLATION_SEEDS, chosen_rate, dev_score, pooled, results
+from papertable.score import ROUGES
+from papertable.sizes import SIZES, Size
+
+NONE = "not measured"
+LONG = 16384
+"""Tokens from which on MGAM is to be faster."""
+Results = dict[str, dict[str, Any]]
+
+
+def write(folder: Path) -> list[Path]:
+    """`table.md` and plots, in the folder of runs.
+
+    Raises:
+        SettingError: the folder holds no runs.
+    """
+    if not (folder / "setting.json").is_file():
+        raise SettingError(f"{folder} holds no runs; make some with: run.py train --out {folder}")
+    setting, found = json.loads((folder / "setting.json").read_text()), results(folder)
+    size, points = SIZES[setting["size"]], growth.read(folder)
+    parts = [
+        _head(setting, found),
+        *_main(found, size),
+        *_verdict(found, points, size),
+        *_cells(found, size, setting["baselines"]["test"]),
+        *_tuning(found, size),
+        *_ablations(found),
+        *_growth(points),
+    ]
+    path = folder / "table.md"
+    path.write_text("\n\n".join(parts) + "\n", encoding="utf-8")
+    return [path, *plots.draw(folder, found, points)]
+
+
+def _head(setting: dict[str, Any], found: Results) -> str:
+    known = [result["conditions"] for result in found.values()]
+    where = "; ".join(
+        sorted({f"{one['device']}, commit {one['commit']}, torch {one['versions']['torch']}" for one in known})
+    )
+    check = (
+        "" if setting["size"] == "paper" else f" A check of the machinery at `{setting['size']}` size, not the table."
+    )
+    refused = ", ".join(f"{task} {count}" for task, count in setting["refused"].items())
+    return (
+        f"# The paper's table: what was measured\n\n{len(found)} runs finished.{check} Data: {setting['data']} "
+        f"(library {setting['library']}; documents refused: {refused}). {where or 'Nothing finished'}. "
+        "What all of it means stands in PROTOCOL.md. Mean ± half of a 95 % t-interval over seeds; accuracy, F1 and "
+        "ROUGE in percent."
+    )
+
+
+def _main(found: Results, size: Size) -> Iterator[str]:
+    longest = size.stages[-1][0]
+    head = [
+        "model", "seeds", "accuracy", "F1", "ROUGE-1 / 2 / Lsum of summaries", f"entries a query at {longest:,}",
+        f"step at {longest:,}, ms", f"peak memory at {longest:,}, GB", "parameters, M", "paper: accuracy / F1",
+    ]  # fmt: skip
+    rows = []
+    for model in MODELS:
+        own = [result for name, result in found.items() if name.rsplit("-", 1)[0] == model]
+        lost = [result for result in own if result["diverged"] is not None]
+        memory = of_stage(found, model, longest, "peak_bytes")
+        claimed = CLAIMED.get(model)
+        entries = [sum(v for k, v in result["test"]["entries"][str(longest)].items() if k.startswith(("tok", "lev")))
+                   for result in own if "test" in result and str(longest) in result["test"]["entries"]]  # fmt: skip
+        rows.append([
+            model, f"{len(own)}{f', {len(lost)} diverged (counted as 0)' if lost else ''}",
+            *(_said(figure(scores(found, model, name))) for name in ("accuracy", "f1")),
+            " / ".join(_said(figure(scores(found, model, name))) for name in ROUGES) if own else NONE,
+            _number(sum(entries) / len(entries) if entries else None, 0),
+            _number(of_stage(found, model, longest, "step_ms"), 1), _number(memory and memory / 1e9, 2),
+            _number(own[0]["parameters"] / 1e6 if own else None, 2),
+            f"{claimed[0]} / {claimed[1]}" if claimed else "",
+        ])  # fmt: skip
+    yield "## All tasks and lengths\n\n" + _table(head, rows)
+    rows = [
+        [f"{left} over {right}", *(_said(margin(found, left, right, name)) for name in ("accuracy", "f1")),
+         " / ".join(map(str, CLAIMED_MARGINS)) if (left, right) == ("mgam", "longformer") else ""]
+        for left in ("mgam", "mgam-causal") for right in ("longformer", "bert", "gpt2")
+    ]  # fmt: skip
+    yield "Margins over the same seeds:\n\n" + _table(["", "accuracy", "F1", "paper: accuracy / F1"], rows)
+
+
+def _verdict(found: Results, points: list[dict[str, Any]], size: Size) -> Iterator[str]:
+    longest = size.stages[-1][0]
+    f1 = {model: one.mean for model in MODELS if (one := figure(scores(found, model, "f1")))}
+    memory = {model: of_stage(found, model, longest, "peak_bytes") for model in MODELS}
+    steps = {(line["model"], line["length"]): line.get("step_ms") for line in points}
+    lengths = sorted(length for model, length in steps if model == "mgam" and length >= LONG)
+    full = [f1[model] for model in ("bert", "gpt2") if model in f1]
+    apart = f1["mgam"] - max(full) if "mgam" in f1 and len(full) == 2 else None
+    ahead = f1["mgam"] - f1["longformer"] if {"mgam", "longformer"} <= set(f1) else None
+    more = _less(memory["mgam"], memory["longformer"])
+    slower = [_less(steps["mgam", one], steps.get(("bert", one))) for one in lengths]
+    rows = [
+        ["F1 within 1 point of the better full attention", _yes(None if apart is None else apart >= -1)],
+        ["F1 ahead of the Longformer-like model", _yes(None if ahead is None else ahead > 0)],
+        ["peak memory of a step not above it", _yes(None if more is None else more <= 0)],
+        [f"a step faster than bert's at {LONG:,} tokens and above",
+         _yes(None if not slower or None in slower else all(one is not None and one < 0 for one in slower))],
+    ]  # fmt: skip
+    yield "## What was to be reached (MGAM both ways)\n\n" + _table(["", ""], rows)
+
+
+def _less(left: float | None, right: float | None) -> float | None:
+    return None if left is None or right is None else left - right
+
+
+def _cells(found: Results, size: Size, base: dict[str, Any]) -> Iterator[str]:
+    lengths = [str(length) for length, _ in size.test]
+    for name, title in (("accuracy", "Accuracy"), ("f1", "F1")):
+        tasks = [task for task in TASKS if task != "lead" or name == "accuracy"]
+        rows = []
+        for model in MODELS:
+            row = [model]
+            for task in tasks:
+                for length in lengths:
+                    values = [
+                        result["test"]["scores"][task][length][name] if result["diverged"] is None else 0.0
+                        for run, result in found.items() if run.rsplit("-", 1)[0] == model
+                    ]  # fmt: skip
+                    row.append(_said(figure(values)))
+            rows.append(row)
+        if name == "accuracy":
+            rows.append(["chance", *(f"{base[task][one]['chance accuracy']:.1f}" for task in tasks for one in lengths)])
+        rows.append(["oracle", *(f"{base[task][one][f'oracle {name}']:.0f}" for task in tasks for one in lengths)])
+        rows.append(["silence", *(f"{base[task][one][f'silence {name}']:.0f}" for task in tasks for one in lengths)])
+        head = ["", *(f"{task} {int(one):,}" for task in tasks for one in lengths)]
+        yield f"## {title} by task and length\n\n" + _table(head, rows)
+    reach = " ".join(
+        f"{int(one):,} tokens: " + ", ".join(
+            f"{rouge} {base['lead'][one][f'oracle {rouge}']:.1f} (at random {base['lead'][one][f'chance {rouge}']:.1f})"
+            for rouge in ROUGES) + "." for one in lengths
+    )  # fmt: skip
+    yield f"ROUGE of the gold sentences against the lead, the most that can be reached: {reach}"
+
+
+def _tuning(found: Results, size: Size) -> Iterator[str]:
+    rows = []
+    for model in MODELS:
+        tried = [found.get(f"tune-{model}-{rate:g}") for rate in size.rates]
+        chosen = chosen_rate(model, size, found)
+        said = ["diverged" if one and one["diverged"] else f"{dev_score(one):.1f}" if one else NONE for one in tried]
+        rows.append([model, *said, f"{chosen:g}" if chosen else NONE])
+    yield "## Learning rates, on dev\n\nMean of pooled accuracy and F1.\n\n" + _table(
+        ["model", *(f"{rate:g}" for rate in size.rates), "chosen"], rows
+    )
+
+
+def _ablations(found: Results) -> Iterator[str]:
+    rows = []
+    for name in ABLATIONS:
+        own = [found.get(f"ablation-{name.replace(' ', '-')}-{seed}") for seed in range(ABLATION_SEEDS)]
+        kept = [one for one in own if one]
+        row = [name, str(len(kept))]
+        for kind in ("accuracy", "f1"):
+            values = [
+                0.0 if one["diverged"] is not None else pooled(one["test"]["scores"], kind) or 0.0 for one in kept
+            ]
+            row.append(", ".join(f"{value:.1f}" for value in values) or NONE)
+        entries = [list(one["test"]["entries"].values())[-1] for one in kept if "test" in one]
+        total = [sum(v for k, v in one.items() if k.startswith(("tok", "lev"))) for one in entries]
+        held = [one["gold read as tokens"] for one in entries if "gold read as tokens" in one]
+        row.append(_number(sum(total) / len(total) if total else None, 0))
+        row.append(_number(100 * sum(held) / len(held) if held else None, 1))
+        rows.append(row)
+    head = ["MGAM both ways, hop alone", "seeds", "accuracy of each", "F1 of each", "entries a query, longest",
+            "far gold units that <answer> reads as tokens, % of heads"]  # fmt: skip
+    yield "## Ablations\n\n" + _table(head, rows)
+
+
+def _growth(points: list[dict[str, Any]]) -> Iterator[str]:
+    if not points:
+        yield f"## Growth\n\n{NONE}."
+        return
+    lengths = sorted({line["length"] for line in points})
+    where = "; ".join(sorted({f"{line['machine']}, commit {line['commit']}" for line in points}))
+    there = {(line["model"], line["length"]): line for line in points}
+    models = [model for model in MODELS if any(model == one for one, _ in there)]
+    for name, unit, scale in (("step_ms", "Training step, ms", 1.0), ("forward_ms", "Forward pass, ms", 1.0),
+                              ("step_peak_bytes", "Peak memory of a training step, GB", 1e9)):  # fmt: skip
+        rows = []
+        for model in models:
+            cells = [there.get((model, length), {}) for length in lengths]
+            rows.append([model, *(_number(one[name] / scale, 2) if name in one else one.get("failed", NONE)
+                                  for one in cells)])  # fmt: skip
+        yield f"## {unit}, one row\n\n{where}.\n\n" + _table(["model", *(f"{one:,}" for one in lengths)], rows)
+    rows = []
+    for model in (one for one in models if one.startswith("mgam")):
+        for part in ("pyramid", "policy"):
+            shares = [
+                (one.get(f"{part}_ms"), one.get("forward_ms")) for one in (there.get((model, n), {}) for n in lengths)
+            ]
+            rows.append(
+                [f"{model}: {part}", *(f"{a:.2f} ({100 * a / b:.0f} %)" if a and b else NONE for a, b in shares)]
+            )
+    yield "## Overhead, ms of all layers (share of a forward pass)\n\n" + _table(
+        ["", *(f"{one:,}" for one in lengths)], rows
+    )
+
+
+def _table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
+    lines = [head, ["---"] * len(head), *rows]
+    return "\n".join(f"| {' | '.join(line)} |" for line in lines)
+
+
+def _said(value: Figure | None) -> str:
+    return NONE if value is None else str(value)
+
+
+def _number(value: float | None, digits: int) -> str:
+    return NONE if value is None else f"{value:,.{digits}f}"
+
+
+def _yes(known: bool | None) -> str:
+    return NONE if known is None else "yes" if known else "no"

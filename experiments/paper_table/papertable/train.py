@@ -1,0 +1,253 @@
+"""One run: training, checkpoints, and the figures of the test."""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+import shutil
+import statistics
+import time
+from collections.abc import Iterator
+from contextlib import nullcontext
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import load_file, save_file
+from torch.utils.data import DataLoader, Dataset
+
+from mgam.evaluation.machine import conditions
+from papertable.library import TASKS, Library
+from papertable.measure import Clock, evaluate, peak_memory, reset_memory
+from papertable.models import Reader, loss_of, parameters
+from papertable.sample import Batch, collate
+from papertable.shelf import Part
+from papertable.sizes import Size
+
+WARM_STEPS = 10
+"""Steps of a stage that are not timed."""
+
+
+@dataclass(frozen=True)
+class Run:
+    """A training: what makes its result, and its name."""
+
+    name: str
+    model: str
+    rate: float
+    seed: int
+    size: Size
+    tasks: tuple[str, ...] = TASKS
+    changes: dict[str, Any] = field(default_factory=dict)
+    tuning: bool = False
+    steps: int = 0
+    """0: as many as the size says."""
+
+    @property
+    def total(self) -> int:
+        """Steps."""
+        return self.steps or max(1, round(self.size.steps * (self.size.tuning_share if self.tuning else 1)))
+
+    def length(self, step: int) -> int:
+        """Tokens of a document at a step."""
+        stages, done = self.size.tuning if self.tuning else self.size.stages, 0.0
+        for length, share in stages:
+            done += share
+            if step < round(done * self.total):
+                return length
+        return stages[-1][0]
+
+    def rate_at(self, step: int) -> float:
+        """Warm-up over a twentieth, then a cosine to a tenth."""
+        warm = max(1, self.total // 20)
+        if step < warm:
+            return self.rate * (step + 1) / warm
+        place = (step - warm) / max(1, self.total - warm)
+        return self.rate * (0.1 + 0.45 * (1 + math.cos(math.pi * place)))
+
+    def known(self) -> dict[str, Any]:
+        """Plain values."""
+        names = ("name", "model", "rate", "seed", "tasks", "changes", "tuning")
+        return {**{name: getattr(self, name) for name in names}, "steps": self.total}
+
+
+class Steps(Dataset[Batch]):
+    """The batch of each step: a pure function of run and step."""
+
+    def __init__(self, run: Run, library: Library, first: int) -> None:
+        self.run, self.library, self.first = run, library, first
+
+    def __len__(self) -> int:
+        return self.run.total - self.first
+
+    def __getitem__(self, index: int) -> Batch:
+        step, run = self.first + index, self.run
+        length = run.length(step)
+        rows = max(len(run.tasks), run.size.tokens // length)
+        part: Part = "train"
+        samples = [
+            self.library.sample(run.tasks[(step + row) % len(run.tasks)], part, length, run.seed, step * rows + row)
+            for row in range(rows)
+        ]
+        return collate(samples)
+
+
+def batches(run: Run, library: Library, first: int, workers: int) -> Iterator[Batch]:
+    """Batches from a step on, made by other processes where there are some."""
+    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+    more: dict[str, Any] = {"prefetch_factor": 4} if workers else {}
+    pinned = torch.cuda.is_available() and workers > 0
+    yield from DataLoader(Steps(run, library, first), batch_size=None, num_workers=workers, pin_memory=pinned, **more)
+
+
+@dataclass
+class Progress:
+    """What a run has measured so far; kept with its checkpoint."""
+
+    step: int = 0
+    losses: list[float] = field(default_factory=list)
+    """Means over `check_every` steps."""
+    seconds: float = 0.0
+    stages: dict[str, dict[str, float]] = field(default_factory=dict)
+    diverged: int | None = None
+
+
+def train(
+    run: Run, library: Library, folder: Path, device: str, workers: int = 0, until: float = math.inf
+) -> dict[str, Any] | None:
+    """Trains from where the run was left, tests, and writes `runs/NAME.json`. None: time was up, it can go on.
+
+    A loss that is not finite ends the training; the run is kept as diverged, and counts as 0.
+    """
+    result = folder / "runs" / f"{run.name}.json"
+    if result.is_file():
+        return json.loads(result.read_text())
+    torch.manual_seed(run.seed)
+    model = Reader(run.model, run.size, **run.changes).to(device)
+    optimizer = torch.optim.AdamW(
+        model.parameters(), run.rate, (0.9, 0.95), weight_decay=0.01, fused=device.startswith("cuda")
+    )
+    kept = folder / "checkpoints" / run.name
+    progress = _load(kept, model, optimizer)
+    if progress.diverged is None and not _steps(run, library, model, optimizer, progress, kept, device, workers, until):
+        return None
+    found: dict[str, Any] = {"run": run.known(), "parameters": parameters(model), **asdict(progress)}
+    if progress.diverged is None:
+        began = time.perf_counter()
+        part: Part = "dev" if run.tuning else "test"
+        cells = run.size.dev if run.tuning else run.size.test
+        found["test"] = evaluate(model, library, run.tasks, part, cells, run.size.tokens, device)
+        found["test_seconds"] = round(time.perf_counter() - began, 1)
+    found |= {"library": library.name, "conditions": conditions(device)}
+    result.parent.mkdir(parents=True, exist_ok=True)
+    partial = result.with_suffix(".part")
+    partial.write_text(json.dumps(found))
+    partial.rename(result)
+    shutil.rmtree(kept, ignore_errors=True)
+    return found
+
+
+def _steps(
+    run: Run,
+    library: Library,
+    model: Reader,
+    optimizer: torch.optim.Optimizer,
+    progress: Progress,
+    kept: Path,
+    device: str,
+    workers: int,
+    until: float,
+) -> bool:
+    """Trains to the end; False: time was up."""
+    model.train()
+    size, began, saved = run.size, time.perf_counter(), time.monotonic()
+    before = progress.seconds
+    stage, clock = -1, Clock(device)
+    losses: list[torch.Tensor] = []
+    for batch in batches(run, library, progress.step, workers):
+        length = run.length(progress.step)
+        if length != stage:
+            _end_stage(progress, stage, clock, device)
+            stage, clock = length, Clock(device)
+            reset_memory(device)
+        with clock:
+            losses.append(_one(run, model, optimizer, batch.to(device), progress.step, device))
+        progress.step += 1
+        last = progress.step == run.total
+        if len(losses) == size.check_every or last:
+            mean = float(torch.stack(losses).mean())
+            losses = []
+            progress.losses.append(round(mean, 6))
+            progress.seconds = before + time.perf_counter() - began
+            if not math.isfinite(mean):
+                progress.diverged = progress.step
+                break
+            late = time.time() > until
+            if not last and (late or time.monotonic() - saved > size.keep_seconds):
+                _save(kept, model, optimizer, progress)
+                saved = time.monotonic()
+                if late:
+                    return False
+    _end_stage(progress, stage, clock, device)
+    return True
+
+
+def _one(
+    run: Run, model: Reader, optimizer: torch.optim.Optimizer, batch: Batch, step: int, device: str
+) -> torch.Tensor:
+    for group in optimizer.param_groups:
+        group["lr"] = run.rate_at(step)
+    with torch.autocast("cuda", torch.bfloat16) if device.startswith("cuda") else nullcontext():
+        units, tokens = model(batch)
+        loss = loss_of(units, tokens, batch)
+    optimizer.zero_grad(set_to_none=True)
+    loss.backward()
+    torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0, foreach=True)
+    optimizer.step()
+    return loss.detach()
+
+
+def _end_stage(progress: Progress, length: int, clock: Clock, device: str) -> None:
+    """Median time and peak memory of the steps of one length; not where only a few were made since a restart."""
+    times = clock.milliseconds()[WARM_STEPS:]
+    if length < 0 or not times:
+        return
+    progress.stages[str(length)] = {
+        "step_ms": round(statistics.median(times), 3),
+        "fastest_ms": round(min(times), 3),
+        "slowest_ms": round(max(times), 3),
+        "steps": len(times),
+        "peak_bytes": peak_memory(device),
+    }
+
+
+def _save(kept: Path, model: Reader, optimizer: torch.optim.Optimizer, progress: Progress) -> None:
+    kept.mkdir(parents=True, exist_ok=True)
+    state = {f"model.{name}": part.contiguous() for name, part in model.state_dict().items()}
+    for name, part in model.named_parameters():
+        for key, value in optimizer.state[part].items():
+            state[f"{key}.{name}"] = value.detach().contiguous()
+    save_file(state, kept / "state.part")
+    (kept / "progress.part").write_text(json.dumps(asdict(progress)))
+    (kept / "state.part").rename(kept / f"state-{progress.step}.safetensors")
+    (kept / "progress.part").rename(kept / "progress.json")  # from here on the new state counts
+    for old in kept.glob("state-*.safetensors"):
+        if old.name != f"state-{progress.step}.safetensors":
+            old.unlink()
+
+
+def _load(kept: Path, model: Reader, optimizer: torch.optim.Optimizer) -> Progress:
+    if not (kept / "progress.json").is_file():
+        return Progress()
+    progress = Progress(**json.loads((kept / "progress.json").read_text()))
+    device = str(next(model.parameters()).device)
+    state = load_file(kept / f"state-{progress.step}.safetensors", device=device)
+    model.load_state_dict({name[6:]: part for name, part in state.items() if name.startswith("model.")})
+    for name, part in model.named_parameters():
+        optimizer.state[part] = {
+            key: state[f"{key}.{name}"].to("cpu" if key == "step" and not device.startswith("cuda") else device)
+            for key in ("step", "exp_avg", "exp_avg_sq")
+        }
+    return progress

