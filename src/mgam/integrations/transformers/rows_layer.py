@@ -13,14 +13,50 @@ from transformers.cache_utils import CacheLayerMixin
 from mgam.errors import UnsupportedModelError
 
 
-class RowsLayer(CacheLayerMixin):
+class ColumnsLayer(CacheLayerMixin):
+    """A layer that counts the columns that came by, padding included, whatever it keeps of them."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.columns = 0
+
+    @property
+    @abstractmethod
+    def rows(self) -> int:
+        """Rows that are held; 0 before the first call."""
+
+    @abstractmethod
+    def batch_select_indices(self, indices: Tensor) -> None:
+        """Keeps, repeats or reorders rows by index."""
+
+    def batch_repeat_interleave(self, repeats: int) -> None:
+        """Repeats every row."""
+        self.batch_select_indices(torch.arange(self.rows).repeat_interleave(repeats))
+
+    def reorder_cache(self, beam_idx: Tensor) -> None:
+        """Reorders rows for beam search."""
+        self.batch_select_indices(beam_idx)
+
+    def get_mask_sizes(self, query_length: int) -> tuple[int, int]:
+        """Key length and offset of a mask for the next `query_length` queries."""
+        return self.columns + query_length, 0
+
+    def get_seq_length(self) -> int:
+        """Columns seen, padding included."""
+        return self.columns
+
+    def get_max_length(self) -> int:
+        """No limit."""
+        return -1
+
+
+class RowsLayer(ColumnsLayer):
     """A layer whose rows each begin at their first real token, whatever columns they came in."""
 
     is_croppable = True
 
     def __init__(self) -> None:
         super().__init__()
-        self.columns = 0
         self.ahead: list[int] = []
         """Tokens of each row that were read before the columns that hold them come by."""
         self.next_position: list[int | None] = []
@@ -32,6 +68,11 @@ class RowsLayer(CacheLayerMixin):
     @abstractmethod
     def lengths(self) -> list[int]:
         """Tokens that each row holds; empty before the first call."""
+
+    @property
+    def rows(self) -> int:
+        """Rows that are held; 0 before the first call."""
+        return len(self.lengths)
 
     @abstractmethod
     def bookmark(self) -> Any:
@@ -88,18 +129,6 @@ class RowsLayer(CacheLayerMixin):
         self.ahead = [0] * rows
         return before
 
-    def get_mask_sizes(self, query_length: int) -> tuple[int, int]:
-        """Key length and offset of a mask for the next `query_length` queries."""
-        return self.columns + query_length, 0
-
-    def get_seq_length(self) -> int:
-        """Columns seen, padding included."""
-        return self.columns
-
-    def get_max_length(self) -> int:
-        """No limit."""
-        return -1
-
     def _to_remove(self, tokens: int) -> int:
         """What `crop` is to remove: given as a negative number or, as older transformers do, as the length to keep."""
         return min(self.columns, -tokens if tokens < 0 else max(0, self.columns - tokens) if tokens else 0)
@@ -118,14 +147,6 @@ class RowsLayer(CacheLayerMixin):
             chosen = indices.tolist()
             self.ahead = [self.ahead[row] for row in chosen] if self.ahead else []
             self.next_position = [self.next_position[row] for row in chosen] if self.next_position else []
-
-    def batch_repeat_interleave(self, repeats: int) -> None:
-        """Repeats every row."""
-        self.batch_select_indices(torch.arange(len(self.lengths)).repeat_interleave(repeats))
-
-    def reorder_cache(self, beam_idx: Tensor) -> None:
-        """Reorders rows for beam search."""
-        self.batch_select_indices(beam_idx)
 
     def offload(self) -> None:
         """Refused: a pyramid is read by index, so moving whole layers would undo its point."""

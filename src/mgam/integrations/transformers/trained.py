@@ -9,7 +9,6 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from transformers import AttentionInterface, AutoConfig, AutoModelForCausalLM
-from transformers.cache_utils import CacheLayerMixin
 from transformers.masking_utils import AttentionMaskInterface, flash_attention_mask
 
 import mgam.nn as modules
@@ -17,6 +16,7 @@ from mgam import methods
 from mgam.errors import ModelFileError, SettingError, UnsupportedModelError
 from mgam.integrations.transformers.apply import remove
 from mgam.integrations.transformers.models import Attention, Turn, architecture, attention_layers
+from mgam.integrations.transformers.rows_layer import ColumnsLayer
 from mgam.nn import SelfAttention, State
 from mgam.positions import Rotary
 
@@ -216,15 +216,21 @@ class Trained(nn.Module):
         return self.attention(hidden_states, attention_mask), None
 
 
-class StateLayer(CacheLayerMixin):
+class StateLayer(ColumnsLayer):
     """One layer of a cache: what a module keeps of all rows together, or of each alone where rows are padded."""
 
     is_sliding = False
 
     def __init__(self) -> None:
         super().__init__()
-        self.columns = 0
         self.states: list[State] = []
+
+    @property
+    def rows(self) -> int:
+        """Rows that are held; 0 before the first call."""
+        if len(self.states) != 1:
+            return len(self.states)
+        return len(next(iter(self.states[0].kept.values())))
 
     def read(self, attention: SelfAttention, states: Tensor, mask: Tensor | None) -> Tensor:
         """Outputs (B, L, width) of new tokens; columns of padding give zeros."""
@@ -263,17 +269,6 @@ class StateLayer(CacheLayerMixin):
             kept = {name: part.index_select(0, indices.to(part.device)) for name, part in joint.kept.items()}
             self.states = [State(kept, joint.tokens)]
 
-    def reorder_cache(self, beam_idx: Tensor) -> None:
-        """Reorders rows for beam search."""
-        self.batch_select_indices(beam_idx)
-
-    def batch_repeat_interleave(self, repeats: int) -> None:
-        """Repeats every row."""
-        rows = len(self.states)
-        if rows == 1:
-            rows = next(iter(self.states[0].kept.values())).shape[0]
-        self.batch_select_indices(torch.arange(rows).repeat_interleave(repeats))
-
     def lazy_initialization(self, key_states: Tensor, value_states: Tensor) -> None:
         """Nothing: the first call makes the state."""
 
@@ -284,18 +279,6 @@ class StateLayer(CacheLayerMixin):
             UnsupportedModelError: this cache is read by the module that filled it, and by no other.
         """
         raise UnsupportedModelError("this cache was filled by a model with modules of mgam.nn; begin with a new one")
-
-    def get_mask_sizes(self, query_length: int) -> tuple[int, int]:
-        """Key length and offset of a mask for the next `query_length` queries."""
-        return self.columns + query_length, 0
-
-    def get_seq_length(self) -> int:
-        """Columns seen, padding included."""
-        return self.columns
-
-    def get_max_length(self) -> int:
-        """No limit."""
-        return -1
 
     def reset(self) -> None:
         """Begins anew."""
