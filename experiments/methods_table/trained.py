@@ -21,7 +21,7 @@ VOCABULARY = 32
 SHORT = 64
 """Texts of so many tokens and fewer are read with half the sizes."""
 HALVES: dict[str, dict[str, Any]] = {
-    "mgam": {"levels": (1, 4, 16), "window": 8, "budget": 16},
+    "mgam": {"levels": (1, 4, 16), "window": 8, "budget": 16, "block": 4},
     "sliding": {"window": 16},
     "strided": {"window": 16},
     "dilated": {"window": 8},
@@ -32,7 +32,7 @@ HALVES: dict[str, dict[str, Any]] = {
     "nsa": {"blocks": 4, "window": 8},
     "moba": {"block": 4},
     "cca": {"window": 8},
-    "dga": {"look": 4},
+    "dga": {"block": 4, "look": 4},
 }
 """Settings that keep the share of a text that is read token by token what it is at 128 tokens."""
 
