@@ -28,6 +28,12 @@ import typer
 
 HERE = Path(__file__).parent
 NEEDLES = 10
+AFTER = 384
+"""Tokens of prose after a digest whose loss is taken."""
+PLAIN = (
+    "Who are the people in the text?", "Where does it take place?", "What happens first?", "How does it end?",
+    "What is said about money?",
+)  # fmt: skip
 CITIES = ("Aran", "Bergen", "Cork", "Delft", "Evora", "Faro", "Ghent", "Hvar", "Izmir", "Jena")
 
 app = typer.Typer(help=__doc__, no_args_is_help=True)
@@ -95,7 +101,7 @@ def bits(
     tokens: Tokens = 16_000, memory: Memory = None, model: Model = None, device: Device = "auto",
     folder: Folder = Path("digests"), budget: Budget = 1024, again: Again = False,
 ) -> None:  # fmt: skip
-    """What 8-bit pages change: bytes on disk, logits of questions, answers."""
+    """What 8-bit pages change: bytes on disk, logits of questions, answers, loss of what follows the text."""
     cell = Cell(tokens, memory, model, device, folder, False, budget)
     _keep("bits", cell, again, lambda: _apart("bits", cell))
 
@@ -178,17 +184,23 @@ def _sentences(sources: str) -> Iterator[str]:
 
 def _text(tokenizer: Any, tokens: int, sources: str) -> str:
     """Prose of about so many tokens, a pass key at each of ten depths."""
-    sentences: list[str] = []
-    count = 0
-    for sentence in _sentences(sources):
-        sentences.append(sentence)
-        count += len(tokenizer(sentence, add_special_tokens=False).input_ids)
-        if count >= tokens:
-            break
+    sentences, _ = _taken(tokenizer, _sentences(sources), tokens)
     for number, city in reversed(list(enumerate(CITIES))):
         place = int((number + 0.5) / NEEDLES * len(sentences))
         sentences.insert(place, f"The pass key of {city} is {_pass_key(number)}.")
     return " ".join(sentences)
+
+
+def _taken(tokenizer: Any, running: Iterator[str], tokens: int) -> tuple[list[str], Iterator[str]]:
+    """Sentences of about so many tokens, and those that follow."""
+    sentences: list[str] = []
+    count = 0
+    for sentence in running:
+        sentences.append(sentence)
+        count += len(tokenizer(sentence, add_special_tokens=False).input_ids)
+        if count >= tokens:
+            break
+    return sentences, running
 
 
 def _pass_key(number: int) -> int:
@@ -278,35 +290,48 @@ def _bits(cell: Cell) -> dict[str, Any]:
 
     from mgam.documents.document import Document
     from mgam.documents.sources import Source
-    from mgam.documents.tokens import Frame
+    from mgam.documents.tokens import Frame, encode
 
     model, tokenizer = _load(cell)
     source = Source("prose", _text(tokenizer, cell.tokens, cell.sources))
+    _, rest = _taken(tokenizer, _sentences(cell.sources), cell.tokens)
+    after = encode(tokenizer, " " + " ".join(_taken(tokenizer, rest, AFTER)[0]))
     logits: dict[bool, list[Any]] = {}
+    answers: dict[bool, list[str]] = {}
     found: dict[str, Any] = {}
     for eight in (False, True):
         path = Cell(**{**cell.__dict__, "eight_bits": eight}).path
         document = Document.digest(model, tokenizer, [source], path, memory=cell.memory, eight_bits=eight)
-        logits[eight] = []
-        hits = 0
-        for number, city in enumerate(CITIES):
-            question = f"What is the pass key of {city}?"
-            asked = Frame.of(tokenizer).question(tokenizer, question)
-            cache, count = document.start(len(asked)), len(document.tokens)
-            with torch.no_grad():
-                ids = torch.tensor([asked], device=model.device)
-                places = torch.arange(count, count + len(asked), device=model.device)[None]
-                out = model(ids, position_ids=places, past_key_values=cache, use_cache=True)
-            logits[eight].append(out.logits[0].float().cpu())
-            hits += str(_pass_key(number)) in document.ask(question, max_new_tokens=12).answer
-        name = "eight" if eight else "full"
+        questions = [f"What is the pass key of {city}?" for city in CITIES]
+        frame = Frame.of(tokenizer)
+        logits[eight] = [_after(document, model, frame.question(tokenizer, question)) for question in questions]
+        answers[eight] = [document.ask(question, max_new_tokens=12).answer for question in (*questions, *PLAIN)]
+        hits = sum(str(_pass_key(number)) in answer for number, answer in enumerate(answers[eight][:NEEDLES]))
+        loss = torch.nn.functional.cross_entropy(_after(document, model, after)[:-1], torch.tensor(after[1:]))
         size = sum(file.stat().st_size for file in path.iterdir())
-        found[name] = {"hits": hits, "of": NEEDLES, "disk_bytes_per_token": round(size / len(document.tokens), 1)}
+        found["eight" if eight else "full"] = {
+            "hits": hits, "of": NEEDLES, "disk_bytes_per_token": round(size / len(document.tokens), 1),
+            "loss_of_what_follows": round(float(loss), 5), "tokens_that_follow": len(after) - 1,
+            "number_format": str(model.dtype).removeprefix("torch."),
+        }  # fmt: skip
     pairs = list(zip(logits[False], logits[True], strict=True))
     found["largest_logit_difference"] = round(max(float((a - b).abs().max()) for a, b in pairs), 5)
     found["mean_kl_nats"] = sum(_kl(full, small) for full, small in pairs) / len(pairs)
     found["same_best_token"] = sum(float((a.argmax(-1) == b.argmax(-1)).float().mean()) for a, b in pairs) / len(pairs)
+    found["same_answers"] = sum(a == b for a, b in zip(answers[False], answers[True], strict=True))
+    found["answers"] = len(answers[True])
     return found
+
+
+def _after(document: Any, model: Any, ids: list[int]) -> Any:
+    """Logits (n, V) of tokens right after a digest."""
+    import torch
+
+    cache, count = document.start(len(ids)), len(document.tokens)
+    with torch.no_grad():
+        places = torch.arange(count, count + len(ids), device=model.device)[None]
+        asked = torch.tensor([ids], device=model.device)
+        return model(asked, position_ids=places, past_key_values=cache, use_cache=True).logits[0].float().cpu()
 
 
 def _kl(full: Any, small: Any) -> float:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import shutil
 from pathlib import Path
 from typing import Any
@@ -62,7 +63,9 @@ def test_a_damaged_page_stops_the_answer_and_is_named(scene: Scene, tmp_path: Pa
     assert damaged.ask(QUESTION, max_new_tokens=3).answer == scene.answer  # and the next question is answered
 
 
-def test_many_pages_at_once_are_those_read_one_by_one_and_checked(scene: Scene, tmp_path: Path) -> None:
+def test_many_pages_at_once_are_those_read_one_by_one_and_checked(
+    scene: Scene, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     shutil.copytree(scene.whole, tmp_path / "it.mgam")
     store = Store.open(tmp_path / "it.mgam")
     shape = store.manifest.shape
@@ -76,6 +79,11 @@ def test_many_pages_at_once_are_those_read_one_by_one_and_checked(scene: Scene, 
     for row in range(300):
         store.read_pages(1, head[row : row + 1], chunk[row : row + 1], alone[row : row + 1])
     assert torch.equal(together, alone)
+    monkeypatch.delattr(os, "posix_fadvise", raising=False)  # as on systems that cannot be told what comes next
+    untold = torch.zeros_like(together)
+    store.read_pages(1, head, chunk, untold)
+    assert torch.equal(together, untold)
+    store.read_pages(1, head[:0], chunk[:0], untold[:0])
     per_segment = store.manifest.grid // shape.levels.chunk
     last = (chunks - 1) // per_segment
     file = store.path(last)

@@ -70,6 +70,12 @@ def read_at(descriptor: int, buffer: memoryview, offset: int) -> int:
     return done
 
 
+def will_read(descriptor: int, offset: int, length: int) -> None:
+    """Tells the system what will be read next, so that it begins at once and with several things at a time."""
+    if hasattr(os, "posix_fadvise"):  # else it is read when it is read
+        os.posix_fadvise(descriptor, offset, length, os.POSIX_FADV_WILLNEED)
+
+
 def read_small(folder: Path, name: str, most: int) -> bytes:
     """All of a file of at most `most` bytes.
 
