@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import math
-import os
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, replace
@@ -25,7 +24,8 @@ from mgam.training.checkpoints import last_whole
 from mgam.training.lessons import Sampling, lessons_of
 from mgam.training.lookups import LookupMaker
 from mgam.training.network import Lesson, SearchNetwork
-from mgam.training.runs import CHECKPOINTS, LOG, FittingError, NotANumberError, open_run, saying_why
+from mgam.training.runs import CHECKPOINTS, LOG, FittingError, NotANumberError, crew, from_first, open_run, saying_why
+from mgam.training.runs import world as processes
 from mgam.training.teacher import Seen, watching
 from mgam.training.texts import Document, Windows, fingerprint
 
@@ -187,7 +187,11 @@ class Log(TrainerCallback):
 
 
 class Clock(TrainerCallback):
-    """Lets the rate fall to nothing by the last step or the last minute, whichever comes first."""
+    """Lets the rate fall to nothing by the last step or the last minute, whichever comes first.
+
+    Of several processes the first one's clock counts: with rates of their own their weights would drift apart, and one
+    that stops alone would leave the others waiting.
+    """
 
     def __init__(self, minutes: float) -> None:
         self.minutes, self.begin = minutes, time.perf_counter()
@@ -201,7 +205,7 @@ class Clock(TrainerCallback):
         """Sets the rates."""
         done = state.global_step / max(1, state.max_steps)
         if self.minutes:
-            done = max(done, (time.perf_counter() - self.begin) / (60 * self.minutes))
+            done = max(done, from_first((time.perf_counter() - self.begin) / (60 * self.minutes), args.device))
         self.full = self.full or [group["initial_lr"] for group in optimizer.param_groups]
         rise = min(1.0, (state.global_step + 1) / 20)
         for group, full in zip(optimizer.param_groups, self.full, strict=True):
@@ -211,7 +215,7 @@ class Clock(TrainerCallback):
 
     def on_step_end(self, args: Any, state: Any, control: Any, **rest: Any) -> None:
         """Ends in time."""
-        if self.minutes and time.perf_counter() - self.begin > 60 * self.minutes:
+        if self.minutes and from_first(time.perf_counter() - self.begin, args.device) > 60 * self.minutes:
             control.should_training_stop = control.should_save = True
 
 
@@ -251,7 +255,7 @@ def fit(
     windows = Windows(documents, fitting.tokens, fitting.steps * fitting.batch, fitting.seed)
     course = Course(windows, lookups if fitting.lookup_tokens else None, fitting.lookup_tokens)
     what = {"dials": asdict(fitting), "model": asdict(shape), "data": fingerprint(documents)}
-    open_run(place, what, resume)
+    open_run(place, what, resume, model.device)
     for parameter in model.parameters():
         parameter.requires_grad_(False)
     model.eval()
@@ -292,6 +296,8 @@ def fit(
     if trainer.is_world_process_zero():
         with saying_why(place, fitting.rate):
             fitted.save(place)
+    if (several := crew(model.device)) is not None:
+        several.wait_for_everyone()
     return replace(fitted, folder=place)
 
 
@@ -341,7 +347,7 @@ def _collate(items: list[dict[str, Tensor]]) -> dict[str, list[Tensor]]:
 
 
 def _arguments(place: Path, fitting: Fitting, model: Any) -> TrainingArguments:
-    world = max(1, int(os.environ.get("WORLD_SIZE", "1")))
+    world = processes()
     if fitting.batch % world:
         raise SettingError(f"--batch {fitting.batch} does not divide over {world} processes")
     each = fitting.batch // world

@@ -1,9 +1,9 @@
 """Low-rank training of a model that reads by a learned policy: to look things up far back, and to read covers.
 
 The model reads long texts through its covers, just as it does when it is used: a document in blocks that are decided by
-what came before them, then questions and answers token by token. Two losses: of the next token (of answers, and of
-stretches of the text), through the covers; and of the search, which must rank the chunk that holds an answer first. The
-second reaches the queries and keys of the model too, so that these become easier to search.
+what came before them, then questions in small blocks and answers token by token. Two losses: of the next token (of
+answers, and of stretches of the text), through the covers; and of the search, which must rank the chunk that holds an
+answer first. The second reaches the queries and keys of the model too, so that these become easier to search.
 """
 
 from __future__ import annotations
@@ -31,13 +31,13 @@ from mgam.integrations.transformers.fitted import shape_of
 from mgam.integrations.transformers.low_rank import FOLDER
 from mgam.levels import Levels
 from mgam.policies.files import FittedPolicy, resolve
-from mgam.policies.learned import Learned, LearnedLayers, best_logits, distances
+from mgam.policies.learned import Learned, LearnedLayers, best_logits
 from mgam.schedule import Schedule, Span
 from mgam.training.checkpoints import last_whole
 from mgam.training.fit import Clock, Log, Say
 from mgam.training.lookups import Asked, Lookup, LookupMaker
 from mgam.training.network import LayerSearch, SearchNetwork
-from mgam.training.runs import CHECKPOINTS, LOG, NotANumberError, open_run, saying_why
+from mgam.training.runs import CHECKPOINTS, LOG, NotANumberError, open_run, saying_why, world
 from mgam.training.teacher import Seen, watching
 
 NAME = "mgam_lesson"
@@ -119,8 +119,7 @@ class Pupil(nn.Module):
         """Loss of one lookup: ids (T,); `place` draws the text, and the third of the layers, whose losses count."""
         applied = applied_to(self.model)
         self._renew(applied)
-        block = applied.settings.block
-        applied.schedule = Schedule((Span(document, block), Span(None, 1)))
+        applied.schedule = dialogue(document, asked, applied.settings.block, applied.settings.question_block)
         searched: list[Tensor] = []
         third = place % 3
         voters = _Voters.of(asked, self.levels, self.window, ids.device)
@@ -158,6 +157,18 @@ class Pupil(nn.Module):
         }
         applied._readings.clear()
         applied.make_policy = lambda scale: LearnedLayers(policies)  # type: ignore[method-assign]
+
+
+def dialogue(document: int, asked: tuple[Asked, ...], block: int, question_block: int) -> Schedule:
+    """The schedule of a lookup: what is read as when the model is used.
+
+    The text is read with `lookahead="none"`, since its loss counts; questions, which are given, in small blocks whose
+    queries all vote; answers token by token.
+    """
+    spans = [Span(document, block)]
+    for one in asked:
+        spans += [Span(one.answer[0], question_block, "block"), Span(one.answer[1], 1)]
+    return Schedule((*spans, Span(None, 1)))
 
 
 def _dials(policy: Learned) -> dict[str, Any]:
@@ -203,7 +214,7 @@ def evidence_loss(search: LayerSearch, queries: Tensor, keys: Tensor, voters: _V
     """How far the search of a layer is from ranking what is asked for first.
 
     Shapes: queries (1, H*G, T, D), keys (1, H, T, D), before rotation. Each voter of an answer decides for itself;
-    those of a question decide together.
+    those of a question decide together. Distance plays no part: what is asked for stands anywhere.
     """
     weights = search.weights("lesson")
     asked = weights.ask(queries[:, :, voters.place])[0]  # (H, s, P, r)
@@ -212,17 +223,16 @@ def evidence_loss(search: LayerSearch, queries: Tensor, keys: Tensor, voters: _V
     short = weights.keys(fine.transpose(1, 2))  # (H, S, C, r)
     heads, slots, count, _ = asked.shape
     logits = best_logits(asked.flatten(1, 2), short, chunks).view(heads, slots, count, chunks)
-    bias = weights.by_distance(distances(voters.visible, chunks)).transpose(0, 1)  # (H, P, C)
     number = torch.arange(chunks, device=logits.device)
     far = (number >= 1) & (number < voters.visible[:, None])  # (P, C)
     there = (number >= voters.evidence[:, :1]) & (number <= voters.evidence[:, 1:])
     logits = logits.masked_fill(~far, -torch.inf)
-    alone = torch.softmax(logits + bias[:, None], -1).mean(1)  # (H, P, C)
+    alone = torch.softmax(logits, -1).mean(1)  # (H, P, C)
     right = (alone * there).sum(-1)
     single = -(right.clamp(1e-6, ENOUGH) / ENOUGH).log()
     single = (single * voters.answering).sum(-1) / voters.answering.sum().clamp_min(1)
     shares = torch.softmax(torch.cat((asked[..., -1:], logits), -1), -1)[..., 1:].mean(1)
-    shares = shares * bias.exp() * ~voters.answering[:, None]
+    shares = shares * ~voters.answering[:, None]
     index = voters.question[None, :, None].expand_as(shares)
     together = shares.new_zeros(heads, voters.questions, chunks).scatter_add(1, index, shares)
     hit = there.new_zeros(voters.questions, chunks)
@@ -322,7 +332,7 @@ def fit_reading(
     place = Path(folder)
     start = FittedPolicy.load(resolve(policy))
     start.check(shape_of(model), start.search)
-    open_run(place, {"dials": asdict(reading), "policy": _name(start), "texts": maker.seed}, resume=True)
+    open_run(place, {"dials": asdict(reading), "policy": _name(start), "texts": maker.seed}, True, model.device)
     torch.manual_seed(reading.seed)
     shapes = {int(layer): sizes for layer, sizes in start.model.layers.items()}
     reach = next(iter(start.layers.values())).prior.shape[1]
@@ -346,7 +356,7 @@ def fit_reading(
     pupil = Pupil(tuned, network, reading, levels)
     arguments = TrainingArguments(
         output_dir=str(place / CHECKPOINTS), max_steps=reading.steps, per_device_train_batch_size=1,
-        gradient_accumulation_steps=max(1, reading.batch // _world()), learning_rate=reading.rate,
+        gradient_accumulation_steps=max(1, reading.batch // world()), learning_rate=reading.rate,
         lr_scheduler_type="constant", max_grad_norm=1.0, seed=reading.seed, logging_steps=10,
         save_steps=reading.save_every, save_total_limit=2, report_to=[], remove_unused_columns=False,
         disable_tqdm=True, use_cpu=model.device.type == "cpu", dataloader_num_workers=0 if reading.steps < 20 else 2,
@@ -378,12 +388,6 @@ def fit_reading(
 def _name(policy: FittedPolicy) -> str:
     """What tells a policy from others: a hash of its weights."""
     return next(iter(policy.layers.values())).name.split(".")[0]
-
-
-def _world() -> int:
-    import os
-
-    return max(1, int(os.environ.get("WORLD_SIZE", "1")))
 
 
 def save_adapter(tuned: Any, folder: Path) -> None:

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import json
+import os
 import re
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from typing import Any
 
+import torch
 from safetensors import SafetensorError
 
 from mgam.errors import MgamError, SettingError
@@ -29,12 +31,43 @@ class NotANumberError(FittingError):
     """The loss is no number any more."""
 
 
-def open_run(place: Path, what: Mapping[str, Any], resume: bool) -> None:
-    """Notes what a run is, or checks that it is the one that is there.
+def world() -> int:
+    """Processes that share the run."""
+    return max(1, int(os.environ.get("WORLD_SIZE", "1")))
+
+
+def crew(device: torch.device) -> Any:
+    """The processes that share the run, as accelerate knows them; None for one alone."""
+    if world() == 1:
+        return None
+    from accelerate import PartialState
+
+    # without `cpu`, accelerate sees no group of processes where there is no accelerator
+    return PartialState(cpu=device.type == "cpu")
+
+
+def from_first(value: float, device: torch.device) -> float:
+    """The first process's value, in every process: what all must decide alike."""
+    if not (torch.distributed.is_available() and torch.distributed.is_initialized()):
+        return value
+    told = torch.tensor([value], dtype=torch.float64, device=device)
+    torch.distributed.broadcast(told, 0)
+    return float(told)
+
+
+def open_run(place: Path, what: Mapping[str, Any], resume: bool, device: torch.device) -> None:
+    """Notes what a run is, or checks that it is the one that is there; the first of several processes writes.
 
     Raises:
         SettingError: another run is there, or any if `resume` is off; or the folder cannot be written.
     """
+    several = crew(device)
+    first = several is None or several.is_main_process
+    with nullcontext() if several is None else several.main_process_first():
+        _open(place, what, resume or not first)
+
+
+def _open(place: Path, what: Mapping[str, Any], resume: bool) -> None:
     run = json.loads(json.dumps(what))
     path = place / RUN
     if path.exists():
