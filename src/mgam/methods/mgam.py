@@ -13,8 +13,9 @@ def policy(s: Settings, scale: float) -> Policy | PerLayer:
         return Scored(s.budget, s.window, s.rest, s.mass, scale, s.every, s.compact)
     fitted = FittedPolicy.load(resolve(s.policy))
     return LearnedLayers.of(
-        fitted.layers, budget=s.budget, window=s.window, rest=s.rest, mass=s.mass, recall=s.recall, middle=s.middle
-    )
+        fitted.layers, budget=s.budget, window=s.window, rest=s.rest, mass=s.mass, recall=s.recall, middle=s.middle,
+        content=s.content,
+    )  # fmt: skip
 
 
 register(

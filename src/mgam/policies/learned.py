@@ -8,6 +8,11 @@ distance alone tells is learned apart, since keys are searched before rotation. 
 things: which chunks are opened as tokens, which regions of the rest are read as fine summaries, and, with `recall`, how
 many tokens a block deserves.
 
+A single fact far back never wins against what is near and likely, so chunks are ranked by a mixture of two shares:
+what the search finds whatever the distance (`content`), and what is expected with distance weighed. Where queries look
+for nothing in particular, the first is flat and the second decides; a sharp hit stands out in the first. Both come from
+one search.
+
 The lightning indexer of DeepSeek-V3.2 and the gates of SeerAttention (arXiv 2410.13276) are fitted by distillation too;
 they choose tokens or blocks of one level, and do not predict a budget.
 """
@@ -36,6 +41,8 @@ from mgam.schedule import Blocks
 
 FEWEST = 8
 """Voters of a block that are always heard, however few of them are to be."""
+ELEMENTS = 1 << 22
+"""Logits worked out at a time without kernels."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -163,6 +170,9 @@ class Learned:
     recall: float | None = None
     """Share of all attention that is to be read as tokens, as predicted: blocks that look nearby open little. None:
     every block spends its whole budget."""
+    content: float = 0.5
+    """Weight of what the search finds whatever the distance, from 0 to 1; the rest is that of the attention which is
+    expected, of which distance is a part."""
     thin: int = 8
     """One of so many voters is heard: those that care most for the far past."""
     middle: int = 0
@@ -175,6 +185,8 @@ class Learned:
             raise SettingError(f"recall={self.recall} must lie above 0 and be at most 1 (all attention), or be None")
         if self.thin < 1 or not 0 <= self.middle <= self.budget:
             raise SettingError(f"thin={self.thin} starts at 1; middle={self.middle} lies between 0 and the budget")
+        if not 0 <= self.content <= 1:
+            raise SettingError(f"content={self.content} is a weight from 0 (expected attention alone) to 1")
 
     def choose(self, voters: Voters | None, blocks: Blocks, pyramid: Pyramid, levels: Levels) -> Cover:
         """Covers for N blocks within the budget."""
@@ -206,22 +218,25 @@ class Learned:
         return Cover(levels, start, chosen, lists, self.mass, known)
 
     def shares(self, voters: Voters, blocks: Blocks, pyramid: Pyramid, levels: Levels, chunks: int) -> Tensor:
-        """Share of all attention that the voters are expected to give each chunk before the window: (N, H, chunks).
+        """Share of all attention that each chunk before the window deserves: (N, H, chunks), in float32 or finer.
 
-        What is missing to 1 is expected for the window. float32 or finer.
+        What is missing to 1 is expected for the window.
         """
         queries, live = self._heard(voters)
         asked = self.weights.ask(queries)  # (N, H, s, V, r)
         kept = LearnedKeys.of(pyramid, levels, self.weights)
         visible = 1 + windows(blocks, self.window, levels, queries.device)[1] // levels.chunk
         found = search_masses(asked, live, kept.search, blocks.row, visible, 1 + chunks)
+        near, found = found[..., :1], found[..., 1:]
         if not chunks:
-            return found[..., 1:]
+            return found
         far = blocks.once(
             ("distance", self.window, levels, chunks, found.device), lambda: distances(visible - 1, chunks)
         )
-        far = self.weights.by_distance(far.to(found.device)).to(found.dtype).exp() * found[..., 1:]
-        return far / (found[..., :1] + far.sum(-1, keepdim=True)).clamp_min(torch.finfo(found.dtype).tiny)
+        expected = self.weights.by_distance(far.to(found.device)).to(found.dtype).exp() * found
+        tiny, whole = torch.finfo(found.dtype).tiny, expected.sum(-1, keepdim=True)
+        wherever = found * (whole / found.sum(-1, keepdim=True).clamp_min(tiny))
+        return torch.lerp(expected, wherever, self.content) / (near + whole).clamp_min(tiny)
 
     def _heard(self, voters: Voters) -> tuple[Tensor, Tensor]:
         """The voters that are heard: queries (N, H*G, V', D), and (N, V') which of them are there.
@@ -311,11 +326,25 @@ def search_masses(asked: Tensor, live: Tensor, search: Tensor, row: Tensor, visi
         return search_triton.scores(question, chunks) / heard
     found = torch.zeros(count, heads, chunks, dtype=asked.dtype, device=asked.device)
     hidden = torch.arange(chunks, device=asked.device)[None] >= visible[:, None]
-    for block, at in enumerate(row.tolist()):  # one row at a time: batches are few, and rows differ in length
-        best = best_logits(folded[block], search[at], chunks)
-        mass = torch.softmax(best.masked_fill(hidden[block], -torch.inf), -1)
-        found[block] = (mass * live[block].repeat(slots)[None, :, None]).sum(1)
+    votes = folded.shape[2]
+    step = max(1, ELEMENTS // max(1, heads * votes * max(chunks, TILE * search.shape[2])))
+    for at, first, last in _stretches(row.tolist(), step):
+        part = slice(first, last)
+        best = best_logits(folded[part].transpose(0, 1).flatten(1, 2), search[at], chunks)
+        best = best.unflatten(1, (last - first, votes)).transpose(0, 1)  # (n, H, s*V, chunks)
+        mass = torch.softmax(best.masked_fill(hidden[part, None, None], -torch.inf), -1)
+        found[part] = (mass * live[part].repeat(1, slots)[:, None, :, None]).sum(2)
     return found / heard
+
+
+def _stretches(rows: list[int], step: int) -> list[tuple[int, int, int]]:
+    """Row, first and last (exclusive) of blocks that follow one another in one row, at most `step` at a time."""
+    found, first = [], 0
+    for place in range(1, len(rows) + 1):
+        if place == len(rows) or rows[place] != rows[first] or place - first == step:
+            found.append((rows[first], first, place))
+            first = place
+    return found
 
 
 def best_logits(asked: Tensor, search: Tensor, chunks: int) -> Tensor:

@@ -94,7 +94,8 @@ def _lessons(seen: Seen, starts: Tensor, voters: Tensor, visible: Tensor, sampli
     search = Pyramid.of(seen.keys, seen.keys, Levels((1, levels.chunk), levels.search)).search
     assert search is not None
     whole = search.shape[3]
+    scale = torch.full((search.shape[1],), seen.scale, device=search.device)
     return [
-        Lesson(queries[row], search[row], visible[row], target[row, ..., :whole], wanted[row, ..., :whole])
+        Lesson(queries[row], search[row], visible[row], target[row, ..., :whole], wanted[row, ..., :whole], scale)
         for row in range(rows)
     ]

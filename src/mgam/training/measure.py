@@ -112,14 +112,16 @@ def _voters(queries: Tensor, blocks: Blocks) -> Voters:
 
 
 def peers(layers: Mapping[int, Any], group: int, levels: Levels, budget: int, block: int) -> dict[str, MakePolicy]:
-    """The learned policy, the training-free search at its cost, and that search at its own."""
+    """The learned policy with its usual, no and all content; the training-free search at its cost and at its own."""
     first = Learned(next(iter(layers.values())), budget)
     equal = equal_search(first, group, block)
     return {
         "learned": lambda layer, scale: Learned(layers[layer], budget),
         "scored, equal cost": lambda layer, scale: Scored(budget, scale=scale, **equal),
         "scored": lambda layer, scale: Scored(budget, scale=scale),
-        "distance alone": lambda layer, scale: Learned(blind(layers[layer]), budget),
+        "learned, content 0": lambda layer, scale: Learned(layers[layer], budget, content=0.0),
+        "learned, content 1": lambda layer, scale: Learned(layers[layer], budget, content=1.0),
+        "distance alone": lambda layer, scale: Learned(blind(layers[layer]), budget, content=0.0),
     }
 
 

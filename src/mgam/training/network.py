@@ -16,6 +16,8 @@ FADE = 0.5
 """Before fitting, a chunk at n times the distance is expected to hold n**-FADE of the mass."""
 QUICK = 4.0
 """How much quicker than other numbers the prior of distance is learned."""
+CONTENT = 1.0
+"""Weight of what the flat search finds, beside what full attention looks at."""
 TOGETHER = 64
 """KV heads, of any layers, whose losses are worked out at once."""
 PARTS = ("query", "query_bias", "key", "voice", "voice_bias", "prior")
@@ -29,7 +31,7 @@ class Lesson:
     Shapes (N query blocks of V voters each, H KV heads of G query heads): queries (N, H*G, V, D) and search
     (H, S, C, D) before rotation; visible (N,) chunks before each block's window; target (N, H, V, C) share of full
     attention that each voter gives each chunk, mean over the heads of a group, of which chunks from `visible` on are
-    near; wanted (N, H, C): the same, summed over all queries that the cover serves.
+    near; wanted (N, H, C): the same, summed over all queries that the cover serves; scale (H,) of the logits.
     """
 
     queries: Tensor
@@ -37,6 +39,7 @@ class Lesson:
     visible: Tensor
     target: Tensor
     wanted: Tensor
+    scale: Tensor
 
 
 class LayerSearch(nn.Module):
@@ -168,8 +171,35 @@ def lesson_loss(weights: SearchWeights, lesson: Lesson) -> tuple[Tensor, dict[st
     voice = weights.voices(lesson.queries)
     heard = nn.functional.binary_cross_entropy_with_logits(voice, 1 - near[..., 0].clamp(0, 1), reduction="none")
     heard = heard.mean((0, 2))
-    parts = {"query": single.detach(), "block": listed.detach(), "voice": heard.detach()}
-    return single + listed + heard, parts
+    found = torch.softmax(logits[..., 1:], -1).mean(2)  # (N, H, V, C - 1)
+    flat = flat_search(lesson)[..., 1:]
+    content = -(flat * found.clamp_min(1e-9).log()).sum(-1)
+    content = (content * (flat.sum(-1) > 0)).mean((0, 2))
+    parts = {"query": single, "block": listed, "voice": heard, "content": content}
+    loss = single + listed + heard + CONTENT * content
+    return loss, {name: part.detach() for name, part in parts.items()}
+
+
+@torch.no_grad()
+def flat_search(lesson: Lesson) -> Tensor:
+    """What a search by whole queries and keys gives each chunk that is far (N, H, V, C): mean over a group's heads.
+
+    The sink is left out, and distance plays no part: full attention itself loses a rare fact far back, at positions
+    near the end of what it was trained for, but its queries and keys still find it.
+    """
+    heads, _, chunks, dim = lesson.search.shape
+    count, _, votes, _ = lesson.queries.shape
+    asked = lesson.queries.float().unflatten(1, (heads, -1)).transpose(0, 1).reshape(heads, -1, dim)
+    asked = asked * lesson.scale[:, None, None]
+    best: Tensor | None = None
+    for keys in lesson.search.float().unbind(1):
+        logits = asked @ keys.transpose(1, 2)
+        best = logits if best is None else torch.maximum(best, logits)
+    assert best is not None
+    number = torch.arange(chunks, device=best.device)
+    hidden = (number >= lesson.visible[:, None]) | (number == 0)  # (N, C)
+    best = best.view(heads, count, -1, votes, chunks).transpose(0, 1)
+    return torch.softmax(best.masked_fill(hidden[:, None, None, None], -torch.inf), -1).nan_to_num(0.0).mean(2)
 
 
 def far_logits(weights: SearchWeights, queries: Tensor, search: Tensor, visible: Tensor) -> tuple[Tensor, Tensor]:
@@ -194,6 +224,7 @@ def joined(lessons: Sequence[Lesson]) -> Lesson:
         lessons[0].visible,
         torch.cat([one.target for one in lessons], 1),
         torch.cat([one.wanted for one in lessons], 1),
+        torch.cat([one.scale for one in lessons]),
     )
 
 

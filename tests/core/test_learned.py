@@ -1,0 +1,100 @@
+"""What the learned policy opens: far facts by content, near text by expectation, and little where little is wanted."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from mgam.errors import SettingError
+from mgam.levels import Levels
+from mgam.policies.base import Voters
+from mgam.policies.learned import Learned, SearchWeights, search_masses
+from mgam.pyramid import Pyramid
+from mgam.schedule import Blocks, Piece
+
+LEVELS = Levels((1, 16), 4)
+DIM, CHUNKS, WINDOW = 4, 40, 32
+NEEDLE = 5
+"""The chunk whose keys the query of a hard block asks for."""
+
+
+def weights(fade: float = 0.0) -> SearchWeights:
+    """One KV head; the first dimension is searched, the second is the pull of what is near."""
+    query = torch.zeros(1, DIM, 3)
+    query[0, 0, 0] = query[0, 1, 2] = 1.0
+    key = torch.zeros(1, DIM, 2)
+    key[0, 0, 0] = 1.0
+    prior = -fade * torch.arange(6.0)[None]
+    return SearchWeights(
+        "test", 1, query, torch.zeros(1, 3), key, torch.zeros(1, 2), torch.zeros(1, DIM), torch.zeros(1), prior
+    )
+
+
+def pyramid() -> Pyramid:
+    """Keys of no content, but for one chunk."""
+    keys = torch.zeros(1, 1, CHUNKS * 16, DIM)
+    keys[:, :, NEEDLE * 16 + 3 : NEEDLE * 16 + 9, 0] = 4.0
+    return Pyramid.of(keys, keys, LEVELS)
+
+
+def opened(policy: Learned, query: list[float]) -> list[int]:
+    """Chunks that a block at the end of the text opens, the sink aside."""
+    end = CHUNKS * 16
+    blocks = Blocks.of([(0, Piece(end - 8, end, end - 8, end - 8, end, False))])
+    asked = torch.tensor(query).view(1, 1, 1, DIM).expand(1, 1, 8, DIM)
+    cover = policy.choose(Voters(asked, torch.ones(1, 8, dtype=torch.bool)), blocks, pyramid(), LEVELS)
+    return [int(chunk) for chunk in cover.opened[0, 0] if chunk > 0]
+
+
+HARD, EASY = [2.0, 0.0, 0.0, 0.0], [0.0, 12.0, 0.0, 0.0]
+
+
+def test_a_far_fact_is_opened_however_strong_distance_is() -> None:
+    """A sharp hit stands out; where distance is always weighed, near chunks take every place."""
+    steep = weights(fade=6.0)
+    assert NEEDLE in opened(Learned(steep, 128, WINDOW, content=0.5), HARD)
+    assert NEEDLE not in opened(Learned(steep, 128, WINDOW, content=0.0), HARD)
+
+
+@pytest.mark.parametrize("content", [0.0, 0.25, 0.5, 1.0])
+def test_the_budget_is_spent_whatever_is_weighed(content: float) -> None:
+    chosen = opened(Learned(weights(1.0), 128, WINDOW, content=content), HARD)
+    assert len(chosen) == len(set(chosen)) == 8
+
+
+def test_easy_blocks_cost_less() -> None:
+    """With `recall` a block that looks nearby opens nothing, one that asks for one chunk that, a diffuse one all."""
+    policy = Learned(weights(), 128, WINDOW, recall=0.9)
+    assert opened(policy, EASY) == []
+    assert opened(policy, [3.0, -6.0, 0.0, 0.0]) == [NEEDLE]
+    assert len(opened(policy, [0.0, -9.0, 0.0, 0.0])) == 8
+    assert len(opened(Learned(weights(), 128, WINDOW), EASY)) == 8
+
+
+def test_a_higher_recall_never_opens_less() -> None:
+    costs = [len(opened(Learned(weights(1.0), 256, WINDOW, recall=part), [0.3, 2.0, 0, 0])) for part in (0.3, 0.6, 0.9)]
+    assert costs == sorted(costs)
+    assert costs[0] < costs[-1]
+
+
+def test_blocks_searched_together_are_searched_as_alone(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Rows, uneven ends and any number of blocks at a time."""
+    torch.manual_seed(0)
+    asked, live = torch.randn(7, 2, 3, 4, 5, dtype=torch.float64), torch.rand(7, 4) < 0.7
+    search = torch.randn(2, 2, 4, 20, 5, dtype=torch.float64)
+    row, visible = torch.tensor([0, 0, 0, 1, 1, 0, 1]), torch.tensor([3, 9, 20, 1, 20, 12, 7])
+    whole = search_masses(asked, live, search, row, visible, 20)
+    alone = [search_masses(asked[n : n + 1], live[n : n + 1], search, row[n : n + 1], visible[n : n + 1], 20)
+             for n in range(7)]  # fmt: skip
+    torch.testing.assert_close(whole, torch.cat(alone), atol=1e-12, rtol=0)
+    monkeypatch.setattr("mgam.policies.learned.ELEMENTS", 1)
+    torch.testing.assert_close(search_masses(asked, live, search, row, visible, 20), whole, atol=1e-12, rtol=0)
+
+
+def test_where_nothing_stands_out_distance_decides() -> None:
+    assert opened(Learned(weights(1.0), 128, WINDOW), [0.0, -9.0, 0.0, 0.0]) == list(range(29, 37))
+
+
+def test_a_weight_beyond_one_is_refused() -> None:
+    with pytest.raises(SettingError, match=r"content=1.5 is a weight from 0"):
+        Learned(weights(), content=1.5)
