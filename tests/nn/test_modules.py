@@ -216,6 +216,17 @@ def test_what_is_not_there_is_refused() -> None:
             nn.MultiGranularAttention(WIDTH, HEADS, **wrong)  # type: ignore[arg-type]
 
 
+def test_a_long_text_is_hashed_by_few_directions_into_many_buckets() -> None:
+    module = nn.ReformerAttention(WIDTH, HEADS, bucket=4)
+    q = torch.randn(1, HEADS, 4096, WIDTH // HEADS, generator=torch.Generator().manual_seed(0))
+    q[:, :, 2048:] = q[:, :, :2048]
+    buckets = module.hashed(q, module.turns[0])
+    assert torch.equal(buckets[:, :, 2048:], buckets[:, :, :2048])
+    assert 64 < len(buckets.unique()) <= 4096 // 4  # one hash of 32 directions tells 64 apart
+    few = module.hashed(q[:, :, :8], module.turns[0][:, :1])  # 8 tokens need no other directions than the first
+    assert set(few.unique().tolist()) == {0, 1}
+
+
 @pytest.mark.parametrize("name", CAUSAL)
 def test_states_that_do_not_fit_are_refused(name: str) -> None:
     module, states = make(name), text(5)

@@ -10,11 +10,13 @@ from torch import Tensor
 from mgam.errors import SettingError
 from mgam.merge import Part, merge
 from mgam.nn.base import Seen, SelfAttention, above
-from mgam.nn.sparse import softmax
+from mgam.nn.sparse import ELEMENTS, softmax
 
 ITSELF = -5e4
 """Added to a token's logit for itself: it reads itself only where there is nothing else."""
-MOST_BUCKETS = 4096
+DIRECTIONS = 32
+"""Directions of one hash at most; more buckets are told apart by several hashes, so that cost grows by their number."""
+HASHES = 4
 
 
 class ReformerAttention(SelfAttention):
@@ -38,7 +40,7 @@ class ReformerAttention(SelfAttention):
         above("rounds", rounds, 1)
         self.bucket, self.rounds = bucket, rounds
         draw = torch.Generator().manual_seed(seed)
-        self.register_buffer("turns", torch.randn(rounds, self.dim, MOST_BUCKETS // 2, generator=draw))
+        self.register_buffer("turns", torch.randn(rounds, self.dim, HASHES * DIRECTIONS, generator=draw))
         del self.key
 
     def _project(self, states: Tensor, first: int) -> tuple[Tensor, dict[str, Tensor]]:
@@ -47,34 +49,56 @@ class ReformerAttention(SelfAttention):
 
     def attend(self, seen: Seen) -> Tensor:
         """Rounds of hashing, joined as parts of one softmax; all tokens are hashed anew at every call."""
-        tokens = seen.k.shape[2]
-        buckets = min(MOST_BUCKETS, 2 * max(1, tokens // self.bucket // 2))
-        rounds = [self._round(seen.k, seen.v, self.turns[one, :, : buckets // 2]) for one in range(self.rounds)]
+        rounds = [self._round(seen.k, seen.v, self.turns[one]) for one in range(self.rounds)]
         return merge(rounds).out[:, :, seen.first :]
 
-    def _round(self, q: Tensor, v: Tensor, turn: Tensor) -> Part:
+    def hashed(self, q: Tensor, turns: Tensor) -> Tensor:
+        """Bucket numbers (B, H, T) of queries (B, H, T, D) by random directions (D, any)."""
+        found = torch.zeros(q.shape[:3], dtype=torch.long, device=q.device)
+        halves = _directions(q.shape[2] // self.bucket)
+        for half, turn in zip(halves, turns[:, : sum(halves)].split(halves, 1), strict=True):
+            turned = q @ turn.to(q)
+            found = found * 2 * half + torch.cat((turned, -turned), -1).argmax(-1)
+        return found
+
+    def _round(self, q: Tensor, v: Tensor, turns: Tensor) -> Part:
         tokens, size = q.shape[2], self.bucket
         with torch.no_grad():
-            turned = q @ turn.to(q)
-            hashed = torch.cat((turned, -turned), -1).argmax(-1)
-            order = (hashed * tokens + torch.arange(tokens, device=q.device)).argsort(-1)
+            order = (self.hashed(q, turns) * tokens + torch.arange(tokens, device=q.device)).argsort(-1)
         wide = order[..., None].expand_as(q)
         short = -tokens % size
         place = torch.nn.functional.pad(order, (0, short), value=-1).unflatten(2, (-1, size))
         sorted_q, sorted_v = (
             torch.nn.functional.pad(part.gather(2, wide), (0, 0, 0, short)).unflatten(2, (-1, size)) for part in (q, v)
         )
-        k = torch.nn.functional.normalize(sorted_q, dim=-1)
-        if place.shape[2] > 1:
-            k, near_v, near = (torch.cat((part.roll(1, 2), part), 3) for part in (k, sorted_v, place))
-        else:
-            near_v, near = sorted_v, place
-        own, other = place[..., None], near[..., None, :]
-        sees = (other >= 0) & (own >= 0)
-        if self.causal:
-            sees = sees & (other <= own)
-        logits = self.scale * sorted_q @ k.transpose(-1, -2)
-        part = softmax(logits.masked_fill(own == other, 0) + ITSELF * (own == other), sees, near_v)
+        chunks = place.shape[2]
+        step = max(1, ELEMENTS // (q.shape[0] * q.shape[1] * size * (2 * size + 4 * q.shape[3])))
+        parts = []
+        for low in range(0, chunks, step):
+            own = torch.arange(low, min(low + step, chunks), device=q.device)
+            near = torch.stack(((own - 1) % chunks, own), 1) if chunks > 1 else own[:, None]
+            parts.append(self._chunks(sorted_q, sorted_v, place, own, near))
+        out, lse = (torch.cat([getattr(part, name) for part in parts], 2) for name in ("out", "lse"))
         back = order.argsort(-1)
-        out = part.out.flatten(2, 3)[:, :, :tokens].gather(2, back[..., None].expand_as(q))
-        return Part(out, part.lse.flatten(2, 3)[:, :, :tokens].gather(2, back))
+        out = out.flatten(2, 3)[:, :, :tokens].gather(2, back[..., None].expand_as(q))
+        return Part(out, lse.flatten(2, 3)[:, :, :tokens].gather(2, back))
+
+    def _chunks(self, q: Tensor, v: Tensor, place: Tensor, own: Tensor, near: Tensor) -> Part:
+        """Chunks `own` (n,) over chunks `near` (n, 1 or 2), of sorted tokens q, v (B, H, N, size, D)."""
+        k = torch.nn.functional.normalize(q[:, :, near].flatten(3, 4), dim=-1)
+        mine, other = place[:, :, own][..., None], place[:, :, near].flatten(3, 4)[..., None, :]
+        sees = (other >= 0) & (mine >= 0)
+        if self.causal:
+            sees = sees & (other <= mine)
+        logits = self.scale * q[:, :, own] @ k.transpose(-1, -2)
+        itself = mine == other
+        return softmax(logits.masked_fill(itself, 0) + ITSELF * itself, sees, v[:, :, near].flatten(3, 4))
+
+
+def _directions(buckets: int) -> list[int]:
+    """Directions of each hash, of which n tell 2n buckets apart, for so many buckets or a few more."""
+    found: list[int] = []
+    while buckets > 2 * DIRECTIONS and len(found) < HASHES - 1:
+        found.append(DIRECTIONS)
+        buckets = -(-buckets // (2 * DIRECTIONS))
+    return [*found, max(1, min(DIRECTIONS, buckets // 2))]
