@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import json
 import math
+import time
 from collections.abc import Iterator
 from typing import Any
 
@@ -14,8 +15,6 @@ from mgam import methods
 from mgam.benchmarks.methods import time_method
 from mgam.evaluation.machine import conditions
 
-ENOUGH = 20.0
-"""Seconds of one pass from which on longer texts are left out."""
 DECODERS = [
     "dense", "mgam", "longheads", "streaming-llm", "quest", "snapkv", "h2o", "moba", "sliding", "strided", "dilated",
     "blockwise",
@@ -26,28 +25,39 @@ MODULES = ["longformer", "bigbird", "linformer", "reformer", "performer", "nsa",
 
 
 def measure(options: argparse.Namespace) -> Iterator[dict[str, Any]]:
-    """One line per method and length; what is in the file already is not measured again."""
+    """One line per length and method, shortest first; what is in the file already is not measured again.
+
+    A method ends where its next pass would take more than `enough` seconds, and all end with the minutes.
+    """
     path = options.out / "growth.jsonl"
     lines = [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
-    done = {(line["method"], line["length"]) for line in lines}
-    machine = conditions(options.device)
+    found = {(line["method"], line["length"]): min(line["seconds"]) for line in lines}
+    machine, until = conditions(options.device), time.time() + 60 * (options.minutes or math.inf)
     known: list[str] = options.methods.split(",") if options.methods else [*DECODERS, *LOOPS, *MODULES]
     with path.open("a") as file:
-        for name in known:
-            for tokens in _lengths(options):
-                if (name, tokens) in done:
+        for tokens in _lengths(options):
+            for name in [*known]:
+                guess = _guess([seconds for (method, _), seconds in sorted(found.items()) if method == name])
+                if (name, tokens) in found or guess > min(options.enough, until - time.time()):
                     continue
                 try:
-                    found = time_method(name, tokens, options.device, trained=name in MODULES)
+                    took = time_method(name, tokens, options.device, trained=name in MODULES)
                 except torch.OutOfMemoryError:
                     print(f"{name}: out of memory at {tokens} tokens")
-                    break
-                line = {"method": name, "length": tokens, **found, "grows": methods.get(name).grows}
+                    known.remove(name)
+                    continue
+                found[name, tokens] = min(took["seconds"])
+                line = {"method": name, "length": tokens, **took, "grows": methods.get(name).grows}
                 file.write(json.dumps({**line, "machine": machine["device"], "commit": machine["commit"]}) + "\n")
                 file.flush()
                 yield line
-                if min(found["seconds"]) > ENOUGH:
-                    break
+
+
+def _guess(seconds: list[float]) -> float:
+    """Seconds at the next length, twice the last, if time goes on to grow as it did; at most fourfold."""
+    if len(seconds) < 2:
+        return 0.0
+    return seconds[-1] * min(4.0, max(2.0, seconds[-1] / seconds[-2]))
 
 
 def _lengths(options: argparse.Namespace) -> Iterator[int]:

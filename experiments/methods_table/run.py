@@ -36,7 +36,9 @@ def main() -> None:
     own.add_argument("--tasks", default=decoders.TASKS)
     own.add_argument("--lengths", default="", help="decoders: 8k,32k,128k; trained: 64")
     own.add_argument("--trials", type=int, default=5, help="trials at most, per task, length and method")
-    own.add_argument("--minutes", type=float, default=8.0, help="no cell begins that would end after this")
+    own.add_argument(
+        "--minutes", type=float, help="no cell begins that would end after this; decoders: 8, growth: no end"
+    )
     own.add_argument("--number", type=int, default=0, help=argparse.SUPPRESS)
     own.add_argument("--until", type=float, default=0.0, help=argparse.SUPPRESS)
     own = parser.add_argument_group("trained")
@@ -47,13 +49,14 @@ def main() -> None:
     own = parser.add_argument_group("growth")
     own.add_argument("--shortest", type=int, default=1024)
     own.add_argument("--longest", type=int, default=131072)
+    own.add_argument("--enough", type=float, default=40.0, help="seconds of a pass from which on a method ends")
     options = parser.parse_args()
     options.out.mkdir(parents=True, exist_ok=True)
     if options.part == "table":
         tables.write(options.out)
     elif options.part in ("decoders", "worker"):
         options.methods = options.methods or decoders.METHODS
-        options.lengths = options.lengths or "8k,32k,128k"
+        options.lengths, options.minutes = options.lengths or "8k,32k,128k", options.minutes or 8.0
         (decoders.measure if options.part == "decoders" else decoders.work)(options)
     else:
         options.lengths = options.lengths or "64"
