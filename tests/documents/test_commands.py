@@ -134,6 +134,6 @@ def test_damage_is_listed(command: Command, made: Path, tmp_path: Path) -> None:
     code, out, err = command("verify", "book.mgam")
     assert code == 2
     assert "segment-000000.safetensors is damaged between byte" in out
-    assert "1 faults" in err
+    assert "one fault;" in err
     code, out, _ = command("verify", "book.mgam", "--json")
     assert (code, len(json.loads(out)["error"]["faults"])) == (2, 1)

@@ -182,6 +182,16 @@ def test_a_source_that_changed_is_said(digest: Make) -> None:
         digest(source(300, 1))
 
 
+def test_texts_of_one_name_are_told_apart(digest: Make) -> None:
+    with pytest.raises(DocumentError, match="text 0 is given twice"):
+        digest(source(300), source(300))
+    digest(source(300))
+    with pytest.raises(DigestError, match=r"holds text 0 as it was.*add it under another name"):
+        digest(tiny.Source("text 0", "Something else."), append=True)
+    digest(tiny.Source("<stdin>", "One thing."), append=True)
+    assert len(digest(tiny.Source("<stdin>", "Another thing."), append=True).manifest.texts) == 3
+
+
 def test_folders_that_are_no_digests(digest: Make, model: Any, tokenizer: Any, tmp_path: Path) -> None:
     (tmp_path / "book.mgam").mkdir()
     (tmp_path / "book.mgam" / "mine.txt").write_text("keep me")

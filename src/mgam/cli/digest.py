@@ -75,8 +75,9 @@ def digest(
     if as_json:
         typer.echo(json.dumps(found, ensure_ascii=False))
     else:
+        texts = "one text" if len(manifest.texts) == 1 else f"{len(manifest.texts)} texts"
         typer.echo(
-            f"{out}: {manifest.tokens:,} tokens of {len(manifest.texts)} texts, {found['bytes'] / 2**20:,.1f} MiB "
+            f"{out}: {manifest.tokens:,} tokens of {texts}, {found['bytes'] / 2**20:,.1f} MiB "
             f'({found["bytes_per_token"]:,.0f} bytes a token); ask with: mgam ask {out} "..."'
         )
 
@@ -123,7 +124,7 @@ def _run(request: Request, *, silent: bool) -> Manifest:
         def progress(done: int, total: int) -> None:
             nonlocal begun
             if not begun:
-                stage.begin(total)
+                stage.begin(total, done)
                 begun = True
             stage.advance(done, total)
 

@@ -24,6 +24,7 @@ class Stage:
         self._bar: Progress | None = None
         self._task = TaskID(0)
         self._started = time.perf_counter()
+        self._before = 0
         self._next_line = 1
         self._wrote = False
         self._heading: str | None = None
@@ -70,10 +71,10 @@ class Stage:
             sys.stdout.flush()
             self._wrote = False
 
-    def begin(self, total: int) -> None:
-        """Start the clock of reading about `total` tokens."""
+    def begin(self, total: int, before: int = 0) -> None:
+        """Start the clock of reading about `total` tokens, of which `before` were read earlier."""
         self._close()
-        self._started = time.perf_counter()
+        self._started, self._before = time.perf_counter(), before
         if self._silent or not self._console.is_terminal:
             return
         self._bar = Progress(
@@ -86,7 +87,7 @@ class Stage:
         """Show that `done` of `total` tokens have been read."""
         if self._silent:
             return
-        note = _note(done, total, time.perf_counter() - self._started)
+        note = _note(done, total, done - self._before, time.perf_counter() - self._started)
         if self._bar is not None:
             self._bar.update(self._task, completed=done, total=total, note=note)
         elif done * PLAIN_STEPS >= self._next_line * total:
@@ -114,10 +115,13 @@ class Stage:
             self._bar = None
 
 
-def _note(done: int, total: int, seconds: float) -> str:
-    speed = done / seconds if seconds > 0 else 0.0
-    note = f"{done:,} of {total:,} tokens, {speed:,.0f} tokens/s"
-    if not speed or done >= total:
+def _note(done: int, total: int, read: int, seconds: float) -> str:
+    speed = read / seconds if seconds > 0 else 0.0
+    note = f"{done:,} of {total:,} tokens"
+    if not speed:
+        return note
+    note += f", {speed:,.0f} tokens/s"
+    if done >= total:
         return note
     left = round((total - done) / speed)
     return f"{note}, {left // 60}:{left % 60:02d} left"

@@ -23,15 +23,16 @@ def verify(
     with Stage(silent=as_json) as stage:
         stage.say(f"checking {path}")
         faults = store.verify(path)
+    count = "one fault" if len(faults) == 1 else f"{len(faults)} faults"
     if as_json and faults:
         listed = [asdict(fault) for fault in faults]
-        message = f"{path} has {len(faults)} faults"
+        message = f"{path} has {count}"
         typer.echo(json.dumps({"error": {"kind": DigestError.__name__, "message": message, "faults": listed}}))
         raise typer.Exit(2)
     if faults:
         for fault in faults:
             typer.echo(fault.message)
-        raise DigestError(f"{path} has {len(faults)} faults; take the files from a copy, or digest the texts again")
+        raise DigestError(f"{path} has {count}; take the files from a copy, or digest the texts again")
     manifest = store.Manifest.read(path)
     whole = {"path": str(path), "complete": manifest.complete, "tokens": manifest.done, "faults": []}
     typer.echo(json.dumps(whole) if as_json else f"{path}: every byte is as it was written ({manifest.done:,} tokens)")

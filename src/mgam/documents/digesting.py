@@ -6,6 +6,7 @@ to has the same bytes.
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -14,7 +15,7 @@ from typing import Any
 from mgam.documents import fingerprint
 from mgam.documents.building import Builder, Progress, is_ours, plan_memory
 from mgam.documents.models import check_model, shape_of
-from mgam.documents.sources import Source
+from mgam.documents.sources import PIPED, Source
 from mgam.documents.store import files
 from mgam.documents.store.layout import Shape
 from mgam.documents.store.lock import WriterLock
@@ -22,7 +23,7 @@ from mgam.documents.store.manifest import NAME as MANIFEST_NAME
 from mgam.documents.store.manifest import Manifest, Text, step_of
 from mgam.documents.store.store import Store, write_text
 from mgam.documents.tokens import tokens_of
-from mgam.errors import DigestError
+from mgam.errors import DigestError, DocumentError
 from mgam.integrations.transformers import Applied, applied_to
 from mgam.integrations.transformers.call_size import LEAST, call_size
 
@@ -67,6 +68,8 @@ def digest(
 ) -> Manifest:
     """Digests texts into a folder, or goes on where an earlier call was stopped; see `Document.digest`."""
     applied = applied_to(model)
+    if twice := [name for name, count in Counter(source.name for source in sources).items() if count > 1]:
+        raise DocumentError(f"{twice[0]} is given twice; name each text once, so that evidence can tell them apart")
     path.parent.mkdir(parents=True, exist_ok=True)
     files.refuse_link(path)
     if path.exists() and not path.is_dir():
@@ -132,6 +135,11 @@ def _go_on(path: Path, model: Any, tokenizer: Any, sources: Sequence[Source], *,
         if given and given != known:
             raise DigestError(f"{path} {_differs(given, known)}")
         return manifest
+    if changed := _changed(given, known):
+        raise DigestError(
+            f"{path} holds {', '.join(changed[:3])} as it was, and it has changed since; digest into a new folder, or "
+            "add it under another name"
+        )
     new = [source for source, pair in zip(sources, given, strict=True) if pair not in known]
     if not new:
         return manifest
@@ -155,10 +163,14 @@ def _go_on(path: Path, model: Any, tokenizer: Any, sources: Sequence[Source], *,
     return more
 
 
+def _changed(given: list[tuple[str, str]], known: list[tuple[str, str]]) -> list[str]:
+    """Names of texts that a digest holds as they were; what came through a pipe has no name of its own."""
+    names = dict(known)
+    return [name for name, sha in given if names.get(name, sha) != sha and name != PIPED]
+
+
 def _differs(given: list[tuple[str, str]], known: list[tuple[str, str]]) -> str:
     """How the texts given differ from those that a digest holds."""
-    names = dict(known)
-    changed = [name for name, sha in given if name in names and names[name] != sha]
-    if changed:
+    if changed := _changed(given, known):
         return f"holds {', '.join(changed[:3])} as it was, and it has changed since; digest into a new folder"
     return "holds other texts; add these with --append, or name a new folder"

@@ -13,6 +13,8 @@ from mgam.documents.formats import extract, format_of
 from mgam.errors import DocumentError
 
 STDIN = "-"
+PIPED = "<stdin>"
+"""What a text from standard input is called."""
 MAX_BYTES = 1 << 30  # 1 GiB of text is some 250 million tokens: far beyond what one digest can hold today
 
 
@@ -39,7 +41,7 @@ def read_source(path: str | os.PathLike[str], *, max_bytes: int = MAX_BYTES) -> 
     """
     name = os.fspath(path)
     if name == STDIN:
-        name, data = "<stdin>", _read_stdin(max_bytes)
+        name, data = PIPED, _read_stdin(max_bytes)
     else:
         data = _read_file(Path(name), max_bytes)
     kind = format_of(name, data) if data else None
