@@ -78,7 +78,7 @@ class Reader(nn.Module):
         made = []
         for number in range(size.layers):
             own = {**changes, "seed": number} if kind.startswith("mgam") else {}
-            made.append(attention(kind, size, **own))
+            made.append(_matching(attention(kind, size, **own)))
         wanted = parameters(attention("bert", size)) + 8 * width * width
         inner = round((wanted - parameters(made[0])) / (2 * width))
         self.layers = nn.ModuleList(Layer(one, width, inner) for one in made)
@@ -99,6 +99,15 @@ class Reader(nn.Module):
         place = torch.arange(batch.tokens.shape[1], device=batch.tokens.device)
         outside = (place <= ASKED) | (place >= len(place) - 1 - ASKED) | (batch.tokens == END)
         return units, logits[:, 1:].masked_fill(outside[:, None], -torch.inf)
+
+
+def _matching(made: SelfAttention) -> SelfAttention:
+    """Keys begin as queries do, so that equal tokens find one another from the first step (see PROTOCOL.md)."""
+    with torch.no_grad():
+        made.key.weight.copy_(made.query.weight)
+    if isinstance(made, LongformerAttention):
+        made.copy_projections()
+    return made
 
 
 def loss_of(units: Tensor, tokens: Tensor, batch: Batch) -> Tensor:

@@ -60,7 +60,7 @@ class LearnedScores(nn.Module):
         self.heads, self.dims = heads, dims
         self.ask = nn.Linear(width, heads * (dims + 1))
         self.find = nn.Linear(width, heads * dims, bias=False)
-        self.prior = nn.Parameter(torch.zeros(heads, 2 * FAR))
+        self.prior = nn.Parameter(torch.zeros(2 * FAR, heads))
 
     def project(self, states: Tensor) -> dict[str, Tensor]:
         """Short queries (B, H, T, r+1), the last number the pull of what is near, and short keys (B, H, T, r)."""
@@ -71,7 +71,7 @@ class LearnedScores(nn.Module):
     def forward(self, ask: Tensor, search: Tensor, part: Part, every: int) -> tuple[Tensor, Tensor]:
         """Scores (B, H, N, C) of chunks and (B, H, N) of what is near. `search` (B, H, C, S, r) are means of keys."""
         place, live = part.voters(every)
-        voices = ask[:, :, place]
+        voices = ask.index_select(2, place.flatten()).unflatten(2, place.shape)
         voters, chunks = place.shape[1], search.shape[2]
         wide = torch.promote_types(ask.dtype, torch.float32)
         logits = voices[..., :-1].flatten(2, 3) @ search.flatten(2, 3).transpose(-1, -2) * self.dims**-0.5
@@ -81,7 +81,8 @@ class LearnedScores(nn.Module):
         distance = part.distance(chunks)
         row = distance.abs().clamp_min(1).log2().long().clamp_max(FAR - 1) + FAR * (distance > 0)
         near = (voices[..., -1].to(wide) * live).sum(-1) / live.sum(-1)
-        return over - count.to(wide).log() + self.prior[:, row].to(wide), near
+        prior = F.embedding(row, self.prior).permute(2, 0, 1).to(wide)
+        return over - count.to(wide).log() + prior, near
 
 
 def scored(asked: Tensor, search: Tensor, part: Part, every: int) -> Tensor:

@@ -1,0 +1,190 @@
+"""Runs of the paper's table: models as declared, what a killed run comes to, and what the table says."""
+
+from __future__ import annotations
+
+import importlib
+import json
+import os
+import subprocess
+import sys
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from papertable import growth, plan, tables, train
+from papertable.figures import figure, margin, scores
+from papertable.library import TASKS, Library
+from papertable.measure import baselines, evaluate
+from papertable.models import ABLATIONS, MODELS, Reader, loss_of, parameters
+from papertable.sample import Batch, collate
+from papertable.sizes import SIZES, Size
+from papertable.train import Run
+from typer.testing import CliRunner
+
+SMOKE = SIZES["smoke"]
+EVERY = [*((model, {}) for model in MODELS), *(("mgam", changes) for changes in ABLATIONS.values() if changes)]
+
+
+def batch_of(library: Library, length: int = 512) -> Batch:
+    return collate([library.sample(task, "train", length, 0, 0) for task in TASKS])
+
+
+@pytest.mark.parametrize(("model", "changes"), EVERY, ids=lambda one: str(one))
+def test_every_model_takes_a_step(library: Library, model: str, changes: dict[str, Any]) -> None:
+    torch.manual_seed(0)
+    reader, batch = Reader(model, SMOKE, **changes), batch_of(library)
+    optimizer = torch.optim.AdamW(reader.parameters(), 1e-2)
+    before = loss_of(*reader(batch), batch)
+    before.backward()
+    for name, part in reader.named_parameters():
+        assert part.grad is not None, name
+        assert torch.isfinite(part.grad).all(), name
+        assert part.grad.any() or "global_" in name, name  # of one layer, nobody reads what global queries found
+    optimizer.step()
+    assert loss_of(*reader(batch), batch).item() < before.item()
+
+
+@pytest.mark.parametrize("model", MODELS)
+def test_models_look_where_they_are_declared_to_look(library: Library, model: str) -> None:
+    torch.manual_seed(0)
+    reader, batch = Reader(model, SMOKE), batch_of(library)
+    found: list[torch.Tensor] = []
+    reader.layers[-1].register_forward_hook(lambda layer, given, out: found.append(out))
+    reader(batch)
+    place = 300
+    batch.tokens[:, place:-40] = batch.tokens[:, place:-40].flip(1)
+    reader(batch)
+    early = (found[0][:, :place] - found[1][:, :place]).abs().amax()
+    assert (early < 1e-6) == (model in ("gpt2", "mgam-causal"))
+    assert (found[0][:, -1] - found[1][:, -1]).abs().amax() > 1e-5
+
+
+@pytest.mark.parametrize("size", [SIZES["paper"], SIZES["tiny"]])
+def test_models_are_equally_large(size: Size) -> None:
+    with torch.device("meta"):
+        counts = [parameters(Reader(model, size, **changes)) for model, changes in EVERY]
+    assert max(counts) < 1.01 * min(counts)
+    if size is SIZES["paper"]:
+        assert 10e6 < min(counts) < 30e6
+
+
+def test_entries_are_counted(library: Library) -> None:
+    found = {}
+    for model in MODELS:
+        torch.manual_seed(0)
+        found[model] = evaluate(Reader(model, SMOKE), library, ("hop",), "test", ((512, 2),), 1024, "cpu")["entries"]
+    assert found["bert"]["512"] == {"tokens": 513.0}
+    assert found["gpt2"]["512"] == {"tokens": 257.0}
+    own = found["mgam"]["512"]
+    assert 0 < own["tokens"] + own["level 1"] + own["level 2"] < 513
+
+
+def test_a_killed_run_comes_to_the_same_result(library: Library, tmp_path: Path) -> None:
+    run = Run("one", "mgam", 1e-3, 0, replace(SMOKE, keep_seconds=0.0))
+    whole = train.train(run, library, tmp_path / "whole", "cpu")
+    assert whole is not None
+    assert train.train(run, library, tmp_path / "cut", "cpu", until=0.0) is None
+    kept = json.loads((tmp_path / "cut/checkpoints/one/progress.json").read_text())
+    assert 0 < kept["step"] < run.total
+    (tmp_path / "cut/checkpoints/one/state.part").write_bytes(b"half a file")  # as a kill may leave it
+    again = train.train(run, library, tmp_path / "cut", "cpu")
+    assert again is not None
+    assert again["losses"] == whole["losses"]
+    assert again["test"] == whole["test"]
+    assert not (tmp_path / "cut/checkpoints/one").exists()
+    (tmp_path / "cut/runs/one.json").write_text(json.dumps({**again, "mark": 1}))
+    assert train.train(run, library, tmp_path / "cut", "cpu")["mark"] == 1  # type: ignore[index]
+
+
+def test_a_run_that_diverges_is_kept_and_counts_as_nothing(library: Library, tmp_path: Path) -> None:
+    run = Run("bert-0", "bert", float("inf"), 0, SMOKE)
+    found = train.train(run, library, tmp_path, "cpu")
+    assert found is not None
+    assert found["diverged"] == 2
+    assert "test" not in found
+    good = {"diverged": None, "test": {"scores": {"hop": {"512": {"accuracy": 50.0, "f1": 40.0}}}}}
+    results = {"bert-0": found, "bert-1": good, "mgam-0": good, "mgam-1": good}
+    assert scores(results, "bert", "f1") == [0.0, 40.0]
+    assert margin(results, "mgam", "bert", "f1") == figure([40.0, 0.0])
+    assert plan.dev_score(found) == -1.0
+
+
+def test_intervals_are_those_of_student() -> None:
+    found = figure([70.0, 72.0, 74.0])
+    assert found is not None
+    assert found.mean == pytest.approx(72.0)
+    assert found.half == pytest.approx(4.303 * 2 / 3**0.5)
+    assert str(figure([1.25])) == "1.2"
+    assert figure([]) is None
+
+
+def test_the_plan_tells_most_first_and_waits_for_rates(tmp_path: Path) -> None:
+    size = SIZES["paper"]
+    names = [run.name for run in plan.plan(size)]
+    assert len(names) == len(set(names)) == 15 + 15 + 16
+    assert names[15:20] == [f"{model}-0" for model in MODELS]
+    able = [run.name for run, able in plan.ready(size, tmp_path, "") if able]
+    assert able == names[:15]
+    (tmp_path / "runs").mkdir()
+    for rate, value in zip(size.rates, (10.0, 30.0, 20.0), strict=True):
+        cell = {"hop": {"1024": {"accuracy": value, "f1": value}}}
+        done = {"diverged": None, "test": {"scores": cell}}
+        (tmp_path / "runs" / f"tune-mgam-{rate:g}.json").write_text(json.dumps(done))
+    rates = {run.name: run.rate for run, able in plan.ready(size, tmp_path, "mgam-") if able}
+    assert rates["mgam-0"] == size.rates[1]
+    assert "mgam-causal-0" not in rates
+
+
+def test_two_workers_do_not_make_one_run(tmp_path: Path) -> None:
+    assert plan._claim(tmp_path, "one")
+    assert not plan._claim(tmp_path, "one")
+    gone = subprocess.run([sys.executable, "-c", "import os; print(os.getpid())"], capture_output=True, text=True)
+    (tmp_path / "claims" / "one").write_text(gone.stdout)
+    assert plan._claim(tmp_path, "one")
+    assert (tmp_path / "claims" / "one").read_text() == str(os.getpid())
+
+
+def test_growth_is_measured_and_gone_on_from(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    found = growth.point("smoke", "mgam", 512, "cpu")
+    assert found["step_ms"] > found["forward_ms"] > 0
+    assert found["pyramid_ms"] > 0
+    assert found["policy_ms"] > 0
+    monkeypatch.setattr(
+        growth, "_apart", lambda size, model, length, device: {**found, "model": model, "length": length}
+    )
+    assert len(list(growth.measure("smoke", tmp_path, "cpu", 512, 1024, ("bert", "mgam")))) == 4
+    assert len(list(growth.measure("smoke", tmp_path, "cpu", 512, 2048, ("bert", "mgam")))) == 2
+
+
+def test_the_command_makes_runs_and_the_table(
+    library: Library, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    command = importlib.import_module("run")
+    monkeypatch.setattr(command, "open_library", lambda data: library)
+    call = CliRunner().invoke
+    words = ["train", "--size", "smoke", "--out", str(tmp_path), "--device", "cpu"]
+    for only in ("tune-bert", "bert-0", "tune-mgam-0", "mgam-0"):
+        made = call(command.app, [*words, "--only", only])
+        assert made.exit_code == 0, made.output
+    assert {"bert-0", "mgam-0", "mgam-causal-0"} - set(plan.results(tmp_path)) == {"mgam-causal-0"}
+    refused = call(command.app, ["train", "--size", "tiny", "--out", str(tmp_path), "--device", "cpu"])
+    assert refused.exit_code == 2
+    assert "holds runs of smoke size" in " ".join(refused.output.replace("│", " ").split())
+    monkeypatch.setattr(tables.plots, "draw", lambda *given: [])
+    assert call(command.app, ["table", "--out", str(tmp_path)]).exit_code == 0
+    text = (tmp_path / "table.md").read_text()
+    assert "A check of the machinery at `smoke` size, not the table" in text
+    assert "| bert | 1 |" in text
+    assert "72.5 / 70.3" in text
+    assert "| gpt2 | 0 | not measured |" in text
+    assert json.loads((tmp_path / "setting.json").read_text())["baselines"]["test"] == baselines(
+        library, TASKS, "test", SMOKE.test
+    )
+
+
+def test_pictures_are_drawn(tmp_path: Path) -> None:
+    pytest.importorskip("matplotlib")
+    points = [{"model": "mgam", "length": length, "step_ms": 2.0, "step_peak_bytes": 1e9} for length in (512, 1024)]
+    assert [path.name for path in tables.plots.draw(tmp_path, {}, points)] == ["time.svg", "memory.svg"]
