@@ -13,14 +13,16 @@ from typing import Any
 
 import pytest
 import torch
+from rich.console import Console
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
 from mgam.documents.prompt import build
 from mgam.documents.sources import Source
-from mgam.errors import DocumentError
+from mgam.errors import DocumentError, SettingError
 from mgam.evaluation.adapters import ModelReader
 from mgam.evaluation.reader import BatchReader, LossReader
+from mgam.evaluation.session import Session, evaluate_session
 from mgam.evaluation.texts import words
 
 _RNG = random.Random(5)
@@ -123,6 +125,18 @@ def test_a_chat_template_that_changes_the_text_is_refused(tiny: tuple[Any, Any])
     tokenizer.chat_template = "{% for m in messages %}{{ m['content'] | upper }}{% endfor %}"
     with pytest.raises(DocumentError, match="use a tokenizer without a template"):
         build(tokenizer, [Source("a", DOCUMENTS[0])], QUESTIONS[0])
+
+
+def test_what_cannot_work_with_the_model_is_said_before_anything_is_read(tiny: tuple[Any, Any], tmp_path: Path) -> None:
+    for part in tiny:
+        part.save_pretrained(tmp_path / "tiny")
+    wanted = Session(
+        tasks=["passkey"], lengths="512", methods=["longheads:window=9000"], model=str(tmp_path / "tiny"), trials=1,
+        device="cpu", results=tmp_path / "results.jsonl",
+    )  # fmt: skip
+    with pytest.raises(SettingError, match=r"trained for 4096.*choose a smaller window"):
+        evaluate_session(wanted, Console(quiet=True))
+    assert not (tmp_path / "results.jsonl").exists()
 
 
 @pytest.mark.slow

@@ -64,6 +64,10 @@ def test_names_and_dials_are_checked_before_a_model_is_loaded() -> None:
         _methods(["quset"], None)
     with pytest.raises(SettingError, match="budget=1 must be"):
         _methods(["mgam:budget=1"], None)
+    with pytest.raises(SettingError, match=r"works with positions granular, not 'absolute'; these do: .*quest"):
+        _methods(["longheads:positions=absolute"], None)
+    with pytest.raises(SettingError, match=r"unknown method 'zzz'; choose .*bigbird, "):
+        methods.get("zzz")
     with pytest.raises(SettingError, match="phrase=0 must be 1 or more"):
         _methods(["infini-retri:phrase=0"], None)
     assert _methods(["infini-retri", "blockwise"], 256) == ["dense", "infini-retri", "blockwise"]

@@ -85,6 +85,9 @@ def evaluate_session(session: Session, notes: Console) -> Outcome | None:
 
     changes = {} if session.budget is None else {"budget": session.budget}
     readers = [ModelReader(*loaded, label, name=name, settings=changes) for label in labels]
+    for reader in readers:  # what cannot work with this model is said before anything is read
+        _ = reader.settings
+        reader.close()
     path = session.results or _own_results(session, name)
     say = _sayer(notes, rank)
     device = str(loaded[0].device)

@@ -56,11 +56,19 @@ class Method:
         """Settings for this method: common defaults, its own, then the caller's.
 
         Raises:
-            SettingError: the method cannot read with an unmodified decoder; the message says what serves it.
+            SettingError: the method cannot read with an unmodified decoder, or not with these positions; the message
+                says what serves.
         """
         if self.form != "policy":
             raise SettingError(self._elsewhere())
-        return Settings().with_(**{**dict(self.defaults), **changes, "method": self.name})
+        wanted = Settings().with_(**{**dict(self.defaults), **changes, "method": self.name})
+        if wanted.positions not in self.positions:
+            able = [one.name for one in METHODS.values() if one.form == "policy" and wanted.positions in one.positions]
+            raise SettingError(
+                f"method {self.name!r} works with positions {' or '.join(self.positions)}, not {wanted.positions!r}; "
+                f"these do: {', '.join(able)}"
+            )
+        return wanted
 
     def checked(self, **changes: Any) -> Any:
         """The dials of a policy or of a loop, with the caller's changes.
@@ -120,8 +128,9 @@ def get(name: str) -> Method:
     """
     _load()
     if name not in METHODS:
-        near = difflib.get_close_matches(name, METHODS, 3) or list(METHODS)
-        raise SettingError(f"unknown method {name!r}; did you mean {', '.join(near)}? `mgam methods` lists all")
+        near = difflib.get_close_matches(name, METHODS, 3)
+        hint = f"did you mean {', '.join(near)}? `mgam methods` lists all" if near else f"choose {', '.join(METHODS)}"
+        raise SettingError(f"unknown method {name!r}; {hint}")
     return METHODS[name]
 
 

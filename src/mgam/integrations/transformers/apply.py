@@ -146,10 +146,6 @@ def apply(model: Model, method: str = "mgam", *, budget: int | None = None, **se
     """
     chosen = methods.get(method)
     wanted = chosen.settings(**({} if budget is None else {"budget": budget}), **settings)
-    if wanted.positions not in chosen.positions:
-        raise SettingError(
-            f"method {method!r} works with positions {' or '.join(chosen.positions)}, not {wanted.positions!r}"
-        )
     target = _target(model)
     config = target.config
     row = architecture(config)
