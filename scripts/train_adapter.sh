@@ -1,6 +1,6 @@
 #!/bin/bash
 # Fits a policy to the default model, trains low-rank adapters that read by it, and measures both: what
-# benchmarks/results/learned.h200.json holds, in about 20 minutes on one GPU.
+# benchmarks/results/learned.h200.json holds, in about half an hour on one GPU.
 #   scripts/train_adapter.sh FOLDER
 # Texts: mgam data fetch novels speeches wikipedia essays factbook. Fitted on their TRAIN split; needles, facts and losses
 # are of the TEST split, what a policy keeps of the TUNE split.
@@ -10,8 +10,8 @@ mkdir -p "$out"
 texts=(--data novels --data speeches --data wikipedia --data essays)
 needles=(--tasks needle_prose --prose novels --batch-size 10 --keep-out 64,768)
 
-mgam fit "${texts[@]}" -o "$out/policy" --tokens 8192 --steps 600 --lookup-tokens 2048 --check 6 --json | tee "$out/policy.out"
-mgam fit "${texts[@]}" --data factbook -o "$out/adapter" --lora --policy "$out/policy" --lora-steps 400 --lora-batch 2 \
+mgam fit "${texts[@]}" -o "$out/policy" --tokens 8192 --steps 3000 --minutes 4.5 --lookup-tokens 4096 --check 6 --json | tee "$out/policy.out"
+mgam fit "${texts[@]}" --data factbook -o "$out/adapter" --lora --policy "$out/policy" --lora-steps 9000 --lora-minutes 7 --lora-batch 2 \
   --questions 16 --lengths 6144,12288,24576 --seed 1 --json | tee "$out/adapter.out"
 python "$(dirname "$0")/../benchmarks/learned.py" - "$out/policy" "$out/losses_policy.jsonl" inside far recall
 python "$(dirname "$0")/../benchmarks/learned.py" - "$out/adapter" "$out/losses_adapter.jsonl" inside far

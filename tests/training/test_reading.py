@@ -11,10 +11,10 @@ import torch
 import mgam
 from documents.tiny import make_plain_model, make_tokenizer, text
 from mgam.errors import SettingError
-from mgam.training.fit import Fitting, fit
+from mgam.training.fit import Course, Fitting, fit
 from mgam.training.lookups import LookupMaker
-from mgam.training.reading import Reading, fit_reading
-from mgam.training.texts import Document
+from mgam.training.reading import Reading, dialogue, fit_reading
+from mgam.training.texts import Document, Windows
 
 SETTINGS = (("window", 64), ("levels", (1, 16, 64)), ("block", 64), ("dense_until", 128), ("budget", 128))
 DIALS: dict[str, Any] = {
@@ -122,3 +122,27 @@ def test_other_dials_and_other_models_are_refused(prose: str, policy: Path, trai
 def _halved(module: Any) -> None:
     if isinstance(module, torch.nn.Linear):
         module.weight.data.mul_(0.5)
+
+
+def test_every_second_text_of_a_course_asks_for_something(prose: str) -> None:
+    tokenizer = make_tokenizer()
+    words = Document("words", torch.tensor(tokenizer(text(9000))["input_ids"]))
+    windows = Windows([words], 2560, 4, 0)
+    course = Course(windows, LookupMaker(tokenizer, [prose]), 2560)
+    for number in range(4):
+        same = torch.equal(course[number]["input_ids"], windows[number]["input_ids"])
+        assert same == (number % 2 == 0)
+
+
+def test_a_dialogue_is_read_as_it_is_used(prose: str) -> None:
+    """The text in blocks without lookahead, questions in blocks whose queries all vote, answers one by one."""
+    found = LookupMaker(make_tokenizer(), [prose]).make(1, 2560, 3)
+    pieces = list(dialogue(found.document, found.asked, 64, 16).pieces(0, len(found.ids)))
+    assert [piece.start for piece in pieces[1:]] == [piece.stop for piece in pieces[:-1]]
+    answers = [place for one in found.asked for place in range(*one.answer)]
+    assert answers == [piece.start for piece in pieces if piece.start in set(answers) and piece.stop == piece.start + 1]
+    for piece in pieces:
+        if piece.start < found.document:
+            assert piece.vote_to <= piece.start + 1
+        elif piece.stop - piece.start > 1:
+            assert (piece.vote_from, piece.vote_to) == (piece.start, piece.stop)

@@ -40,7 +40,7 @@ def fit(
     ] = 0,
     lookup_tokens: Annotated[
         int,
-        typer.Option(help="Every fourth text is one of so many tokens with facts hidden in it and questions; 0: none."),
+        typer.Option(help="Every second text is one of so many tokens with facts hidden in it and questions; 0: none."),
     ] = 0,
     seed: Annotated[int, typer.Option(help="Of what is drawn.")] = 0,
     check: Annotated[int, typer.Option(min=0, help="Held-out texts to measure the policy on.")] = 4,

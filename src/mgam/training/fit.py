@@ -52,8 +52,8 @@ class Fitting:
     slots: int = 0
     """Search queries of a position and KV head; 0: one for each query head of a group."""
     lookup_tokens: int = 0
-    """Tokens of the texts with questions that every fourth text is, at most those of a text; 0: there are none. No more
-    than the model itself can look things up in."""
+    """Tokens of the texts with questions that every second text is, at most those of a text; 0: there are none. Prose
+    alone hardly ever asks for one place far back."""
     blocks: int = 12
     voters: int = 32
     window: int = 512
@@ -84,12 +84,12 @@ class Fitting:
         """How lessons are drawn."""
         return Sampling(
             Levels(self.levels, self.search), self.window, self.block, self.blocks, self.voters,
-            last=2 if self.lookup_tokens else 1,
+            last=min(4, self.blocks) if self.lookup_tokens else 1,
         )  # fmt: skip
 
 
 class Course(Dataset[dict[str, Tensor]]):
-    """Windows of text, and every fourth a lookup."""
+    """Windows of text, and every second a lookup."""
 
     def __init__(self, windows: Windows, lookups: LookupMaker | None, tokens: int) -> None:
         self.windows, self.lookups, self.tokens = windows, lookups, tokens
@@ -98,9 +98,9 @@ class Course(Dataset[dict[str, Tensor]]):
         return len(self.windows)
 
     def __getitem__(self, number: int) -> dict[str, Tensor]:
-        if self.lookups is None or number % 4 != 3:
+        if self.lookups is None or number % 2 == 0:
             return self.windows[number]
-        found = self.lookups.make(number, self.tokens, 6)
+        found = self.lookups.make(number, self.tokens, max(6, self.tokens // 256))
         return {**self.windows[number], "input_ids": found.ids}
 
 

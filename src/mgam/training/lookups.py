@@ -79,7 +79,10 @@ class LookupMaker:
             found = self._encode(text, pairs)
             if len(found.ids) <= tokens:
                 return found
-            characters = int(characters * 0.98 * tokens / len(found.ids))
+            over = len(found.ids) - tokens  # questions stay as long as they are: the text gives way
+            characters -= int(characters * 1.1 * over / found.document) + 1
+            if characters <= 0:
+                break
         raise SettingError(f"no lookup of {tokens} tokens can be made; raise the length")
 
     def _prose(self, rng: random.Random, characters: int, questions: int) -> tuple[str, list[_Pair]]:
