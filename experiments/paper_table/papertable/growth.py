@@ -55,8 +55,8 @@ def read(folder: Path) -> list[dict[str, Any]]:
 
 
 def _apart(size: str, model: str, length: int, device: str) -> dict[str, Any]:
-    words = [sys.executable, str(Path(__file__).parents[1] / "run.py"), "point", "--size", size, "--model", model]
-    done = subprocess.run([*words, "--length", str(length), "--device", device], capture_output=True, text=True)
+    words = [sys.executable, str(Path(__file__).parents[1] / "run.py"), "point", model, str(length)]
+    done = subprocess.run([*words, "--size", size, "--device", device], capture_output=True, text=True)
     if done.returncode:
         last = (done.stderr.strip().splitlines() or [f"ended with {done.returncode}"])[-1]
         return {"model": model, "length": length, "size": size, "failed": last, **_conditions(device)}

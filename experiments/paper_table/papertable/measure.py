@@ -25,7 +25,7 @@ SEED = 0
 
 
 class Clock:
-    """Times of several steps, without waiting for the device in between."""
+    """Times of several steps, without waiting for the device in between; on a CPU the processor's time."""
 
     def __init__(self, device: str) -> None:
         self.gpu = device.startswith("cuda")
@@ -38,13 +38,13 @@ class Clock:
             pair = (torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True))
             self.events.append(pair)
             pair[0].record()
-        self.began = time.perf_counter()
+        self.began = time.process_time()
 
     def __exit__(self, *failure: object) -> None:
         if self.gpu:
             self.events[-1][1].record()
         else:
-            self.found.append((time.perf_counter() - self.began) * 1e3)
+            self.found.append((time.process_time() - self.began) * 1e3)
 
     def milliseconds(self) -> list[float]:
         """Of each step so far."""
