@@ -29,9 +29,12 @@ class Columns:
     def of(
         cls, first: Tensor, row: Tensor, start: Tensor, length: Tensor, size: int, columns: int, device: torch.device
     ) -> Columns:
-        """Pieces of `length` (N,) queries from position `start` (N,) on; column 0 of row b stands at `first[b]`."""
+        """Pieces of `length` (N,) queries from position `start` (N,) on; column 0 of row b stands at `first[b]`.
+
+        Places beyond a piece's end take its last query: what stands in the columns after it may be no number.
+        """
         number = torch.arange(size)
-        column = (start - first[row])[:, None] + number
+        column = (start - first[row])[:, None] + torch.minimum(number, (length - 1).clamp_min(0)[:, None])
         live = (number < length[:, None]) & (column >= 0)
         table = torch.stack((row[:, None].expand_as(column), column.clamp(0, max(columns - 1, 0)), live.long()))
         rows, places, there = sent(table, device)
