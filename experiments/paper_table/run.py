@@ -127,5 +127,14 @@ def _short(result: dict[str, Any]) -> dict[str, Any]:
     return told | ({"diverged at step": result["diverged"]} if result["diverged"] else {})
 
 
+def main() -> None:
+    """Runs a command; what mgam refuses is told in one line."""
+    try:
+        app()
+    except MgamError as error:
+        print(f"error: {error}", file=sys.stderr)
+        sys.exit(2)
+
+
 if __name__ == "__main__":
-    app()
+    main()

@@ -183,6 +183,17 @@ def test_the_command_makes_runs_and_the_table(
     )
 
 
+def test_what_cannot_be_reached_is_named(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    command = importlib.import_module("run")
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    for data, missing in (("packages", "wikipedia"), ("published", "cnn_dailymail")):
+        made = CliRunner().invoke(command.app, ["data", "--data", data])
+        said = " ".join(made.output.replace("│", " ").split())
+        assert made.exit_code == 2
+        assert f"`mgam data fetch {missing}`" in said
+        assert "everything runs offline with --data packages" in said
+
+
 def test_pictures_are_drawn(tmp_path: Path) -> None:
     pytest.importorskip("matplotlib")
     points = [{"model": "mgam", "length": length, "step_ms": 2.0, "step_peak_bytes": 1e9} for length in (512, 1024)]
