@@ -135,29 +135,45 @@ def _trained(folder: Path) -> str:
     if not path.exists():
         return ""
     lines = [json.loads(line) for line in path.read_text().splitlines()]
-    one = lines[0]
+    tasks = list(dict.fromkeys(line["task"] for line in lines))
     text = [
         "# Methods that must be trained",
         "",
-        f"Small decoders from scratch, width {one['width']}, at most {one['steps_at_most']:,} steps of {one['rows']} "
-        f"texts; {one['machine']}, commit {one['commit']}; {one['processes']} processes shared the device. Accuracy in "
-        "percent on unseen texts, and the steps after which it was learned (a training ends at 99.5 %).",
+        "Small decoders from scratch: two layers of four heads. Accuracy in percent on unseen texts, and the steps it "
+        "took: a training ends at 99.5 %.",
         "",
     ]
     for length in sorted({line["length"] for line in lines}):
-        tasks = list(dict.fromkeys(line["task"] for line in lines))
+        here = [line for line in lines if line["length"] == length]
+        cpu = here[0]["device"] == "cpu"
+        shared = "" if cpu else f"; {here[0]['processes']} processes shared the device"
         text += [
             f"## {length} tokens",
+            "",
+            f"Width {here[0]['width']}, steps of {here[0]['rows']} texts, at most {_most_steps(here)}; "
+            f"{_of_all(here, 'machine')}, commit {_of_all(here, 'commit')}{shared}. "
+            f"{'Sizes are halved (`HALVES` in trained.py). ' if any(line.get('sizes') for line in here) else ''}"
+            f"Seconds are those of {'one core' if cpu else 'the clock'}, of all three tasks.",
             "",
             f"| method | {' | '.join(tasks)} | seconds |",
             f"|---|{'---|' * (len(tasks) + 1)}",
         ]
-        for name in dict.fromkeys(line["method"] for line in lines):
-            own = [line for line in lines if (line["method"], line["length"]) == (name, length)]
+        for name in dict.fromkeys(line["method"] for line in here):
+            own = [line for line in here if line["method"] == name]
             cells = [_accuracy([line for line in own if line["task"] == task]) for task in tasks]
-            text.append(f"| {name} | {' | '.join(cells)} | {sum(line['seconds'] for line in own):.0f} |")
+            seconds = sum(line.get("core_seconds" if cpu else "seconds", line["seconds"]) for line in own)
+            text.append(f"| {name} | {' | '.join(cells)} | {seconds:.0f} |")
         text.append("")
     return "\n".join(text)
+
+
+def _most_steps(lines: Sequence[dict[str, Any]]) -> str:
+    most = {line["task"]: line["steps_at_most"] for line in lines}
+    return ", ".join(f"{steps:,} ({task})" for task, steps in most.items())
+
+
+def _of_all(lines: Sequence[dict[str, Any]], key: str) -> str:
+    return ", ".join(dict.fromkeys(str(line[key]) for line in lines))
 
 
 def _accuracy(lines: Sequence[dict[str, Any]]) -> str:
@@ -178,10 +194,11 @@ def _growth(folder: Path) -> str:
     text = [
         "# Growth",
         "",
-        f"{lines[0]['machine']}, commit {lines[0]['commit']}. One layer of 8 query heads, 2 KV heads and 64 "
-        "dimensions, batch 1; decoders read in calls of 2,048 tokens in bfloat16 (float32 on a CPU), modules in one "
-        "pass in float32. The exponent is the slope of log time over log length in the longer half of the lengths; the "
-        "claimed one is that of reading a text, for methods of generation that of one token.",
+        f"{_of_all(lines, 'machine')}, commit {_of_all(lines, 'commit')}. One layer of 8 query heads and 2 KV heads of "
+        "64 dimensions, batch 1; decoders read in calls of 2,048 tokens in bfloat16 (float32 on a CPU), modules in one "
+        "pass in float32. Seconds of a CPU are those of one core; a pass that takes long is not repeated. The exponent "
+        "is the slope of log time over log length in the longer half of the lengths; the claimed one is that of "
+        "reading a text, for methods of generation that of one token.",
         "",
         "| method | timed as | longest | seconds | spread | MiB | exponent | of a token | claimed | MiB kept |",
         "|---|---|---|---|---|---|---|---|---|---|",
