@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import statistics
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
@@ -12,7 +13,7 @@ from papertable import growth, plots
 from papertable.figures import CLAIMED, CLAIMED_MARGINS, Figure, figure, margin, of_stage, scores
 from papertable.library import TASKS
 from papertable.models import ABLATIONS, MODELS
-from papertable.plan import ABLATION_SEEDS, chosen_rate, dev_score, pooled, results
+from papertable.plan import ABLATION_SEEDS, SEEDS, chosen_rate, dev_score, pooled, results
 from papertable.score import ROUGES
 from papertable.sizes import SIZES, Size
 
@@ -35,7 +36,7 @@ def write(folder: Path) -> list[Path]:
     parts = [
         _head(setting, found),
         *_main(found, size),
-        *_verdict(found, points, size),
+        *(_verdict(found, points, size) if setting["size"] == "paper" else ()),
         *_cells(found, size, setting["baselines"]["test"]),
         *_tuning(found, size),
         *_ablations(found),
@@ -97,7 +98,8 @@ def _main(found: Results, size: Size) -> Iterator[str]:
 
 def _verdict(found: Results, points: list[dict[str, Any]], size: Size) -> Iterator[str]:
     longest = size.stages[-1][0]
-    f1 = {model: one.mean for model in MODELS if (one := figure(scores(found, model, "f1")))}
+    pools = {model: scores(found, model, "f1") for model in MODELS}
+    f1 = {model: statistics.mean(values) for model, values in pools.items() if len(values) == SEEDS}
     memory = {model: of_stage(found, model, longest, "peak_bytes") for model in MODELS}
     steps = {(line["model"], line["length"]): line.get("step_ms") for line in points}
     lengths = sorted(length for model, length in steps if model == "mgam" and length >= LONG)
