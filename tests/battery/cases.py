@@ -24,7 +24,6 @@ SMALL: dict[str, Any] = {
     "block": 8,
     "question_block": 5,
     "dense_until": 0,
-    "mass": 1.0,
 }
 """Settings under which texts of some dozen tokens are already read coarsely."""
 ENOUGH = 4096
@@ -149,7 +148,8 @@ class Case:
         return (self.cover or self.declared.cover) == "partition"
 
     def with_settings(self, **changes: Any) -> Settings:
-        return self.declared.settings(**{**SMALL, "budget": 8, **self.settings, **changes})
+        mass = {"mass": 1.0} if self.declared.mass else {}
+        return self.declared.settings(**{**SMALL, **mass, "budget": 8, **self.settings, **changes})
 
     def policy(self, scale: float, **changes: Any) -> Policy:
         return (self.make or self.declared.policy)(self.with_settings(**changes), scale)

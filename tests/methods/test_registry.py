@@ -68,6 +68,12 @@ def test_names_and_dials_are_checked_before_a_model_is_loaded() -> None:
         _methods(["longheads:positions=absolute"], None)
     with pytest.raises(SettingError, match=r"unknown method 'zzz'; choose .*bigbird, "):
         methods.get("zzz")
+    with pytest.raises(SettingError, match=r"recall, every: method 'quest' has no such search; .*choose mgam"):
+        methods.get("quest").settings(recall=0.5, every=2)
+    with pytest.raises(SettingError, match="'moba' drops what it does not open: leave rest at 'drop'"):
+        methods.get("moba").settings(rest="summaries")
+    with pytest.raises(SettingError, match="'dense' reads no summaries, so mass has no part in it"):
+        methods.get("dense").settings(mass=1.0)
     with pytest.raises(SettingError, match="phrase=0 must be 1 or more"):
         _methods(["infini-retri:phrase=0"], None)
     assert _methods(["infini-retri", "blockwise"], 256) == ["dense", "infini-retri", "blockwise"]

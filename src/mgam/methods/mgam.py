@@ -25,6 +25,7 @@ register(
         policy=policy,
         paper="this project",
         module="MultiGranularAttention",
+        searches=True,
         causal="selection-leak(block) while a given text is read with lookahead=block, else exact",
     )
 )

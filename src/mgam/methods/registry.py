@@ -11,6 +11,9 @@ from mgam.errors import SettingError
 from mgam.policies import PerLayer, Policy
 from mgam.settings import Settings
 
+SEARCH = ("policy", "recall", "middle", "content", "search_dims", "search_bits", "every")
+"""Settings of the search of multi-granular attention, scored or learned."""
+
 
 def no_policy(settings: Settings, scale: float) -> Policy:
     """For methods that are no policy; `Method.settings` refuses them before this is reached."""
@@ -37,6 +40,8 @@ class Method:
     causal: str = "exact"
     """`exact`, `selection-leak(...)` or `none`."""
     cover: Literal["partition", "drops", "overlaps", "not a cover"] = "partition"
+    searches: bool = False
+    """Whether it takes the settings of the search (`SEARCH`), and may drop the rest or summarise it."""
     mass: bool = True
     """Whether summaries are weighted by the tokens they stand for."""
     choice: Literal["shared", "per head", "none"] = "shared"
@@ -56,12 +61,14 @@ class Method:
         """Settings for this method: common defaults, its own, then the caller's.
 
         Raises:
-            SettingError: the method cannot read with an unmodified decoder, or not with these positions; the message
-                says what serves.
+            SettingError: the method cannot read with an unmodified decoder, or not with these positions, or a setting
+                has no part in it; the message says what serves.
         """
         if self.form != "policy":
             raise SettingError(self._elsewhere())
-        wanted = Settings().with_(**{**dict(self.defaults), **changes, "method": self.name})
+        own = Settings().with_(**dict(self.defaults), method=self.name)
+        self._refuse_unused([name for name in changes if changes[name] != getattr(own, name, None)], own)
+        wanted = own.with_(**{**changes, "method": self.name})
         if wanted.positions not in self.positions:
             able = [one.name for one in METHODS.values() if one.form == "policy" and wanted.positions in one.positions]
             raise SettingError(
@@ -82,6 +89,21 @@ class Method:
         if unknown := sorted(set(changes) - set(known)):
             raise SettingError(f"{self.name} has no setting {', '.join(unknown)}; it has {', '.join(known)}")
         return self.dials(**changes)
+
+    def _refuse_unused(self, changed: list[str], own: Settings) -> None:
+        if not self.mass and "mass" in changed:
+            raise SettingError(f"method {self.name!r} reads no summaries, so mass has no part in it; leave it out")
+        if self.searches:
+            return
+        if unused := [name for name in SEARCH if name in changed]:
+            able = [one.name for one in METHODS.values() if one.searches]
+            raise SettingError(
+                f"{', '.join(unused)}: method {self.name!r} has no such search; leave it out, or choose "
+                f"{' or '.join(able)}"
+            )
+        if "rest" in changed:
+            does = "drops what it does not open" if own.rest == "drop" else "reads all of the past"
+            raise SettingError(f"method {self.name!r} {does}: leave rest at {own.rest!r}")
 
     def _elsewhere(self) -> str:
         if self.form == "loop":
