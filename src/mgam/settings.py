@@ -111,7 +111,7 @@ class Settings:
     """Of a learned policy: how much of the budget goes to regions in which nothing is opened, but which are read as
     fine summaries instead of coarse ones."""
 
-    content: float = 0.5
+    content: float = 0.7
     """Of a learned policy: the weight of what its search finds whatever the distance, from 0 to 1. The rest is that of
     expected attention, which favours what is near and rarely falls on a single fact far back."""
 

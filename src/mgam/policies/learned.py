@@ -170,7 +170,7 @@ class Learned:
     recall: float | None = None
     """Share of all attention that is to be read as tokens, as predicted: blocks that look nearby open little. None:
     every block spends its whole budget."""
-    content: float = 0.5
+    content: float = 0.7
     """Weight of what the search finds whatever the distance, from 0 to 1; the rest is that of the attention which is
     expected, of which distance is a part."""
     thin: int = 8
