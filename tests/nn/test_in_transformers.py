@@ -143,6 +143,12 @@ def test_fine_tuned_by_trainer_saved_and_loaded(name: str, tmp_path: Path) -> No
         torch.testing.assert_close(again(ids).logits, after.logits, atol=1e-5, rtol=1e-5)
 
 
+@pytest.mark.parametrize("name", ["sliding", "strided", "dilated", "blockwise"])
+def test_local_kinds_are_what_their_names_say(name: str) -> None:
+    model = mgam.train_with(llama(), name, window=4)
+    assert {layer.self_attn.attention.kind for layer in model.model.layers} == {name}
+
+
 def test_an_encoder_is_saved_and_loaded(tmp_path: Path) -> None:
     model = mgam.train_with(bert(), "linformer", longest=64)
     model.save_pretrained(tmp_path)
@@ -154,12 +160,16 @@ def test_an_encoder_is_saved_and_loaded(tmp_path: Path) -> None:
 def test_what_cannot_be_is_refused(tmp_path: Path) -> None:
     with pytest.raises(SettingError, match="no module to train; these have"):
         mgam.train_with(llama(), "quest")
-    with pytest.raises(SettingError, match=r"LinformerAttention has no causal form.*FullAttention"):
+    with pytest.raises(SettingError, match=r"linformer has no causal form, and LlamaForCausalLM is a decoder.*dense"):
         mgam.train_with(llama(), "linformer")
     with pytest.raises(SettingError, match="no bidirectional form"):
         mgam.train_with(bert(), "cca")
     with pytest.raises(SettingError, match="leave kv_heads out"):
         mgam.train_with(llama(), "reformer")
+    with pytest.raises(SettingError, match="cca has no setting causal, grup; it has group, mass, window"):
+        mgam.train_with(llama(), "cca", grup=4, causal=False)
+    with pytest.raises(SettingError, match="strided is of kind 'strided'; for kind='dilated' name that method"):
+        mgam.train_with(llama(), "strided", kind="dilated")
     with pytest.raises(SettingError, match="focal=2"):
         mgam.train_with(llama(), "dga", focal=2)
     with pytest.raises(SettingError, match="no method was given"):

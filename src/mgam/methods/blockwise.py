@@ -9,4 +9,5 @@ register_pattern(
     title="Blockwise: the query's own block, and the end of the one before",
     paper="Qiu et al. 2019, arXiv 1911.02972; exchange of borders as in local attention with look-back",
     module="LocalAttention",
+    kind="blockwise",
 )

@@ -9,4 +9,5 @@ register_pattern(
     title="Dilated: window and chunks at doubling distances",
     paper="Ding et al. 2023, arXiv 2307.02486",
     module="LocalAttention",
+    kind="dilated",
 )

@@ -34,6 +34,8 @@ class Method:
     """How it is used: a policy of an unmodified decoder; a loop around one; a module that must be trained."""
     module: str = ""
     """Its class in `mgam.nn`, if it has one."""
+    kind: str = ""
+    """Which kind of that class it is, where there are several."""
     dials: Callable[..., Any] = Settings
     """What holds its settings."""
     phase: Literal["prefill", "decode", "both", "training"] = "both"

@@ -9,4 +9,5 @@ register_pattern(
     title="Sliding window: the rest dropped",
     paper="Beltagy et al. 2020, arXiv 2004.05150",
     module="LocalAttention",
+    kind="sliding",
 )

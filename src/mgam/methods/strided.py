@@ -9,5 +9,6 @@ register_pattern(
     title="Strided: window and every eighth chunk of the text",
     paper="Child et al. 2019, arXiv 1904.10509",
     module="LocalAttention",
+    kind="strided",
     grows=2.0,
 )

@@ -26,9 +26,9 @@ SIZES: Mapping[str, Mapping[str, Any]] = {
     "dense": {},
     "mgam": {"levels": (1, 8, 32), "search": 2, "window": 16, "budget": 32, "block": 8},
     "sliding": {"window": 32},
-    "strided": {"kind": "strided", "window": 32, "stride": 8},
-    "dilated": {"kind": "dilated", "window": 16, "stride": 2},
-    "blockwise": {"kind": "blockwise", "window": 32, "exchange": 8},
+    "strided": {"window": 32, "stride": 8},
+    "dilated": {"window": 16, "stride": 2},
+    "blockwise": {"window": 32, "exchange": 8},
     "longformer": {"window": 32, "global_tokens": 4},
     "bigbird": {"block": 8, "random": 2},
     "linformer": {"rank": 32},
@@ -112,7 +112,10 @@ def module_for(
     """
     if method not in SIZES:
         raise SettingError(unknown("method", method, list(SIZES)) + "; these have modules")
-    kind, options = getattr(nn, methods.get(method).module), {**SIZES[method], **sizes}
+    declared = methods.get(method)
+    kind, options = getattr(nn, declared.module), {**SIZES[method], **sizes}
+    if declared.kind:
+        options["kind"] = declared.kind
     if method == "linformer":
         options["longest"] = longest
     return kind(width, heads, causal=causal, **options)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -52,11 +53,14 @@ def train_with(model: Any, method: str | None = None, **options: Any) -> Any:
         if not chosen:
             raise SettingError(f"no method was given, and the model's configuration has no {FIELD!r}")
         method, options = str(chosen.pop("method")), chosen | options
-    kind = _module_of(method)
+    declared, kind = methods.get(method), _module_of(method)
+    if declared.kind and options.setdefault("kind", declared.kind) != declared.kind:
+        raise SettingError(f"{method} is of kind {declared.kind!r}; for kind={options['kind']!r} name that method")
+    _check_options(method, kind, options)
     remove(model)
     AttentionInterface.register(NAME, _never_called)
     AttentionMaskInterface.register(NAME, _mask)
-    places = list(_attentions(model, kind, options))
+    places = list(_attentions(model, method, kind, options))
     model.set_attn_implementation(NAME)
     for parent, name, made in places:
         setattr(parent, name, made)
@@ -105,11 +109,37 @@ def _module_of(method: str) -> type[SelfAttention]:
     return getattr(modules, declared.module)
 
 
+def _check_options(method: str, kind: type[SelfAttention], options: dict[str, Any]) -> None:
+    """Refuses what the module does not take, and what the model decides."""
+    known = {
+        name
+        for base in kind.__mro__
+        for name, one in inspect.signature(base.__init__).parameters.items()  # type: ignore[misc]
+        if one.kind is one.KEYWORD_ONLY
+    } - {"causal", "rotary"}
+    if unknown := sorted(set(options) - known):
+        raise SettingError(f"{method} has no setting {', '.join(unknown)}; it has {', '.join(sorted(known)) or 'none'}")
+
+
+def _check_direction(method: str, kind: type[SelfAttention], model: Any, causal: bool) -> None:
+    def has(kind: Any) -> bool:
+        return kind.CAUSAL if causal else kind.BIDIRECTIONAL
+
+    if not has(kind):
+        made = [methods.get(name) for name in methods.names() if methods.get(name).module]
+        raise SettingError(
+            f"{method} has no {'causal' if causal else 'bidirectional'} form, and {type(model).__name__} is "
+            f"{'a decoder' if causal else 'an encoder'}; these have one: "
+            f"{', '.join(one.name for one in made if has(getattr(modules, one.module)))}"
+        )
+
+
 def _attentions(
-    model: Any, kind: type[SelfAttention], options: dict[str, Any]
+    model: Any, method: str, kind: type[SelfAttention], options: dict[str, Any]
 ) -> Iterator[tuple[nn.Module, str, Trained]]:
     """Where each attention stands, and what takes its place."""
     if hasattr(model, "get_decoder") and hasattr(getattr(model.get_decoder(), "layers", [None])[0], "self_attn"):
+        _check_direction(method, kind, model, causal=True)
         yield from _of_a_decoder(model, kind, options)
         return
     found = False
@@ -123,6 +153,7 @@ def _attentions(
                         "an encoder's class that is set to be a decoder; use a Llama-like decoder"
                     )
                 found = True
+                _check_direction(method, kind, model, causal=False)
                 made = kind(child.all_head_size, child.num_attention_heads, causal=False, rotary=False, **options)
                 made.out = nn.Identity()  # type: ignore[assignment]  # the block's own output comes after it
                 yield parent, name, Trained(_filled(made, child, ENCODER), 0)
