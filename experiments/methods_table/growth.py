@@ -13,6 +13,7 @@ import torch
 
 from mgam import methods
 from mgam.benchmarks.methods import time_method
+from mgam.errors import MgamError
 from mgam.evaluation.machine import conditions
 
 DECODERS = [
@@ -42,8 +43,8 @@ def measure(options: argparse.Namespace) -> Iterator[dict[str, Any]]:
                     continue
                 try:
                     took = time_method(name, tokens, options.device, trained=name in MODULES)
-                except torch.OutOfMemoryError:
-                    print(f"{name}: out of memory at {tokens} tokens")
+                except (torch.OutOfMemoryError, MgamError) as error:
+                    print(f"{name}: {type(error).__name__} at {tokens} tokens: {error}")
                     known.remove(name)
                     continue
                 found[name, tokens] = min(took["seconds"])

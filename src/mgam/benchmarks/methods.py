@@ -19,6 +19,8 @@ from mgam.methods import Method
 WIDTH, HEADS, KV_HEADS = 512, 8, 2
 CALL = 2048
 GENERATED = 15
+LONGEST = 131072
+"""Tokens of the longest text whose covers fit the model's positions, whatever the method."""
 REPEATS = 3
 LONG = 20.0
 """Seconds of a first call from which on it is not repeated."""
@@ -72,7 +74,7 @@ def _decoder(device: str) -> Any:
     torch.manual_seed(0)
     config = LlamaConfig(
         vocab_size=64, hidden_size=WIDTH, intermediate_size=16, num_hidden_layers=1, num_attention_heads=HEADS,
-        num_key_value_heads=KV_HEADS, max_position_embeddings=8192, bos_token_id=1, eos_token_id=None,
+        num_key_value_heads=KV_HEADS, max_position_embeddings=LONGEST // 4, bos_token_id=1, eos_token_id=None,
     )  # fmt: skip
     dtype = torch.bfloat16 if device.startswith("cuda") else torch.float32
     model: Any = LlamaForCausalLM(config)
