@@ -103,7 +103,7 @@ def bits(
 ) -> None:  # fmt: skip
     """What 8-bit pages change: bytes on disk, logits of questions, answers, loss of what follows the text."""
     cell = Cell(tokens, memory, model, device, folder, False, budget)
-    _keep("bits", cell, again, lambda: _apart("bits", cell))
+    _keep("bits", cell, again, lambda: _bits(cell))
 
 
 @app.command()
@@ -124,7 +124,7 @@ def run(kind: str, spec: str) -> None:
     """One part in a process of its own, so that its peak memory is its own."""
     values = json.loads(spec)
     cell = Cell(**{**values, "folder": Path(values["folder"])})
-    make = {"digest": _digest, "ask": _ask, "ask cold": _ask_cold, "bits": _bits}[kind]
+    make = {"digest": _digest, "ask": _ask, "ask cold": _ask_cold, "bits": _bits_of}[kind]
     print(json.dumps(make(cell)))
 
 
@@ -285,8 +285,10 @@ def _ask(cell: Cell, questions: int = 2 * NEEDLES) -> dict[str, Any]:
     }
 
 
-def _bits(cell: Cell) -> dict[str, Any]:
+def _bits_of(cell: Cell) -> dict[str, Any]:
+    """What a digest with pages of one kind gives; its logits are kept beside it."""
     import torch
+    from safetensors.torch import save_file
 
     from mgam.documents.document import Document
     from mgam.documents.sources import Source
@@ -296,30 +298,49 @@ def _bits(cell: Cell) -> dict[str, Any]:
     source = Source("prose", _text(tokenizer, cell.tokens, cell.sources))
     _, rest = _taken(tokenizer, _sentences(cell.sources), cell.tokens)
     after = encode(tokenizer, " " + " ".join(_taken(tokenizer, rest, AFTER)[0]))
-    logits: dict[bool, list[Any]] = {}
-    answers: dict[bool, list[str]] = {}
+    document = Document.digest(
+        model, tokenizer, [source], cell.path, memory=cell.memory, eight_bits=cell.eight_bits
+    )  # fmt: skip
+    questions = [f"What is the pass key of {city}?" for city in CITIES]
+    frame = Frame.of(tokenizer)
+    logits = [_after(document, model, frame.question(tokenizer, question)) for question in questions]
+    answers = [document.ask(question, max_new_tokens=12).answer for question in (*questions, *PLAIN)]
+    follows = _after(document, model, after)
+    loss = torch.nn.functional.cross_entropy(follows[:-1], torch.tensor(after[1:]))
+    save_file({"logits": torch.cat((*logits, follows))}, cell.path.with_suffix(".logits"))
+    size = sum(file.stat().st_size for file in cell.path.iterdir())
+    return {
+        "hits": sum(str(_pass_key(number)) in answer for number, answer in enumerate(answers[:NEEDLES])),
+        "of": NEEDLES,
+        "disk_bytes_per_token": round(size / len(document.tokens), 1),
+        "loss_of_what_follows": round(float(loss), 5),
+        "tokens_that_follow": len(after) - 1,
+        "number_format": str(model.dtype).removeprefix("torch."),
+        "answers": answers,
+    }
+
+
+def _bits(cell: Cell) -> dict[str, Any]:
+    """Both kinds of pages, and how far what they give differs; a kind that was measured is not measured again."""
+    from safetensors.torch import load_file
+
     found: dict[str, Any] = {}
-    for eight in (False, True):
-        path = Cell(**{**cell.__dict__, "eight_bits": eight}).path
-        document = Document.digest(model, tokenizer, [source], path, memory=cell.memory, eight_bits=eight)
-        questions = [f"What is the pass key of {city}?" for city in CITIES]
-        frame = Frame.of(tokenizer)
-        logits[eight] = [_after(document, model, frame.question(tokenizer, question)) for question in questions]
-        answers[eight] = [document.ask(question, max_new_tokens=12).answer for question in (*questions, *PLAIN)]
-        hits = sum(str(_pass_key(number)) in answer for number, answer in enumerate(answers[eight][:NEEDLES]))
-        loss = torch.nn.functional.cross_entropy(_after(document, model, after)[:-1], torch.tensor(after[1:]))
-        size = sum(file.stat().st_size for file in path.iterdir())
-        found["eight" if eight else "full"] = {
-            "hits": hits, "of": NEEDLES, "disk_bytes_per_token": round(size / len(document.tokens), 1),
-            "loss_of_what_follows": round(float(loss), 5), "tokens_that_follow": len(after) - 1,
-            "number_format": str(model.dtype).removeprefix("torch."),
-        }  # fmt: skip
-    pairs = list(zip(logits[False], logits[True], strict=True))
-    found["largest_logit_difference"] = round(max(float((a - b).abs().max()) for a, b in pairs), 5)
-    found["mean_kl_nats"] = sum(_kl(full, small) for full, small in pairs) / len(pairs)
-    found["same_best_token"] = sum(float((a.argmax(-1) == b.argmax(-1)).float().mean()) for a, b in pairs) / len(pairs)
-    found["same_answers"] = sum(a == b for a, b in zip(answers[False], answers[True], strict=True))
-    found["answers"] = len(answers[True])
+    logits = []
+    for name, eight in (("full", False), ("eight", True)):
+        part = Cell(**{**cell.__dict__, "eight_bits": eight})
+        kept = part.path.with_suffix(".json")
+        if not kept.exists():
+            kept.write_text(json.dumps(_apart("bits", part)))
+        found[name] = json.loads(kept.read_text())
+        logits.append(load_file(part.path.with_suffix(".logits"))["logits"])
+    full, small = logits
+    answers = [found[name].pop("answers") for name in ("full", "eight")]
+    found["tokens_compared"] = len(full)
+    found["largest_logit_difference"] = round(float((full - small).abs().max()), 5)
+    found["mean_kl_nats"] = _kl(full, small)
+    found["same_best_token"] = float((full.argmax(-1) == small.argmax(-1)).float().mean())
+    found["same_answers"] = sum(a == b for a, b in zip(*answers, strict=True))
+    found["answers"] = len(answers[0])
     return found
 
 

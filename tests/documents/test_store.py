@@ -15,6 +15,7 @@ from typing import Any
 import pytest
 
 from mgam.documents.document import Document
+from mgam.documents.fingerprint import of_tokenizer
 from mgam.documents.store import Manifest, verify
 from mgam.documents.store.lock import WriterLock
 from mgam.documents.tiers import parse_memory
@@ -172,6 +173,16 @@ def test_another_model_tokenizer_or_number_format_is_refused(digest: Make, model
         Document.open(path, model, tiny.make_tokenizer(template=False))
     with pytest.raises(DigestError, match="begun with other settings"):
         digest(model=tiny.make_model(budget=32))
+
+
+def test_a_tokenizer_is_known_whatever_was_done_with_it() -> None:
+    tokenizer = tiny.make_tokenizer()
+    tokenizer.pad_token = tokenizer.eos_token
+    before = of_tokenizer(tokenizer)
+    tokenizer(["a long text", "b"], truncation=True, max_length=4, padding="max_length")
+    assert of_tokenizer(tokenizer) == before
+    tokenizer.add_tokens(["harpooneer"])
+    assert of_tokenizer(tokenizer) != before
 
 
 def test_a_source_that_changed_is_said(digest: Make) -> None:
