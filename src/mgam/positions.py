@@ -123,5 +123,5 @@ class Positions:
             raise SettingError(
                 f"a cover of {entries} entries before its window does not fit the {self.anchor} positions that the "
                 "model's trained window leaves; lower the budget, add a coarser level "
-                "(e.g. levels=(1, 64, 1024, 16384)), drop the rest, or choose a method that reads less of so long a text"
+                "(e.g. levels=(1, 64, 1024, 16384)), drop the rest, or choose a method that reads less of long texts"
             )
