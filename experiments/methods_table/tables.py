@@ -230,7 +230,7 @@ def _mebibytes(value: int | None) -> str:
 
 def _plot_growth(lines: Sequence[dict[str, Any]], names: Sequence[str], path: Path) -> None:
     plots = _plots()
-    figure, axes = plots.subplots(1, 3, figsize=(21, 6))
+    figure, axes = plots.subplots(1, 3, figsize=(20, 5.5))
     wanted = (
         ("seconds of reading a text", lambda line: median(line["seconds"])),
         ("seconds of one generated token", lambda line: line.get("token_seconds")),
@@ -245,8 +245,11 @@ def _plot_growth(lines: Sequence[dict[str, Any]], names: Sequence[str], path: Pa
                 decodes = methods.get(name).phase == "decode"
                 claimed = methods.get(name).grows if decodes == ("token" in title) and "MiB" not in title else None
                 label = f"{name} {_number(slope)}" + ("" if claimed is None else f" ({claimed:g})")
-                axis.plot(*zip(*points, strict=True), style, marker=".", label=label, color=f"C{number % 10}")
-        axis.set(title=title, xscale="log", yscale="log", xlabel="tokens")
+                color, width = {"dense": ("black", 3.0), "mgam": ("red", 3.0)}.get(name, (f"C{number % 10}", 1.2))
+                axis.plot(*zip(*points, strict=True), style, marker=".", label=label, color=color, linewidth=width)
+        axis.set(title=title, yscale="log", xlabel="tokens")
+        axis.set_xscale("log", base=2)
+        axis.xaxis.set_major_formatter(lambda tokens, _: f"{tokens / 1024:g}k")
         about = {"loc": "upper left", "bbox_to_anchor": (1.0, 1.0)}
         axis.legend(fontsize=7, title="exponent measured (claimed)", title_fontsize=7, **about)
     figure.tight_layout()
@@ -257,7 +260,7 @@ def _plots() -> Any:
     import matplotlib
 
     matplotlib.use("Agg")
-    matplotlib.rcParams["svg.hashsalt"] = "mgam"
+    matplotlib.rcParams |= {"svg.hashsalt": "mgam", "svg.fonttype": "none"}
     import matplotlib.pyplot
 
     return matplotlib.pyplot
