@@ -146,6 +146,7 @@ def test_two_workers_do_not_make_one_run(tmp_path: Path) -> None:
     assert (tmp_path / "claims" / "one").read_text() == str(os.getpid())
 
 
+@pytest.mark.slow
 def test_growth_is_measured_and_gone_on_from(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     (found,) = growth.measure("smoke", tmp_path, "cpu", 512, 512, ("mgam",))
     assert "failed" not in found, found

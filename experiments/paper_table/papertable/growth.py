@@ -18,7 +18,7 @@ from mgam.evaluation.machine import conditions
 from mgam.nn import LearnedGranularAttention
 from mgam.nn.base import Seen
 from papertable.measure import Clock, peak_memory, reset_memory
-from papertable.models import MODELS, Reader, loss_of
+from papertable.models import MODELS, Reader, kernels, loss_of
 from papertable.sample import ASKED, Batch
 from papertable.sizes import SIZES
 from papertable.vocabulary import END, SIZE
@@ -83,10 +83,11 @@ def point(size: str, model: str, length: int, device: str) -> dict[str, Any]:
 
     found: dict[str, Any] = {"model": model, "length": length, "size": size}
     found["idle_bytes"] = _memory_now(device)
-    for name, call in (("forward", forward), ("step", step)):
-        reset_memory(device)
-        found |= {f"{name}_{part}": value for part, value in _timed(call, device).items()}
-        found[f"{name}_peak_bytes"] = peak_memory(device)
+    with kernels(model, device):
+        for name, call in (("forward", forward), ("step", step)):
+            reset_memory(device)
+            found |= {f"{name}_{part}": value for part, value in _timed(call, device).items()}
+            found[f"{name}_peak_bytes"] = peak_memory(device)
     if model.startswith("mgam"):
         found |= _parts(reader, length, device, autocast)
     return {**found, **_conditions(device)}

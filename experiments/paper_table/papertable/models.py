@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from mgam.errors import SettingError
 from mgam.nn import FullAttention, LearnedGranularAttention, LongformerAttention, SelfAttention
@@ -25,6 +27,7 @@ ABLATIONS: dict[str, dict[str, Any]] = {
     "no mass": {"mass": 0.0},
     "no adaptive budget": {"share": None},
 }
+FULL = ("bert", "gpt2")
 DIMS = 64
 """Of a pointer."""
 
@@ -35,7 +38,7 @@ def attention(kind: str, size: Size, **changes: Any) -> SelfAttention:
     Raises:
         SettingError: for a model that is not known.
     """
-    if kind in ("bert", "gpt2"):
+    if kind in FULL:
         return FullAttention(size.width, size.heads, causal=kind == "gpt2")
     if kind == "longformer":
         return LongformerAttention(
@@ -47,6 +50,16 @@ def attention(kind: str, size: Size, **changes: Any) -> SelfAttention:
     if changes.get("levels") == 2:
         options["levels"] = size.granular["levels"][:2]
     return LearnedGranularAttention(size.width, size.heads, causal=kind == "mgam-causal", **options)
+
+
+def kernels(kind: str, device: str) -> AbstractContextManager[None]:
+    """Attention kernels on a GPU: the fastest there are for full attention, one that takes any shape for the others."""
+    if not device.startswith("cuda"):
+        return nullcontext()
+    fast = [SDPBackend.CUDNN_ATTENTION, SDPBackend.FLASH_ATTENTION, SDPBackend.EFFICIENT_ATTENTION]
+    if kind in FULL:
+        return sdpa_kernel(fast, set_priority=True)
+    return sdpa_kernel([SDPBackend.EFFICIENT_ATTENTION, SDPBackend.FLASH_ATTENTION, SDPBackend.MATH])
 
 
 class Layer(nn.Module):

@@ -21,7 +21,7 @@ from torch.utils.data import DataLoader, Dataset
 from mgam.evaluation.machine import conditions
 from papertable.library import TASKS, Library
 from papertable.measure import Clock, evaluate, peak_memory, reset_memory
-from papertable.models import Reader, loss_of, parameters
+from papertable.models import Reader, kernels, loss_of, parameters
 from papertable.sample import Batch, collate
 from papertable.shelf import Part
 from papertable.sizes import Size
@@ -131,14 +131,16 @@ def train(
     )
     kept = folder / "checkpoints" / run.name
     progress = _load(kept, model, optimizer)
-    if progress.diverged is None and not _steps(run, library, model, optimizer, progress, kept, device, workers, until):
-        return None
+    with kernels(run.model, device):
+        if not _steps(run, library, model, optimizer, progress, kept, device, workers, until):
+            return None
     found: dict[str, Any] = {"run": run.known(), "parameters": parameters(model), **asdict(progress)}
     if progress.diverged is None:
         began = time.perf_counter()
         part: Part = "dev" if run.tuning else "test"
         cells = run.size.dev if run.tuning else run.size.test
-        found["test"] = evaluate(model, library, run.tasks, part, cells, run.size.tokens, device)
+        with kernels(run.model, device):
+            found["test"] = evaluate(model, library, run.tasks, part, cells, run.size.tokens, device)
         found["test_seconds"] = round(time.perf_counter() - began, 1)
     found |= {"library": library.name, "conditions": conditions(device)}
     result.parent.mkdir(parents=True, exist_ok=True)

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from mgam.errors import SettingError
 from mgam.nn.base import Seen, SelfAttention, above
-from mgam.nn.sparse import See, attended_by_blocks, over_entries, spans
+from mgam.nn.sparse import See, attended_by_blocks, over_all, spans
 
 Kind = Literal["sliding", "strided", "dilated", "blockwise"]
 BLOCK = 64
@@ -77,8 +77,7 @@ class LocalAttention(SelfAttention):
         if self.causal or not self.global_tokens:
             return out
         count = min(self.global_tokens, out.shape[2])
-        every = torch.full_like(seen.own[:count], seen.k.shape[2])
-        full = over_entries(seen.q[:, :, :count], seen.k, seen.v, every, self.scale).out
+        full = over_all(seen.q[:, :, :count], seen.k, seen.v, self.scale)
         return torch.cat((full, out[:, :, count:]), 2)
 
     def local(self, seen: Seen, see: See, q: Tensor) -> Tensor:

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from mgam.nn.base import Seen
 from mgam.nn.local import LocalAttention
-from mgam.nn.sparse import over_entries
+from mgam.nn.sparse import over_all, over_entries
 
 
 class LongformerAttention(LocalAttention):
@@ -62,5 +62,8 @@ class LongformerAttention(LocalAttention):
             return out
         q = self.turned(self.split(self.global_query(seen.states[:, :count])), seen.first)
         k, v = seen.more["global_k"], seen.more["global_v"]
-        read = seen.own[:count] + 1 if self.causal else torch.full_like(seen.own[:count], k.shape[2])
-        return torch.cat((over_entries(q, k, v, read, self.scale).out, out[:, :, count:]), 2)
+        if self.causal:
+            found = over_entries(q, k, v, seen.own[:count] + 1, self.scale).out
+        else:
+            found = over_all(q, k, v, self.scale)
+        return torch.cat((found, out[:, :, count:]), 2)

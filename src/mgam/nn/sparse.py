@@ -63,6 +63,12 @@ def over_entries(q: Tensor, k: Tensor, v: Tensor, count: Tensor, scale: float) -
     return Part(out, lse)
 
 
+def over_all(q: Tensor, k: Tensor, v: Tensor, scale: float) -> Tensor:
+    """Each query over all entries, by a fused kernel: q (B, H, L, D), k and v (B, K, M, D)."""
+    k, v = (part.repeat_interleave(q.shape[1] // part.shape[1], 1) for part in (k, v))
+    return F.scaled_dot_product_attention(q, k, v, scale=scale)
+
+
 def slices(q: Tensor, entries: int) -> int:
     """Queries of q (B, H, L, D) whose logits over so many entries are written out at a time."""
     return max(1, ELEMENTS // max(1, q.shape[0] * q.shape[1] * entries))
