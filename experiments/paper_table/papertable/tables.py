@@ -190,7 +190,9 @@ def _growth(points: list[dict[str, Any]]) -> Iterator[str]:
         yield f"## Growth\n\n{NONE}."
         return
     lengths = sorted({line["length"] for line in points})
-    where = "; ".join(sorted({f"{line['machine']}, commit {line['commit']}" for line in points}))
+    where = "; ".join(
+        sorted({f"models of {line['size']} size, {line['machine']}, commit {line['commit']}" for line in points})
+    )
     there = {(line["model"], line["length"]): line for line in points}
     models = [model for model in MODELS if any(model == one for one, _ in there)]
     for name, unit, scale in (("step_ms", "Training step, ms", 1.0), ("forward_ms", "Forward pass, ms", 1.0),

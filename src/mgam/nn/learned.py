@@ -138,11 +138,15 @@ class LearnedGranularAttention(SelfAttention):
         return out[:, :, seen.first - low * block :][:, :, :length]
 
     def pyramid(self, seen: Seen) -> list[Tensor]:
-        """Keys and values in chunks (B, H, C, n, D), search keys, then keys and values of each level (B, H, C_l, D)."""
+        """Keys and values in chunks (B, H, C, n, D), search keys, then keys and values of each level (B, H, C_l, D).
+
+        Keys have SPARE dimensions more.
+        """
         chunk, tokens = self.levels.chunk, seen.k.shape[2]
         chunks = -(-tokens // self.block) * self.block // chunk
-        wide = (0, 0, 0, chunks * chunk - tokens)
-        keys, values = (F.pad(part, wide).unflatten(2, (chunks, chunk)) for part in (seen.k, seen.v))
+        after = chunks * chunk - tokens
+        keys = F.pad(seen.k, (0, SPARE, 0, after)).unflatten(2, (chunks, chunk))
+        values = F.pad(seen.v, (0, 0, 0, after)).unflatten(2, (chunks, chunk))
         found = {"learned": seen.more.get("find"), "scored": seen.k.detach()}.get(self.policy)
         search = keys[..., :0, :] if found is None else search_keys(found, chunks, chunk, self.levels.search)
         made = [keys, values, search]
@@ -321,10 +325,11 @@ class LearnedGranularAttention(SelfAttention):
             safe = index.clamp_min(0)
             bias = near.new_tensor(weight) if gate is None else gate.gather(-1, safe) + weight
             add(index >= 0, bias, *(_rows(one, safe) for one in states))
-        spare = -sum(one.shape[-1] for one in biases) % 16
-        found = [torch.cat(kind, 3) for kind in zip(*taken, strict=True)]
-        k, v = (F.pad(one, (0, more, 0, spare)) for one, more in zip(found, (SPARE, 0), strict=True))
-        return k, v, F.pad(torch.cat(biases, -1), (0, spare), value=CLOSED)
+        spare = -sum(one.shape[-1] for one in biases) % 16  # kernels take multiples of 16
+        nothing = [one.new_zeros(()).expand(*shape, spare, one.shape[-1]) for one in (keys, values)]
+        add(torch.zeros(spare, dtype=torch.bool, device=device), near.new_zeros(()), *nothing)
+        k, v = (torch.cat(kind, 3) for kind in zip(*taken, strict=True))
+        return k, v, torch.cat(biases, -1)
 
     def _windows(self, chunks: Tensor, begin: int, blocks: int) -> Tensor:
         """States (B, H, N, W, D) in the windows of blocks, a view of those in chunks (B, H, C, n, D)."""
