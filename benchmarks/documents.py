@@ -91,7 +91,7 @@ def ask(
     """Opening (with cold and warm file caches), first token of 20 questions, hits by depth, peak memory."""
     cell = Cell(tokens, memory, model, device, folder, eight_bits, budget, sources, host)
     if not (cell.path / "manifest.json").exists():
-        _keep("digest", cell, again, lambda: _apart("digest", cell))
+        _keep("digest", cell, True, lambda: _apart("digest", cell))  # also where its figures are known already
     kind = "ask, host tier" if host else "ask"
     _keep(kind, cell, again, lambda: {"cold": _apart("ask cold", cell), "warm": _apart("ask", cell)})
 
