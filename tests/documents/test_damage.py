@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import shutil
+import threading
 from pathlib import Path
 from typing import Any
 
@@ -67,6 +68,7 @@ def test_many_pages_at_once_are_those_read_one_by_one_and_checked(
     scene: Scene, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     shutil.copytree(scene.whole, tmp_path / "it.mgam")
+    before = set(threading.enumerate())
     store = Store.open(tmp_path / "it.mgam")
     shape = store.manifest.shape
     with store.residents(torch.device("cpu")) as parts:
@@ -97,6 +99,10 @@ def test_many_pages_at_once_are_those_read_one_by_one_and_checked(
     head[150], chunk[150] = 0, chunks - 1
     with pytest.raises(DigestError, match=rf"damaged between byte {offset:,} .*KV head 0, chunk {chunks - 1}\b"):
         fresh.read_pages(1, head, chunk, together)
+    assert set(threading.enumerate()) - before
+    store.close()
+    fresh.close()
+    assert not set(threading.enumerate()) - before
 
 
 def test_an_older_and_a_newer_format_say_so(scene: Scene, tmp_path: Path) -> None:
