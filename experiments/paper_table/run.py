@@ -27,6 +27,7 @@ from papertable.sizes import SIZES
 from papertable.tables import write
 
 from mgam.errors import MgamError
+from mgam.evaluation.paths import replace_file
 
 app = typer.Typer(add_completion=False, no_args_is_help=True, pretty_exceptions_enable=False, help=__doc__)
 Scale = Enum("Scale", {name: name for name in SIZES}, type=str)  # type: ignore[misc]
@@ -100,8 +101,13 @@ def point(size: Scales, model: str, length: int, device: Device = HERE) -> None:
 @app.command()
 def table(out: Out) -> None:
     """Markdown and plots of what is there, beside what the paper claims."""
-    for path in write(out):
-        print(path)
+    setting, path = out / "setting.json", out / "baselines.json"
+    if setting.is_file() and not path.is_file():
+        known = json.loads(setting.read_text())
+        found = baselines(_open(Data(known["data"])), TASKS, "test", SIZES[known["size"]].test)
+        path.write_text(json.dumps(found))
+    for written in write(out):
+        print(written)
 
 
 def _settle(out: Path, size: str, data: str, library: Library) -> None:
@@ -116,10 +122,7 @@ def _settle(out: Path, size: str, data: str, library: Library) -> None:
                 f"{out} holds runs of {found['size']} size on {found['data']}; give another folder"
             )
         return
-    parts = {"test": baselines(library, TASKS, "test", SIZES[size].test)}
-    partial = path.with_suffix(f".{id(out)}.part")
-    partial.write_text(json.dumps({**common, "refused": library.refused, "baselines": parts}))
-    partial.rename(path)
+    replace_file(path, json.dumps({**common, "refused": library.refused}))
 
 
 def _short(result: dict[str, Any]) -> dict[str, Any]:

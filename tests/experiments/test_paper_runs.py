@@ -179,9 +179,7 @@ def test_the_command_makes_runs_and_the_table(
     assert "| bert | 1 |" in text
     assert "72.5 / 70.3" in text
     assert "| gpt2 | 0 | not measured |" in text
-    assert json.loads((tmp_path / "setting.json").read_text())["baselines"]["test"] == baselines(
-        library, TASKS, "test", SMOKE.test
-    )
+    assert json.loads((tmp_path / "baselines.json").read_text()) == baselines(library, TASKS, "test", SMOKE.test)
 
 
 def test_what_cannot_be_reached_is_named(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:

@@ -37,7 +37,7 @@ def write(folder: Path) -> list[Path]:
         _head(setting, found),
         *_main(found, size),
         *(_verdict(found, points, size) if setting["size"] == "paper" else ()),
-        *_cells(found, size, setting["baselines"]["test"]),
+        *_cells(found, size, json.loads((folder / "baselines.json").read_text())),
         *_tuning(found, size),
         *_ablations(found),
         *_growth(points),
