@@ -127,7 +127,7 @@ def _plot_quality(rows: Sequence[Row], path: Path) -> None:
             axis.set(title=f"{model}, {length // 1024}k", xscale="log", xlabel="entries read per query", ylim=(-5, 105))
         line[0].set_ylabel("mean score, percent")
     figure.tight_layout()
-    figure.savefig(path)
+    figure.savefig(path, metadata={"Date": None})
 
 
 def _trained(folder: Path) -> str:
@@ -253,7 +253,7 @@ def _plot_growth(lines: Sequence[dict[str, Any]], names: Sequence[str], path: Pa
         about = {"loc": "upper left", "bbox_to_anchor": (1.0, 1.0)}
         axis.legend(fontsize=7, title="exponent measured (claimed)", title_fontsize=7, **about)
     figure.tight_layout()
-    figure.savefig(path)
+    figure.savefig(path, metadata={"Date": None})
 
 
 def _plots() -> Any:
