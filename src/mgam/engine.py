@@ -78,7 +78,7 @@ class Plan:
             for piece in schedule.pieces(old, old + new, dense_to[row]):
                 size = piece.stop - piece.start
                 votes = piece.vote_to - piece.vote_from
-                sorted_pieces[piece.dense, _likeness(max(size, votes))].append((row, piece))
+                sorted_pieces[piece.dense, max(size, votes).bit_length()].append((row, piece))
         groups = tuple((dense, Blocks.of(pieces)) for (dense, _), pieces in sorted_pieces.items())
         if first is None:
             first = [old + new - columns for old, new in zip(before, counts, strict=True)]
@@ -216,12 +216,6 @@ def history(schedule: Schedule, position: int = 0) -> int:
     """
     blocks = [span.block for span in schedule.spans if span.block > 1 and (span.stop is None or span.stop > position)]
     return 2 * max(blocks, default=0)
-
-
-def _likeness(size: int) -> int:
-    """Sizes of one number are read together: within a factor of two, and odd ends of up to 31 queries, of which a
-    dialogue has many sizes."""
-    return 1 if size == 1 else max(5, size.bit_length())
 
 
 def _choose(

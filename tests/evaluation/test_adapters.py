@@ -164,13 +164,15 @@ CREW = """
 import os, sys, time
 from pathlib import Path
 from mgam.evaluation.session import _Crew
+from mgam.processes import leave
 
 rank = int(os.environ["RANK"])
-crew = _Crew(Path(sys.argv[1]), 2, rank, "cpu")
+crew = _Crew(Path(sys.argv[1]), "cpu")
 crew.begin(print)
 time.sleep(3 * rank)
 crew.own.write_text('{"run": {}}\\n')
 crew.end(print)
+leave()
 """
 
 

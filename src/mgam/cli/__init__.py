@@ -7,6 +7,7 @@ from collections.abc import Sequence
 
 from mgam.cli.app import app
 from mgam.cli.failure import INTERRUPTED, report
+from mgam.processes import leave
 
 
 def main() -> None:
@@ -24,6 +25,7 @@ def run(arguments: Sequence[str]) -> int:
     words = list(arguments) or ["--help"]
     try:
         result = typer.main.get_command(app)(words, prog_name="mgam", standalone_mode=False)
+        leave()
     except BaseException as error:
         return report(error, as_json="--json" in words)
     if result == INTERRUPTED:  # some releases of typer swallow Ctrl-C and return this

@@ -3,11 +3,9 @@
 from __future__ import annotations
 
 import hashlib
-import os
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
-from datetime import timedelta
 from importlib import resources
 from pathlib import Path
 from typing import Any
@@ -15,7 +13,8 @@ from typing import Any
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
-from mgam.errors import MgamError, SettingError
+from mgam import processes
+from mgam.errors import SettingError
 from mgam.evaluation.cache import SampleCache
 from mgam.evaluation.machine import conditions
 from mgam.evaluation.paths import results_folder
@@ -27,8 +26,6 @@ from mgam.evaluation.texts import TextLibrary
 from mgam.evaluation.tokens import TokenCounter
 
 DENSE = "dense"
-LONGEST_WAIT = timedelta(days=7)
-"""One process may have slower trials than another; accelerate's own ten minutes would end the run."""
 
 
 @dataclass(frozen=True)
@@ -66,7 +63,7 @@ def evaluate_session(session: Session, notes: Console) -> Outcome | None:
     """Runs what is missing and gathers the rows; None in processes other than the first of several."""
     started = time.perf_counter()
     tasks, labels = find_tasks(session.tasks), _methods(session.methods, session.budget)
-    world, rank = int(os.environ.get("WORLD_SIZE", "1")), int(os.environ.get("RANK", "0"))
+    world, rank = processes.world(), processes.rank()
     plan = Plan(
         tasks,
         parse_lengths(session.lengths),
@@ -91,7 +88,7 @@ def evaluate_session(session: Session, notes: Console) -> Outcome | None:
     path = session.results or _own_results(session, name)
     say = _sayer(notes, rank)
     device = str(loaded[0].device)
-    crew = _Crew(path, world, rank, device)
+    crew = _Crew(path, loaded[0].device.type)
     crew.begin(say)
     results = ResultsFile(path, say, crew.own)
     if session.results is None and results.trials and rank == 0:
@@ -202,13 +199,9 @@ def _require_texts(tasks: Sequence[Task], texts: TextLibrary) -> None:
 
 
 def _load(session: Session, notes: Console) -> tuple[tuple[Any, Any], str]:
-    import torch
-
     from mgam.integrations.loading import DEFAULT_MODEL, load
 
-    device = session.device
-    if device == "auto" and "LOCAL_RANK" in os.environ and torch.cuda.is_available():
-        device = f"cuda:{os.environ['LOCAL_RANK']}"
+    device = processes.own_device(session.device)
     loaded = load(session.model, device=device, dtype=session.dtype, download=session.download, on_status=notes.print)
     name = Path(session.model).name if session.model and Path(session.model).exists() else session.model
     return (loaded.model, loaded.tokenizer), name or DEFAULT_MODEL
@@ -233,18 +226,19 @@ def _sayer(notes: Console, rank: int) -> Callable[[str], None]:
 class _Crew:
     """Several processes that share one run, each with a file of its own that the first one gathers."""
 
-    def __init__(self, path: Path, world: int, rank: int, device: str) -> None:
-        self.path, self.world, self.rank, self.device = path, world, rank, device
-        self.own = path if world == 1 else path.with_name(f"{path.name}.{rank}")
+    def __init__(self, path: Path, device: str) -> None:
+        self.path, self.first = path, processes.rank() == 0
+        self.crew = processes.crew(device)
+        self.own = path if self.crew is None else path.with_name(f"{path.name}.{processes.rank()}")
 
     def begin(self, say: Callable[[str], None]) -> None:
-        if self.rank == 0:
+        if self.first:
             self._gather(say)
         self._wait()
 
     def end(self, say: Callable[[str], None]) -> None:
         self._wait()
-        if self.rank == 0:
+        if self.first:
             self._gather(say)
 
     def _gather(self, say: Callable[[str], None]) -> None:
@@ -253,19 +247,8 @@ class _Crew:
             part.unlink()
 
     def _wait(self) -> None:
-        if self.world > 1:
-            try:
-                from accelerate import PartialState
-            except ImportError as error:
-                raise MgamError("a run over several processes needs accelerate; pip install 'mgam[train]'") from error
-            # without `cpu`, accelerate sees no group of processes where there is no accelerator, and waits for none
-            crew = PartialState(cpu=self.device == "cpu", timeout=LONGEST_WAIT)
-            if crew.num_processes != self.world:
-                raise MgamError(
-                    f"WORLD_SIZE says {self.world} processes, accelerate sees {crew.num_processes}, so they cannot "
-                    "share a run; start them with `accelerate launch` or `torchrun`"
-                )
-            crew.wait_for_everyone()
+        if self.crew is not None:
+            self.crew.wait_for_everyone()
 
 
 def _command(session: Session) -> str:

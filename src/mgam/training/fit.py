@@ -20,12 +20,13 @@ from mgam.integrations.transformers.fitted import shape_of
 from mgam.integrations.transformers.models import architecture
 from mgam.levels import Levels
 from mgam.policies.files import FittedPolicy
+from mgam.processes import crew
+from mgam.processes import world as processes
 from mgam.training.checkpoints import last_whole
 from mgam.training.lessons import Sampling, lessons_of
 from mgam.training.lookups import LookupMaker
 from mgam.training.network import Lesson, SearchNetwork
-from mgam.training.runs import CHECKPOINTS, LOG, FittingError, NotANumberError, crew, from_first, open_run, saying_why
-from mgam.training.runs import world as processes
+from mgam.training.runs import CHECKPOINTS, LOG, FittingError, NotANumberError, from_first, open_run, saying_why
 from mgam.training.teacher import Seen, watching
 from mgam.training.texts import Document, Windows, fingerprint
 
@@ -296,7 +297,7 @@ def fit(
     if trainer.is_world_process_zero():
         with saying_why(place, fitting.rate):
             fitted.save(place)
-    if (several := crew(model.device)) is not None:
+    if (several := crew(model.device.type)) is not None:
         several.wait_for_everyone()
     return replace(fitted, folder=place)
 

@@ -32,12 +32,13 @@ from mgam.integrations.transformers.low_rank import FOLDER
 from mgam.levels import Levels
 from mgam.policies.files import FittedPolicy, resolve
 from mgam.policies.learned import Learned, LearnedLayers, best_logits
+from mgam.processes import world
 from mgam.schedule import Schedule, Span
 from mgam.training.checkpoints import last_whole
 from mgam.training.fit import Clock, Log, Say
 from mgam.training.lookups import Asked, Lookup, LookupMaker
 from mgam.training.network import LayerSearch, SearchNetwork
-from mgam.training.runs import CHECKPOINTS, LOG, NotANumberError, open_run, saying_why, world
+from mgam.training.runs import CHECKPOINTS, LOG, NotANumberError, open_run, saying_why
 from mgam.training.teacher import Seen, watching
 
 NAME = "mgam_lesson"

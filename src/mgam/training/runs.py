@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 import re
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, nullcontext
@@ -14,6 +13,7 @@ import torch
 from safetensors import SafetensorError
 
 from mgam.errors import MgamError, SettingError
+from mgam.processes import crew
 from mgam.training.checkpoints import last_whole
 
 RUN = "run.json"
@@ -31,21 +31,6 @@ class NotANumberError(FittingError):
     """The loss is no number any more."""
 
 
-def world() -> int:
-    """Processes that share the run."""
-    return max(1, int(os.environ.get("WORLD_SIZE", "1")))
-
-
-def crew(device: torch.device) -> Any:
-    """The processes that share the run, as accelerate knows them; None for one alone."""
-    if world() == 1:
-        return None
-    from accelerate import PartialState
-
-    # without `cpu`, accelerate sees no group of processes where there is no accelerator
-    return PartialState(cpu=device.type == "cpu")
-
-
 def from_first(value: float, device: torch.device) -> float:
     """The first process's value, in every process: what all must decide alike."""
     if not (torch.distributed.is_available() and torch.distributed.is_initialized()):
@@ -61,7 +46,7 @@ def open_run(place: Path, what: Mapping[str, Any], resume: bool, device: torch.d
     Raises:
         SettingError: another run is there, or any if `resume` is off; or the folder cannot be written.
     """
-    several = crew(device)
+    several = crew(device.type)
     first = several is None or several.is_main_process
     with nullcontext() if several is None else several.main_process_first():
         _open(place, what, resume or not first)

@@ -3,14 +3,11 @@
 from __future__ import annotations
 
 import json
-import os
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
-
-import torch
 
 from mgam.errors import SettingError
 from mgam.evaluation.texts import KNOWN
@@ -18,6 +15,7 @@ from mgam.integrations.loading import Loaded, load
 from mgam.integrations.transformers.models import architecture
 from mgam.levels import Levels
 from mgam.policies.files import FittedPolicy, resolve
+from mgam.processes import own_device, rank
 from mgam.training.fit import Fitting, Say, fit, refuse_short
 from mgam.training.lookups import LookupMaker
 from mgam.training.measure import Kept, mass_kept, peers
@@ -61,7 +59,7 @@ def run(session: FitSession, say: Say) -> dict[str, Any]:
         resolve(session.policy)
     began = time.perf_counter()
     say("loading the model")
-    loaded = load(session.model, device=_device(session.device), dtype=session.dtype, download=session.download)
+    loaded = load(session.model, device=own_device(session.device), dtype=session.dtype, download=session.download)
     model: Any = loaded.model
     if session.policy is None:
         refuse_short(session.fitting, architecture(model.config).trained_window(model.config))
@@ -77,7 +75,7 @@ def run(session: FitSession, say: Say) -> dict[str, Any]:
             model, documents, place, session.fitting, lookups=maker, say=say, notes={"model": model.name_or_path}
         )
         found |= {"seconds_fitting": fitted.notes["seconds"]}
-        if session.check and _first_process():
+        if session.check and rank() == 0:
             found["kept"] = _check(session, loaded, fitted, place, say)
     else:
         fitted = FittedPolicy.load(resolve(session.policy))
@@ -91,17 +89,6 @@ def run(session: FitSession, say: Say) -> dict[str, Any]:
 
 def _wants_lookups(session: FitSession) -> bool:
     return session.reading is not None or bool(session.fitting.lookup_tokens)
-
-
-def _device(name: str) -> str:
-    """`auto` in one of several processes is a device of its own."""
-    if name == "auto" and int(os.environ.get("WORLD_SIZE", "1")) > 1 and torch.cuda.is_available():
-        return f"cuda:{os.environ.get('LOCAL_RANK', '0')}"
-    return name
-
-
-def _first_process() -> bool:
-    return int(os.environ.get("RANK", "0")) == 0
 
 
 def held_out(data: Sequence[str], tokenizer: Any) -> list[Document]:
