@@ -13,7 +13,7 @@ from tokenizers import Tokenizer
 from mgam.evaluation.texts import TextLibrary, split_sentences
 from papertable import lead
 from papertable.sample import NoAnswerError, Piece, Sample, assemble, room
-from papertable.shelf import Part, Shelf, part_of, shelve, stretch
+from papertable.shelf import Part, Shelf, around, others, part_of, shelve
 from papertable.vocabulary import SIZE, encode, train_tokenizer
 
 SOURCES = ("cnn_dailymail", "hotpotqa", "narrativeqa")
@@ -136,19 +136,8 @@ def draw(task: str, shelf: Shelf, part: Part, length: int, rng: np.random.Genera
         needed = sum(shelf.size(at) for at in range(min(gold), max(gold) + 1))
         if needed > space:
             continue
-        begin, back = min(gold), int(rng.random() * (space - needed))
-        while begin > document["first"] and back >= shelf.size(begin - 1):
-            begin -= 1
-            back -= shelf.size(begin)
-        order = stretch(shelf, begin, space, begin, document["last"])
-        left = space - sum(shelf.size(at) for at in order)
-        for number in rng.permutation(len(documents)):
-            if left <= 0:
-                break
-            other = documents[number]
-            if other is not document:
-                order += (more := stretch(shelf, other["first"], left, other["first"], other["last"]))
-                left -= sum(shelf.size(at) for at in more)
+        order = around(shelf, document, min(gold), needed, space, rng)
+        order += others(shelf, part, document, space - sum(shelf.size(at) for at in order), rng)
         pieces = [Piece(shelf.unit(at), at in gold, (first, last) if at == place else None) for at in order]
         return assemble(task, document["asked"], pieces, length)
     raise NoAnswerError(f"the {part} part holds no {task} record whose evidence fits into {length} tokens")

@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
 import numpy as np
+from numpy.random import Generator
 from numpy.typing import NDArray
 from safetensors.numpy import load_file, save_file
 
@@ -77,6 +78,28 @@ def shelve(units: Iterable[Sequence[int]]) -> tuple[Tokens, NDArray[np.int64]]:
     kept = [np.asarray(unit, dtype=np.int32) for unit in units]
     sizes = np.array([0, *(len(unit) for unit in kept)], dtype=np.int64)
     return np.concatenate([*kept, np.empty(0, dtype=np.int32)]), sizes.cumsum()
+
+
+def around(shelf: Shelf, document: Mapping[str, Any], unit: int, needed: int, space: int, rng: Generator) -> list[int]:
+    """Units of a document that fill `space` tokens and hold the `needed` ones from `unit` on, at a drawn place."""
+    begin, back = unit, int(rng.random() * (space - needed))
+    while begin > document["first"] and back >= shelf.size(begin - 1):
+        begin -= 1
+        back -= shelf.size(begin)
+    return stretch(shelf, begin, space, begin, document["last"])
+
+
+def others(shelf: Shelf, part: Part, document: Mapping[str, Any], left: int, rng: Generator) -> list[int]:
+    """Units of other documents of the part that fill `left` tokens."""
+    documents, found = shelf.of(part), list[int]()
+    for number in rng.permutation(len(documents)):
+        if left <= 0:
+            break
+        other = documents[number]
+        if other is not document:
+            found += (more := stretch(shelf, other["first"], left, other["first"], other["last"]))
+            left -= sum(shelf.size(at) for at in more)
+    return found
 
 
 def stretch(shelf: Shelf, first: int, room: int, low: int, high: int) -> list[int]:

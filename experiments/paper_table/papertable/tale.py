@@ -13,7 +13,7 @@ from tokenizers import Tokenizer
 
 from mgam.evaluation.texts import split_sentences
 from papertable.sample import NoAnswerError, Piece, Sample, assemble, room
-from papertable.shelf import Part, Shelf, part_of, shelve, stretch
+from papertable.shelf import Part, Shelf, around, others, part_of, shelve
 from papertable.vocabulary import BLANK, encode
 
 LONGEST, FEWEST_WORDS, MOST_WORDS, NAMES, DROPPED = 64, 8, 40, 4, 0.3
@@ -106,21 +106,10 @@ def draw(shelf: Shelf, part: Part, length: int, rng: np.random.Generator) -> Sam
     for _ in range(50):
         document = documents[rng.choice(len(documents), p=weights / weights.sum())]
         unit, name, at, size, words = document["asked"][rng.integers(len(document["asked"]))]
-        begin, back = unit, int(rng.random() * (space - shelf.size(unit)))
-        while begin > document["first"] and back >= shelf.size(begin - 1):
-            begin -= 1
-            back -= shelf.size(begin)
-        order = stretch(shelf, begin, space, begin, document["last"])
+        order = around(shelf, document, unit, shelf.size(unit), space, rng)
         if not _fit(document, name, unit, order[0], order[-1]):
             continue
-        left = space - sum(shelf.size(one) for one in order)
-        for number in rng.permutation(len(documents)):
-            if left <= 0:
-                break
-            other = documents[number]
-            if other is not document:
-                order += (more := stretch(shelf, other["first"], left, other["first"], other["last"]))
-                left -= sum(shelf.size(one) for one in more)
+        order += others(shelf, part, document, space - sum(shelf.size(one) for one in order), rng)
         kept = [word for word in words if word == [BLANK] or rng.random() >= DROPPED]
         question = [token for word in kept for token in word]
         span = (at, at + size - 1)
