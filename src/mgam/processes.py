@@ -5,9 +5,12 @@ from __future__ import annotations
 import os
 import sys
 from datetime import timedelta
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from mgam.errors import MgamError
+
+if TYPE_CHECKING:
+    import torch
 
 LONGEST_WAIT = timedelta(days=7)
 """One process may have more to do than another; accelerate's own ten minutes would end the run."""
@@ -55,6 +58,17 @@ def crew(device: str) -> Any:
             "share a run; start them with `accelerate launch` or `torchrun`"
         )
     return found
+
+
+def from_first(value: float, device: torch.device) -> float:
+    """The first process's value, in every process: what all must decide alike."""
+    import torch
+
+    if not (torch.distributed.is_available() and torch.distributed.is_initialized()):
+        return value
+    told = torch.tensor([value], dtype=torch.float64, device=device)
+    torch.distributed.broadcast(told, 0)
+    return float(told)
 
 
 def leave() -> None:

@@ -20,13 +20,12 @@ from mgam.integrations.transformers.fitted import shape_of
 from mgam.integrations.transformers.models import architecture
 from mgam.levels import Levels
 from mgam.policies.files import FittedPolicy
-from mgam.processes import crew
-from mgam.processes import world as processes
+from mgam.processes import crew, from_first, world
 from mgam.training.checkpoints import last_whole
 from mgam.training.lessons import Sampling, lessons_of
 from mgam.training.lookups import LookupMaker
 from mgam.training.network import Lesson, SearchNetwork
-from mgam.training.runs import CHECKPOINTS, LOG, FittingError, NotANumberError, from_first, open_run, saying_why
+from mgam.training.runs import CHECKPOINTS, LOG, FittingError, NotANumberError, open_run, saying_why
 from mgam.training.teacher import Seen, watching
 from mgam.training.texts import Document, Windows, fingerprint
 
@@ -348,10 +347,9 @@ def _collate(items: list[dict[str, Tensor]]) -> dict[str, list[Tensor]]:
 
 
 def _arguments(place: Path, fitting: Fitting, model: Any) -> TrainingArguments:
-    world = processes()
-    if fitting.batch % world:
-        raise SettingError(f"--batch {fitting.batch} does not divide over {world} processes")
-    each = fitting.batch // world
+    if fitting.batch % world():
+        raise SettingError(f"--batch {fitting.batch} does not divide over {world()} processes")
+    each = fitting.batch // world()
     at_once = 1 if model.device.type == "cpu" else next(n for n in (4, 3, 2, 1) if each % n == 0)
     return TrainingArguments(
         output_dir=str(place / CHECKPOINTS), max_steps=fitting.steps, per_device_train_batch_size=at_once,

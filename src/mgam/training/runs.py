@@ -31,15 +31,6 @@ class NotANumberError(FittingError):
     """The loss is no number any more."""
 
 
-def from_first(value: float, device: torch.device) -> float:
-    """The first process's value, in every process: what all must decide alike."""
-    if not (torch.distributed.is_available() and torch.distributed.is_initialized()):
-        return value
-    told = torch.tensor([value], dtype=torch.float64, device=device)
-    torch.distributed.broadcast(told, 0)
-    return float(told)
-
-
 def open_run(place: Path, what: Mapping[str, Any], resume: bool, device: torch.device) -> None:
     """Notes what a run is, or checks that it is the one that is there; the first of several processes writes.
 
