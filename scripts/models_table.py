@@ -37,7 +37,8 @@ FORMATS = """## Formats and devices that are not a row of the table
 
 - **GGUF**: a file is unpacked once into a folder of safetensors, in bfloat16 (float32 where the file holds that), and
   read from there: what is packed is not kept packed. `tests/test_loading.py` compares the numbers with gguf's own.
-  Weights that transformers keeps packed for a few architectures stay as they are; attention does not see them.
+  A model that transformers reads by `gguf_file=` is unpacked by it and served as any other (tested there too).
+  transformers computes with packed numbers for three partly recurrent architectures only, which mgam refuses.
 - **Layers on two devices, and Apple's MPS**: tested by code path on four models that are unlike one another
   (`tests/models/test_placement.py`), with tensors that say they lie elsewhere and refuse what a real device refuses.
   Where there are two CUDA devices, a test uses them (`tests/models/test_ways_in.py`).

@@ -11,7 +11,9 @@ import numpy as np
 import pytest
 import torch
 from safetensors.torch import load_file
+from transformers import AutoModelForCausalLM
 
+import mgam
 from mgam.errors import MemoryBudgetError, ModelFileError, SettingError, UnsupportedModelError
 from mgam.integrations import gguf_models, loading
 from mgam.integrations.gguf_models import RECEIPT, read_header, unpacked
@@ -71,6 +73,19 @@ def test_gguf_is_unpacked_once_and_exactly(tiny_gguf: Path, own_cache: Path) -> 
     stored = load_file(_weights(folder))["model.layers.0.mlp.down_proj.weight"]
     assert stored.dtype == torch.float32
     assert np.array_equal(stored.numpy(), wanted)
+
+
+def test_a_gguf_file_that_transformers_read_is_served_as_any_model(tiny_gguf: Path) -> None:
+    """transformers unpacks the weights of such a model itself: linear layers, which attention does not see."""
+    model = AutoModelForCausalLM.from_pretrained(tiny_gguf.parent, gguf_file=tiny_gguf.name).eval()
+    tokens = torch.arange(240)[None] % 200 + 3
+    with torch.no_grad():
+        dense = model(tokens).logits
+        mgam.apply(model, budget=256, window=32, block=16, dense_until=32)
+        assert torch.allclose(model(tokens).logits, dense, atol=1e-5)
+        mgam.apply(model, budget=64, window=16, block=16, dense_until=32)
+        assert torch.isfinite(model(tokens).logits).all()
+        assert not torch.allclose(model(tokens).logits, dense, atol=1e-5)
 
 
 def test_gguf_loads_and_generates(tiny_gguf: Path) -> None:
