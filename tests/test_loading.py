@@ -81,11 +81,11 @@ def test_a_gguf_file_that_transformers_read_is_served_as_any_model(tiny_gguf: Pa
     tokens = torch.arange(240)[None] % 200 + 3
     with torch.no_grad():
         dense = model(tokens).logits
-        mgam.apply(model, budget=256, window=32, block=16, dense_until=32)
-        assert torch.allclose(model(tokens).logits, dense, atol=1e-5)
-        mgam.apply(model, budget=64, window=16, block=16, dense_until=32)
+        mgam.apply(model, budget=256, window=16, block=16, dense_until=32, positions="absolute")
+        assert torch.allclose(model(tokens).logits, dense, atol=1e-4)
+        mgam.apply(model, budget=64, window=16, block=16, dense_until=32, positions="absolute")
         assert torch.isfinite(model(tokens).logits).all()
-        assert not torch.allclose(model(tokens).logits, dense, atol=1e-5)
+        assert not torch.allclose(model(tokens).logits, dense, atol=1e-4)
 
 
 def test_gguf_loads_and_generates(tiny_gguf: Path) -> None:
