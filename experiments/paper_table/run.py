@@ -92,10 +92,11 @@ def growth(
 
 
 @app.command(hidden=True)
-def point(size: Scales, model: str, length: int, device: Device = HERE) -> None:
-    """One point of `growth`, in this process."""
+def point(size: Scales, model: str, lengths: list[int], device: Device = HERE) -> None:
+    """Points of `growth`, in this process."""
     torch.set_num_threads(1)
-    print(json.dumps(growing.point(size.value, model, length, device)))
+    for length in lengths:
+        print(json.dumps(growing.point(size.value, model, length, device)), flush=True)
 
 
 @app.command()

@@ -124,7 +124,7 @@ def test_the_plan_tells_most_first_and_waits_for_rates(tmp_path: Path) -> None:
     size = SIZES["paper"]
     names = [run.name for run in plan.plan(size)]
     assert len(names) == len(set(names)) == 15 + 15 + 16
-    assert names[15:20] == [f"{model}-0" for model in MODELS]
+    assert sorted(names[15:20]) == sorted(f"{model}-0" for model in MODELS)
     able = [run.name for run, able in plan.ready(size, tmp_path, "") if able]
     assert able == names[:15]
     (tmp_path / "runs").mkdir()
@@ -153,9 +153,27 @@ def test_growth_is_measured_and_gone_on_from(tmp_path: Path, monkeypatch: pytest
     assert found["step_ms"] > found["forward_ms"] > 0
     assert found["pyramid_ms"] > 0
     assert found["policy_ms"] > 0
-    monkeypatch.setattr(growth, "_apart", lambda *given: {**found, "model": given[1], "length": given[2]})
+    monkeypatch.setattr(
+        growth, "_apart", lambda size, model, lengths, device: [{**found, "model": model, "length": lengths[0]}]
+    )
     assert [line["length"] for line in growth.measure("smoke", tmp_path, "cpu", 512, 1024, ("mgam",))] == [1024]
     assert list(growth.measure("smoke", tmp_path, "cpu", 512, 1024, ("mgam",))) == []
+
+
+def test_a_model_that_breaks_down_while_it_grows_is_told_once(tmp_path: Path) -> None:
+    lines = list(growth.measure("smoke", tmp_path, "cuda:99", 512, 1024, ("bert",)))
+    assert [(line["model"], line["length"]) for line in lines] == [("bert", 512)]
+    assert "failed" in lines[0]
+    assert list(growth.measure("smoke", tmp_path, "cuda:99", 512, 1024, ("bert",))) == []
+
+
+def test_what_is_left_of_a_run_is_known_from_shorter_ones(tmp_path: Path) -> None:
+    run = Run("bert-0", "bert", 1e-3, 0, SMOKE, steps=100)
+    assert plan._seconds_left(tmp_path, run) == 0.0
+    (tmp_path / "runs").mkdir()
+    done = {"run": {"model": "bert", "steps": 10}, "diverged": None, "seconds": 20.0, "test_seconds": 3.0}
+    (tmp_path / "runs" / "tune-bert-0.001.json").write_text(json.dumps(done))
+    assert plan._seconds_left(tmp_path, run) == pytest.approx(203.0)
 
 
 def test_the_command_makes_runs_and_the_table(

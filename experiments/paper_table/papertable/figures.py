@@ -63,11 +63,6 @@ def margin(results: dict[str, dict[str, Any]], left: str, right: str, name: str)
     return figure([a - b for a, b in zip(ours, theirs, strict=True)])
 
 
-def of_stage(results: dict[str, dict[str, Any]], model: str, length: int, name: str) -> float | None:
-    """Median over seeds of what was measured in training at a length."""
-    found = [
-        result["stages"][str(length)][name]
-        for seed in range(SEEDS)
-        if (result := results.get(f"{model}-{seed}")) and str(length) in result["stages"]
-    ]
-    return statistics.median(found) if found else None
+def grown(points: Sequence[dict[str, Any]], model: str, length: int, name: str) -> float | None:
+    """What `growth` measured of a model at a length."""
+    return next((line.get(name) for line in points if (line["model"], line["length"]) == (model, length)), None)

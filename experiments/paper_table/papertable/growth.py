@@ -1,4 +1,4 @@
-"""Growth of time and memory with length: one row, a process of its own for each point."""
+"""Growth of time and memory with length: one row, a process of its own for each model (on a CPU for each point)."""
 
 from __future__ import annotations
 
@@ -6,6 +6,7 @@ import json
 import statistics
 import subprocess
 import sys
+import tempfile
 import time
 from collections.abc import Callable, Iterator
 from contextlib import nullcontext
@@ -25,7 +26,7 @@ from papertable.vocabulary import END, SIZE
 
 ENOUGH_SECONDS = 40.0
 """A point that took so long is the last of its model."""
-LEAST, MOST, SECONDS = 3, 20, 3.0
+LEAST, MOST, SECONDS = 3, 10, 3.0
 
 
 def measure(
@@ -33,19 +34,22 @@ def measure(
 ) -> Iterator[dict[str, Any]]:
     """Points that are not in `growth.jsonl` yet, added to it one by one."""
     path = folder / "growth.jsonl"
-    done = {(line["model"], line["length"]): line for line in read(folder)}
+    lengths = [shortest << at for at in range(longest.bit_length()) if shortest << at <= longest]
     for model in models:
-        length, enough = shortest, False
-        while length <= longest and not enough:
-            line = done.get((model, length))
-            if line is None:
-                line = _apart(size, model, length, device)
+        while left := _left(read(folder), model, lengths):
+            for line in _apart(size, model, left if device.startswith("cuda") else left[:1], device):
                 folder.mkdir(parents=True, exist_ok=True)
                 with path.open("a") as file:
                     file.write(json.dumps(line) + "\n")
                 yield line
-            enough = "failed" in line or line["step_ms"] > 1e3 * ENOUGH_SECONDS
-            length *= 2
+
+
+def _left(done: list[dict[str, Any]], model: str, lengths: list[int]) -> list[int]:
+    """Lengths that were not measured, unless one failed or took too long."""
+    own = [line for line in done if line["model"] == model]
+    if any("failed" in line or line["step_ms"] > 1e3 * ENOUGH_SECONDS for line in own):
+        return []
+    return [length for length in lengths if length not in {line["length"] for line in own}]
 
 
 def read(folder: Path) -> list[dict[str, Any]]:
@@ -54,13 +58,21 @@ def read(folder: Path) -> list[dict[str, Any]]:
     return [json.loads(line) for line in path.read_text().splitlines()] if path.is_file() else []
 
 
-def _apart(size: str, model: str, length: int, device: str) -> dict[str, Any]:
-    words = [sys.executable, str(Path(__file__).parents[1] / "run.py"), "point", model, str(length)]
-    done = subprocess.run([*words, "--size", size, "--device", device], capture_output=True, text=True)
-    if done.returncode:
-        last = (done.stderr.strip().splitlines() or [f"ended with {done.returncode}"])[-1]
-        return {"model": model, "length": length, "size": size, "failed": last, **_conditions(device)}
-    return json.loads(done.stdout.splitlines()[-1])
+def _apart(size: str, model: str, lengths: list[int], device: str) -> Iterator[dict[str, Any]]:
+    """Points of another process, each as soon as it is there; the length at which it broke down is told as failed."""
+    words = [sys.executable, str(Path(__file__).parents[1] / "run.py"), "point", model, *map(str, lengths)]
+    found = 0
+    with tempfile.TemporaryFile("w+") as said:
+        with subprocess.Popen(
+            [*words, "--size", size, "--device", device], stdout=subprocess.PIPE, stderr=said, text=True
+        ) as process:
+            for line in process.stdout or ():
+                found += 1
+                yield json.loads(line)
+        if process.returncode and found < len(lengths):
+            said.seek(0)
+            last = (said.read().strip().splitlines() or [f"ended with {process.returncode}"])[-1]
+            yield {"model": model, "length": lengths[found], "size": size, "failed": last, **_conditions(device)}
 
 
 def point(size: str, model: str, length: int, device: str) -> dict[str, Any]:

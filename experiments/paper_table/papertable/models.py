@@ -12,6 +12,8 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from mgam.errors import SettingError
 from mgam.nn import FullAttention, LearnedGranularAttention, LongformerAttention, SelfAttention
+from mgam.nn.base import TABLE
+from mgam.positions import Rotary
 from papertable.sample import ASKED, Batch
 from papertable.sizes import Size
 from papertable.vocabulary import END, SIZE
@@ -88,10 +90,11 @@ class Reader(nn.Module):
         width = size.width
         self.embed = nn.Embedding(SIZE, width)
         nn.init.normal_(self.embed.weight, std=0.5)
+        self.role = nn.Parameter(0.5 * torch.randn(width)) if size.roles else None
         made = []
         for number in range(size.layers):
             own = {**changes, "seed": number} if kind.startswith("mgam") else {}
-            made.append(_matching(attention(kind, size, **own)))
+            made.append(_matching(attention(kind, size, **own), size))
         wanted = parameters(attention("bert", size)) + 8 * width * width
         inner = round((wanted - parameters(made[0])) / (2 * width))
         self.layers = nn.ModuleList(Layer(one, width, inner) for one in made)
@@ -101,7 +104,11 @@ class Reader(nn.Module):
 
     def forward(self, batch: Batch) -> tuple[Tensor, Tensor]:
         """Logits of units (B, M), and of first and last tokens (B, 2, T); -inf where none may be."""
+        place = torch.arange(batch.tokens.shape[1], device=batch.tokens.device)
+        frame = (place <= ASKED) | (place >= len(place) - 1 - ASKED)
         states = self.embed(batch.tokens)
+        if self.role is not None:
+            states = states + frame[:, None] * self.role
         for layer in self.layers:
             states = layer(states)
         states = self.norm(states)
@@ -109,14 +116,14 @@ class Reader(nn.Module):
         told = self.told(states).unflatten(2, (3, DIMS + 1)).float()
         logits = torch.einsum("bpd,btpd->bpt", asked, told[..., :-1]) * DIMS**-0.5 + told[..., -1].transpose(1, 2)
         units = logits[:, 0].gather(1, batch.ends.clamp_min(0)).masked_fill(batch.ends < 0, -torch.inf)
-        place = torch.arange(batch.tokens.shape[1], device=batch.tokens.device)
-        outside = (place <= ASKED) | (place >= len(place) - 1 - ASKED) | (batch.tokens == END)
-        return units, logits[:, 1:].masked_fill(outside[:, None], -torch.inf)
+        return units, logits[:, 1:].masked_fill((frame | (batch.tokens == END))[:, None], -torch.inf)
 
 
-def _matching(made: SelfAttention) -> SelfAttention:
+def _matching(made: SelfAttention, size: Size) -> SelfAttention:
     """Keys begin as queries do, so that equal tokens find one another from the first step (see PROTOCOL.md)."""
+    made.rotary = Rotary.plain(size.turned, TABLE, size.theta)
     with torch.no_grad():
+        made.query.weight.mul_(size.matching)
         made.key.weight.copy_(made.query.weight)
     if isinstance(made, LongformerAttention):
         made.copy_projections()

@@ -18,15 +18,17 @@ from papertable.train import Run, train
 
 SEEDS, ABLATION_SEEDS, TUNING_SEED = 3, 2, 100
 ABLATED = "hop"
+SLOWEST_FIRST = tuple(reversed(MODELS))
+"""So that processes that share a machine end at about the same time."""
 
 
 def plan(size: Size) -> list[Run]:
     """Rates for each model, then one seed of all models, other seeds, ablations. A rate of 0 is yet to be chosen."""
     runs = [
         Run(f"tune-{model}-{rate:g}", model, rate, TUNING_SEED, size, tuning=True)
-        for model in MODELS for rate in size.rates
+        for model in SLOWEST_FIRST for rate in size.rates
     ]  # fmt: skip
-    runs += [Run(f"{model}-{seed}", model, 0.0, seed, size) for seed in range(SEEDS) for model in MODELS]
+    runs += [Run(f"{model}-{seed}", model, 0.0, seed, size) for seed in range(SEEDS) for model in SLOWEST_FIRST]
     runs += [
         Run(f"ablation-{name.replace(' ', '-')}-{seed}", "mgam", 0.0, seed, size, (ABLATED,), changes,
             steps=max(1, size.steps // 2))
@@ -105,15 +107,15 @@ def work(
 
 
 def _seconds_left(folder: Path, run: Run) -> float:
-    """What a run will take, by the finished ones of its model and length; 0 where nothing is known."""
-    alike = [
-        result["seconds"] + result.get("test_seconds", 0.0)
-        for result in results(folder).values()
-        if result["run"]["model"] == run.model and result["run"]["steps"] == run.total and result["diverged"] is None
-    ]
+    """What a run will take, by the finished ones of its model, those of its length if any; 0 where nothing is known."""
+    own = [one for one in results(folder).values() if one["run"]["model"] == run.model and one["diverged"] is None]
+    alike = [one for one in own if one["run"]["steps"] == run.total] or own
+    if not alike:
+        return 0.0
     progress = folder / "checkpoints" / run.name / "progress.json"
-    spent = json.loads(progress.read_text())["seconds"] if progress.is_file() else 0.0
-    return max(0.0, statistics.mean(alike) - spent) if alike else 0.0
+    done = json.loads(progress.read_text())["step"] if progress.is_file() else 0
+    a_step = statistics.mean(one["seconds"] / one["run"]["steps"] for one in alike)
+    return (run.total - done) * a_step + statistics.mean(one.get("test_seconds", 0.0) for one in alike)
 
 
 def _lock(folder: Path, name: str) -> Path:

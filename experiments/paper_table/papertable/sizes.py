@@ -14,7 +14,7 @@ class Size:
     layers: int = 6
     heads: int = 6
     steps: int = 2400
-    tokens: int = 65_536
+    tokens: int = 32_768
     """Tokens of a step."""
     stages: tuple[tuple[int, float], ...] = (
         (512, 0.35), (1024, 0.2), (2048, 0.2), (4096, 0.12), (8192, 0.08), (16384, 0.05)
@@ -31,6 +31,13 @@ class Size:
     )
     window: int = 384
     """Of the Longformer-like model, tokens on a side."""
+    roles: bool = True
+    """Whether tokens of the question are told from others by a vector of their own."""
+    turned: int = 32
+    """Dimensions of a head that are rotated by position; the others match at any distance."""
+    theta: float = 10_000.0
+    matching: float = 3**0.5
+    """By what query and key projections are larger than usual at first."""
     keep_seconds: float = 60.0
     """Between checkpoints."""
     check_every: int = 20
@@ -49,6 +56,7 @@ TINY = Size(
     dev=((512, 6),),
     granular={"levels": (1, 32, 128), "window": 64, "budget": 64, "block": 32, "every": 4},
     window=128,
+    turned=16,
     check_every=2,
 )
 SMOKE = Size(
@@ -64,6 +72,7 @@ SMOKE = Size(
     dev=((512, 2),),
     granular={"levels": (1, 32, 128), "window": 64, "budget": 64, "block": 32, "every": 4},
     window=64,
+    turned=4,
     check_every=1,
 )
 SIZES = {"paper": Size(), "tiny": TINY, "smoke": SMOKE}

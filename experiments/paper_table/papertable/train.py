@@ -6,7 +6,6 @@ import json
 import math
 import os
 import shutil
-import statistics
 import time
 from collections.abc import Iterator
 from contextlib import nullcontext
@@ -20,14 +19,11 @@ from torch.utils.data import DataLoader, Dataset
 
 from mgam.evaluation.machine import conditions
 from papertable.library import TASKS, Library
-from papertable.measure import Clock, evaluate, peak_memory, reset_memory
+from papertable.measure import evaluate
 from papertable.models import Reader, kernels, loss_of, parameters
 from papertable.sample import Batch, collate
 from papertable.shelf import Part
 from papertable.sizes import Size
-
-WARM_STEPS = 10
-"""Steps of a stage that are not timed."""
 
 
 @dataclass(frozen=True)
@@ -110,7 +106,7 @@ class Progress:
     losses: list[float] = field(default_factory=list)
     """Means over `check_every` steps."""
     seconds: float = 0.0
-    stages: dict[str, dict[str, float]] = field(default_factory=dict)
+    """Of training; other runs may share the device, so it tells how long to wait and nothing else."""
     diverged: int | None = None
 
 
@@ -166,16 +162,9 @@ def _steps(
     model.train()
     size, began, saved = run.size, time.perf_counter(), time.monotonic()
     before = progress.seconds
-    stage, clock = -1, Clock(device)
     losses: list[torch.Tensor] = []
     for batch in batches(run, library, progress.step, workers):
-        length = run.length(progress.step)
-        if length != stage:
-            _end_stage(progress, stage, clock, device)
-            stage, clock = length, Clock(device)
-            reset_memory(device)
-        with clock:
-            losses.append(_one(run, model, optimizer, batch.to(device), progress.step, device))
+        losses.append(_one(run, model, optimizer, batch.to(device), progress.step, device))
         progress.step += 1
         last = progress.step == run.total
         if len(losses) == size.check_every or last:
@@ -192,7 +181,6 @@ def _steps(
                 saved = time.monotonic()
                 if late:
                     return False
-    _end_stage(progress, stage, clock, device)
     return True
 
 
@@ -209,20 +197,6 @@ def _one(
     torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0, foreach=True)
     optimizer.step()
     return loss.detach()
-
-
-def _end_stage(progress: Progress, length: int, clock: Clock, device: str) -> None:
-    """Median time and peak memory of the steps of one length; not where only a few were made since a restart."""
-    times = clock.milliseconds()[WARM_STEPS:]
-    if length < 0 or not times:
-        return
-    progress.stages[str(length)] = {
-        "step_ms": round(statistics.median(times), 3),
-        "fastest_ms": round(min(times), 3),
-        "slowest_ms": round(max(times), 3),
-        "steps": len(times),
-        "peak_bytes": peak_memory(device),
-    }
 
 
 def _save(kept: Path, model: Reader, optimizer: torch.optim.Optimizer, progress: Progress) -> None:
