@@ -21,21 +21,15 @@ from mgam.device import _asked
 from mgam.policies.search_triton import SearchTiles, cover, scores
 
 TOKENS = 131072
-READ = [
-    Tiles(128, 64, 8, 2, registers=128), Tiles(256, 64, 16, 2), Tiles(256, 64, 16, 3), Tiles(128, 64, 8, 3,
-    registers=128),
-    Tiles(256, 32, 8, 2), Tiles(256, 128, 16, 2),
-]  # fmt: skip
+READ = [Tiles(128, 64, 8, 2, registers=128), Tiles(256, 64, 16, 2), Tiles(64, 64, 4, 2, registers=128)]
 TURNED = [
-    Tiles(128, 32, 8, 2, registers=128), Tiles(128, 64, 8, 2, registers=128), Tiles(256, 32, 16, 2), Tiles(256, 64,
-    16, 2),
-    Tiles(128, 64, 8, 2, registers=128, ready=True), Tiles(256, 64, 16, 2, ready=True), Tiles(128, 64, 8, 3,
-    ready=True),
+    Tiles(128, 64, 8, 2, registers=128, ready=True), Tiles(256, 64, 16, 2, ready=True),
+    Tiles(128, 64, 8, 2, registers=128, ready=True, shift=True), Tiles(256, 64, 16, 2, ready=True, shift=True),
+    Tiles(256, 64, 16, 3, ready=True, shift=True), Tiles(128, 64, 8, 2, registers=128),
 ]  # fmt: skip
 SEARCH = [
-    SearchTiles(128, 64, 4, 4), SearchTiles(128, 64, 4, 6), SearchTiles(128, 64, 4, 3, registers=128),
-    SearchTiles(256, 64, 8, 4),
-    SearchTiles(128, 32, 4, 4), SearchTiles(128, 64, 4, 4, registers=168),
+    SearchTiles(128, 64, 4, 4), SearchTiles(64, 64, 4, 4), SearchTiles(64, 128, 4, 4), SearchTiles(64, 64, 4, 6),
+    SearchTiles(64, 128, 8, 4),
 ]  # fmt: skip
 
 
@@ -61,14 +55,14 @@ def jobs() -> list[tuple[str, Callable[[], object], float]]:
                 return read(cut, lists, pyramid.keys, pyramid.values, 128**-0.5, turn=turn, tiles=tiles, out=out)
 
             found.append((f"read {kind} {tiles}", call, flop))
-    for name, each, widths in (("8 bits", setting, 64), ("bf16", replace(setting, dims=128, bits=16, every=1), 128)):
+    for name, each, widths in (("8 bits", setting, 64), ("8 bits, every 8", replace(setting, every=8), 64)):
         policy = each.policy
         votes = cut[-128:][:, :, (127 % policy.every) :: policy.every]
         live = torch.ones(votes.shape[0], votes.shape[2], dtype=torch.bool, device="cuda")
         last = blocks[-128:]
         asked = _asked(votes, live, last.row.cuda(), (last.decide // 64).cuda(), pyramid, policy, True)
         flop = 4 * 128 * 32 * votes.shape[2] * float(last.decide.double().mean()) / 4 * widths
-        for shape in SEARCH if widths == 64 else [replace(SEARCH[0], stages=3)]:
+        for shape in SEARCH:
 
             def search(asked=asked, shape=shape):  # type: ignore[no-untyped-def]
                 return scores(asked, TOKENS // 64, shape)

@@ -38,6 +38,9 @@ CASES = {
     "granular, big chunk": Case(
         sizes=(1, 64, 128), search=4, tokens=300, opened=2, window=64, block=16, heads=1, granular=True
     ),
+    "granular, ragged": Case(
+        batch=3, lengths=(307, 164, 9), tokens=307, sizes=(1, 32, 64), opened=2, window=40, granular=True
+    ),
     "dense": Case(dense=True, tokens=100),
     "dense, granular": Case(dense=True, tokens=100, granular=True),
 }
@@ -85,9 +88,10 @@ def test_split_equals_oracle(name: str, splits: int) -> None:
     made.compare(got.out, want.out)
 
 
+@pytest.mark.parametrize("shift", [False, True])
 @pytest.mark.parametrize("room", [1 << 29, 1])
-@pytest.mark.parametrize("name", ["granular", "granular, big chunk", "one query, granular"])
-def test_keys_rotated_once_equal_oracle(name: str, room: int, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("name", ["granular", "granular, big chunk", "one query, granular", "granular, ragged"])
+def test_keys_rotated_once_equal_oracle(name: str, room: int, shift: bool, monkeypatch: pytest.MonkeyPatch) -> None:
     from mgam.attend.triton import forward
     from mgam.attend.triton.forward import Tiles, Turn, read
     from mgam.attend.triton.lists import Lists
@@ -104,7 +108,7 @@ def test_keys_rotated_once_equal_oracle(name: str, room: int, monkeypatch: pytes
         made.pyramid.values,
         made.scale,
         turn=turn,
-        tiles=Tiles(64, 32, 4, 2, ready=True),
+        tiles=Tiles(64, 32, 4, 2, ready=True, shift=shift),
     )
     made.compare(got.out, want.out)
 

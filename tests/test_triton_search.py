@@ -132,3 +132,19 @@ def test_covers_equal(sizes: tuple[int, ...], tokens: int) -> None:
         width = theirs.shape[-1]
         assert torch.equal(ours[..., :width], theirs[..., : ours.shape[-1]])
         assert not (ours[..., width:] >= 0).any()
+
+
+@pytest.mark.parametrize("case", ["decaying", "one direction", "nothing"])
+def test_principal_directions(case: str) -> None:
+    """Orthonormal, and as much of the moments within as in the leading eigenvectors."""
+    from mgam.policies.basis_triton import principal
+
+    torch.manual_seed(3)
+    weight = {"decaying": 0.9 ** torch.arange(64.0), "one direction": torch.eye(64)[0], "nothing": torch.zeros(64)}
+    turned = torch.linalg.qr(torch.randn(3, 64, 64)).Q
+    moments = turned @ (weight[case][:, None] * turned.transpose(1, 2))
+    basis = principal(moments.to(DEVICE), 16).cpu()
+    assert (basis.transpose(1, 2) @ basis - torch.eye(16)).abs().max() < 1e-4
+    within = (basis.transpose(1, 2) @ moments @ basis).diagonal(dim1=1, dim2=2).sum(-1)
+    best = weight[case].sort(descending=True).values[:16].sum()
+    assert (within >= 0.98 * best - 1e-6).all()

@@ -31,6 +31,8 @@ class Rotary:
     """Positions the model was trained for; ranks must stay below it."""
 
     _kept: dict[tuple[torch.device, torch.dtype], tuple[Tensor, Tensor]] = field(default_factory=dict, repr=False)
+    _turns: dict[tuple[torch.device, int], tuple[Tensor, Tensor]] = field(default_factory=dict, repr=False)
+    _speed: tuple[Tensor, float] | None = field(default=None, repr=False)
 
     @classmethod
     def plain(cls, dim: int, limit: int, theta: float = 10000.0) -> Rotary:
@@ -54,6 +56,40 @@ class Rotary:
             self._kept[key] = (cos[:, :half].to(key[1]).contiguous(), sin[:, :half].to(key[1]).contiguous())
         cos, sin = self._kept[key]
         return cos[:limit], sin[:limit]
+
+    def turns(self, device: torch.device, step: int, count: int) -> tuple[Tensor, Tensor]:
+        """cos and sin, each (at least count, R/2) float32, of turns by 0, step, 2 step, ... tokens: of length one, and
+        as exact at a million tokens as at the first, since angles are worked out in float64.
+
+        Only for tables that `compose`.
+        """
+        key = (device, step)
+        if key not in self._turns or self._turns[key][0].shape[0] < count:
+            assert self._speed is not None
+            reach = -(-count // TABLE_STEP) * TABLE_STEP
+            angles = torch.arange(reach, dtype=torch.float64, device=device)[:, None] * step * self._speed[0].to(device)
+            self._turns[key] = (angles.cos().float(), angles.sin().float())
+        return self._turns[key]
+
+    def compose(self, device: torch.device) -> bool:
+        """Whether turning by a and then by b turns by a + b, up to one length for all positions, as every rotary
+        embedding with fixed frequencies does. Waits for the device at the first call."""
+        if self._speed is None:
+            cos, sin = self.table(device, torch.float32)
+            length = cos[0].double().mean()
+            speed = torch.atan2(sin[1].double(), cos[1].double())
+            angles = torch.arange(cos.shape[0], dtype=torch.float64, device=device)[:, None] * speed
+            apart = torch.maximum(
+                (angles.cos() * length - cos).abs().amax(), (angles.sin() * length - sin).abs().amax()
+            )
+            self._speed = (speed, float(torch.where(apart < 0.02 * length, length, 0.0)))
+        return self._speed[1] > 0
+
+    @property
+    def length(self) -> float:
+        """How much longer a rotated vector is, where tables `compose`: 1 but for models that scale their tables."""
+        assert self._speed is not None
+        return self._speed[1]
 
     def half_table(self, device: torch.device, limit: int) -> tuple[Tensor, Tensor]:
         """The same, worked out in float32 and kept in float16, for kernels that rotate half-precision states."""

@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from mgam.errors import SettingError
+from mgam.kernels import installed
 from mgam.levels import Levels
 from mgam.policies.asked import Asked
 from mgam.pyramid import Pyramid
@@ -146,9 +147,13 @@ def principal(moments: Tensor, width: int, steps: int = 8) -> Tensor:
     """An orthonormal basis (..., D, width) of the leading directions of second moments (..., D, D).
 
     Orthogonal iteration in float64: only the span matters, directions of nearly equal weight may mix, and a GPU does
-    it in a fraction of the time of an eigenvalue decomposition, without waiting.
+    it in a fraction of the time of an eigenvalue decomposition, without waiting. With kernels, in float32.
     """
     dim = moments.shape[-1]
+    if moments.is_cuda and installed() and width < dim and not (dim & (dim - 1) or width & (width - 1)):
+        from mgam.policies import basis_triton
+
+        return basis_triton.principal(moments, width, steps // 2)
     wide = moments.to(torch.float64)
     size = wide.diagonal(dim1=-2, dim2=-1).sum(-1)[..., None, None].clamp_min(1e-300) / dim
     eye = torch.eye(dim, dtype=torch.float64, device=moments.device)

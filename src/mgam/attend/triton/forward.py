@@ -13,12 +13,14 @@ from triton.tools.tensor_descriptor import TensorDescriptor
 
 from mgam.attend.triton.lists import Lists
 from mgam.attend.triton.read import merge_kernel, read_kernel
-from mgam.attend.triton.turn import turn_kernel
+from mgam.attend.triton.turn import place_keys_kernel, turn_kernel
 from mgam.merge import Part
-from mgam.positions import Positions
+from mgam.positions import Positions, Rotary
 
 READY_BYTES = 1 << 29
 """Rotated keys kept at a time."""
+STEP = 64
+"""Tokens whose turns are read from a table; a true position is a number of these steps and what is left."""
 
 
 @dataclass(frozen=True)
@@ -36,6 +38,9 @@ class Tiles:
     """Most registers per thread; fewer let two programs share a multiprocessor."""
     ready: bool = False
     """Whether keys before the window are rotated once, into a buffer, rather than by every tile of rows."""
+    shift: bool = False
+    """Whether opened chunks, rotated by their true positions, are turned to their ranks by each tile of rows: one angle
+    a chunk."""
 
 
 @dataclass(frozen=True)
@@ -46,6 +51,7 @@ class Turn:
     sin: Tensor
     pairs: int
     anchor: int
+    rotary: Rotary | None = None
 
     @classmethod
     def of(
@@ -65,7 +71,18 @@ class Turn:
             cos, sin = positions.rotary.table(device, dtype, limit)
         else:
             cos, sin = positions.rotary.half_table(device, limit)
-        return cls(cos, sin, cos.shape[-1], positions.anchor)
+        return cls(cos, sin, cos.shape[-1], positions.anchor, positions.rotary)
+
+    @property
+    def composes(self) -> bool:
+        """Whether keys may be turned to true positions first and to their ranks after."""
+        whole = self.pairs > 0 and self.pairs & (self.pairs - 1) == 0 and self.cos.shape[0] >= STEP
+        return whole and self.rotary is not None and self.rotary.compose(self.cos.device)
+
+    def far(self, tokens: int) -> tuple[Tensor, Tensor]:
+        """Turns by whole steps that reach the last of `tokens`."""
+        assert self.rotary is not None
+        return self.rotary.turns(self.cos.device, STEP, tokens // STEP + 1)
 
 
 def tiles_for(rows: int, dim: int, turned: bool, entries: int, programs: int) -> Tiles:
@@ -92,6 +109,7 @@ def read(
     softcap: float | None = None,
     tiles: Tiles | None = None,
     out: Tensor | None = None,
+    near: Tensor | None = None,
 ) -> Part:
     """One softmax over each block's cover, without any wait for the device.
 
@@ -113,15 +131,19 @@ def read(
     if not out.numel():
         return Part(out, lse)
     copies = tiles.copies and turn.pairs * 2 in (0, dim) and copyable(keys[0]) and copyable(values[0])
-    ready = tiles.ready and copies and turn.pairs > 0 and turn.pairs & (turn.pairs - 1) == 0 and not lists.bare
-    offsets, extent = _extents(lists, tiles.entries)
+    ready = tiles.ready and copies and 2 * turn.pairs == dim and not lists.bare and turn.composes
+    shift = ready and tiles.shift and lists.levels.chunk % tiles.entries == 0
+    offsets, extent = _extents(lists, tiles.entries, lowest=int(shift))
     step = max(1, READY_BYTES // (heads * extent * dim * queries.element_size())) if ready else count
+    if ready and near is None:
+        near = _by_place(keys[0], turn, tiles.entries)
     if step < count:
         for first in range(0, count, step):
             some = slice(first, min(first + step, count))
             part = read(
-                queries[some], lists[some], keys, values, scale, turn=turn, softcap=softcap, tiles=tiles, out=out[some]
-            )
+                queries[some], lists[some], keys, values, scale, turn=turn, softcap=softcap, tiles=tiles, out=out[some],
+                near=near,
+            )  # fmt: skip
             lse[some] = part.lse
         return Part(out, lse)
     part_out, part_lse = out[None], lse
@@ -131,29 +153,35 @@ def read(
     row_tiles = triton.cdiv(group * size, tiles.rows)
     rest = dim - 2 * turn.pairs
     key_desc, value_desc, ready_desc = keys[0], values[0], keys[0]
+    near_desc, far, share = keys[0], (turn.cos, turn.sin), 1.0
     if ready:
-        buffer = torch.empty(count, heads, extent, dim, dtype=queries.dtype, device=queries.device)
+        assert turn.rotary is not None
+        assert near is not None
+        far, share = turn.far(keys[0].shape[2]), turn.rotary.length**-2
+        near_desc = described(near, tiles.entries, turn.pairs)
+        buffer = torch.empty(count, heads, max(extent, tiles.entries), dim, dtype=queries.dtype, device=queries.device)
         turn_kernel[(extent // tiles.entries * count * heads,)](
             buffer, lists.blocks, lists.counts, tuple(keys), strides(keys), lists.index, lists.ranks,
             tuple(part.shape[-1] for part in lists.index), offsets, turn.cos, turn.sin, turn.cos.shape[0] - 1,
             turn.anchor, heads,
             extent // tiles.entries, extent,
-            CHUNK=lists.levels.chunk, TOP=top, D=dim, R=turn.pairs, BLOCK_N=tiles.entries, num_warps=4,
+            CHUNK=lists.levels.chunk, TOP=top, D=dim, R=turn.pairs, BLOCK_N=tiles.entries, LOWEST=int(shift),
+            num_warps=4,
         )  # fmt: skip
         ready_desc = described(buffer, tiles.entries, turn.pairs)
     if copies:
         key_desc = described(keys[0], tiles.entries, block(turn.pairs or dim))
         value_desc = described(values[0], tiles.entries, block(dim))
     read_kernel[(row_tiles * count * heads, tiles.splits)](
-        queries, part_out, part_lse, lists.blocks, lists.counts, key_desc, value_desc, ready_desc, offsets,
-        tuple(keys), tuple(values), strides(keys), strides(values),
+        queries, part_out, part_lse, lists.blocks, lists.counts, key_desc, value_desc, ready_desc, near_desc,
+        offsets, tuple(keys), tuple(values), strides(keys), strides(values),
         lists.index, lists.ranks, tuple(part.shape[-1] for part in lists.index),
-        turn.cos, turn.sin, turn.cos.shape[0] - 1, turn.anchor, scale, softcap or 1.0, biases(lists),
+        turn.cos, turn.sin, *far, share, turn.cos.shape[0] - 1, turn.anchor, scale, softcap or 1.0, biases(lists),
         count, heads, row_tiles, queries.stride(0), queries.stride(1), queries.stride(2), *part_out.stride()[:4],
         G=group, Q=size, CHUNK=lists.levels.chunk, TOP=top, D=dim, R=turn.pairs,
         BLOCK_M=tiles.rows, BLOCK_N=tiles.entries, BLOCK_D=block(dim), BLOCK_R=block(turn.pairs), BLOCK_P=block(rest),
         CAP=softcap is not None, BARE=lists.bare, SPLITS=tiles.splits, PRECISION=precision(queries.dtype),
-        COPY=copies, READY=ready,
+        COPY=copies, READY=ready, SHIFT=shift, STEP=STEP,
         num_warps=tiles.warps, num_stages=tiles.stages, maxnreg=tiles.registers,
     )  # fmt: skip
     if tiles.splits > 1:
@@ -168,11 +196,26 @@ def read(
     return Part(out, lse)
 
 
-def _extents(lists: Lists, entries: int) -> tuple[tuple[int, ...], int]:
-    """Where each list begins in a buffer of rotated keys, and the buffer's length: whole tiles."""
+def _by_place(keys: Tensor, turn: Turn, entries: int) -> Tensor:
+    """Keys (B, H, n, D) rotated by their true positions, in whole tiles."""
+    batch, heads, tokens, dim = keys.shape
+    room = triton.cdiv(tokens, entries) * entries
+    placed = torch.empty(batch, heads, room, dim, dtype=keys.dtype, device=keys.device)
+    place_keys_kernel[(room // entries, batch * heads)](
+        placed, keys, keys.stride()[:3], turn.cos, turn.sin, *turn.far(tokens), heads, tokens, room,
+        R=turn.pairs, STEP=STEP, BLOCK_N=entries, num_warps=4,
+    )  # fmt: skip
+    return placed
+
+
+def _extents(lists: Lists, entries: int, lowest: int = 0) -> tuple[tuple[int, ...], int]:
+    """Where each list from level `lowest` on begins in a buffer of rotated keys, and the buffer's length: whole
+    tiles."""
     offsets, end = [], 0
     for level, part in enumerate(lists.index):
         offsets.append(end)
+        if level < lowest:
+            continue
         end += triton.cdiv(part.shape[-1] * (lists.levels.chunk if level == 0 else 1), entries) * entries
     return tuple(offsets), end
 

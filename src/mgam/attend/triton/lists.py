@@ -82,15 +82,25 @@ def places(index: Sequence[Tensor], levels: Levels, granular: bool) -> tuple[Ten
     counts = torch.empty(count, heads, len(index), dtype=torch.int32, device=device)
     place_kernel[(count * heads, len(index))](
         tuple(index), ranks, counts, widths, (levels.chunk, *levels.sizes[1:]), LEVELS=len(index), CHUNK=levels.chunk,
-        RANKS=granular, BLOCK=64, BLOCK_OTHER=64, num_warps=4 if granular else 1,
+        RANKS=granular, BLOCK=64, num_warps=2 if granular else 1,
     )  # fmt: skip
     return counts, ranks
+
+
+@triton.jit
+def _held(list_ptr, width, BLOCK: tl.constexpr):
+    """Entries of a list that are not padding."""
+    found = tl.zeros((BLOCK,), tl.int32)
+    for first in tl.range(0, width, BLOCK):
+        slot = first + tl.arange(0, BLOCK)
+        found += (tl.load(list_ptr + slot, mask=slot < width, other=-1) >= 0).to(tl.int32)
+    return tl.sum(found, 0)
 
 
 @triton.jit(do_not_specialize_on_alignment=["count_ptr"])
 def place_kernel(
     lists, ranks, count_ptr, widths, steps,
-    LEVELS: tl.constexpr, CHUNK: tl.constexpr, RANKS: tl.constexpr, BLOCK: tl.constexpr, BLOCK_OTHER: tl.constexpr,
+    LEVELS: tl.constexpr, CHUNK: tl.constexpr, RANKS: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
     """Counts one list of one block and head, and ranks its entries among all lists (`Cover.ranks`)."""
     pair = tl.program_id(0).to(tl.int64)
@@ -98,17 +108,12 @@ def place_kernel(
     total = 0
     mine = 0
     for level in tl.static_range(LEVELS):
-        if widths[level] > 0:
-            found = tl.zeros((BLOCK_OTHER,), tl.int32)
+        if widths[level] > 0:  # noqa: SIM102  (tensors take no `and`)
             if RANKS or level == own:
-                for first in tl.range(0, widths[level], BLOCK_OTHER):
-                    slot = first + tl.arange(0, BLOCK_OTHER)
-                    index = tl.load(lists[level] + pair * widths[level] + slot, mask=slot < widths[level], other=-1)
-                    found += (index >= 0).to(tl.int32)
-            held = tl.sum(found, 0)
-            if level == own:
-                mine = held
-            total += held * (CHUNK if level == 0 else 1)
+                held = _held(lists[level] + pair * widths[level], widths[level], BLOCK)
+                if level == own:
+                    mine = held
+                total += held * (CHUNK if level == 0 else 1)
     tl.store(count_ptr + pair * LEVELS + own, mine)
     if RANKS:
         for level in tl.static_range(LEVELS):
@@ -120,14 +125,23 @@ def place_kernel(
                     before = slot * (CHUNK if level == 0 else 1) - total
                     for near in tl.static_range(LEVELS):
                         if near != level and widths[near] > 0:
-                            for other in tl.range(0, widths[near], BLOCK_OTHER):
-                                place = other + tl.arange(0, BLOCK_OTHER)
-                                index = tl.load(
-                                    lists[near] + pair * widths[near] + place, mask=place < widths[near], other=-1
-                                )
-                                earlier = (index >= 0)[None, :] & ((index * steps[near])[None, :] < start[:, None])
-                                before += tl.sum(earlier.to(tl.int32), 1) * (CHUNK if near == 0 else 1)
+                            earlier = _earlier(lists[near] + pair * widths[near], widths[near], start, steps[near])
+                            before += earlier * (CHUNK if near == 0 else 1)
                     tl.store(ranks[level] + pair * width + slot, before.to(tl.int64), mask=slot < mine)
+
+
+@triton.jit
+def _earlier(list_ptr, width, start, step):
+    """How many of a sorted list's entries, `step` tokens apart, begin before tokens `start` (M,): by halving."""
+    low = (start * 0).to(tl.int32)
+    size = width + 0
+    while size > 0:
+        half = (size + 1) // 2
+        place = low + half - 1
+        index = tl.load(list_ptr + place, mask=place < width, other=-1)
+        low = tl.where((index >= 0) & (index * step < start), low + half, low)
+        size = size // 2
+    return low
 
 
 def check(lists: Lists, rows: int, tokens: int) -> None:

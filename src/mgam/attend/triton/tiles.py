@@ -93,6 +93,46 @@ def described(
 
 
 @triton.jit
+def angle(
+    cos_ptr, sin_ptr, far_cos_ptr, far_sin_ptr, place, R: tl.constexpr, STEP: tl.constexpr, BLOCK_R: tl.constexpr
+):
+    """cos and sin (M, BLOCK_R) of true positions (M,), composed of two turns: that of a whole number of STEP tokens, of
+    length one, and that of what is left."""
+    cos, sin = half_tables(cos_ptr, sin_ptr, place % STEP, R, BLOCK_R)
+    far_cos, far_sin = half_tables(far_cos_ptr, far_sin_ptr, place // STEP, R, BLOCK_R)
+    return cos * far_cos - sin * far_sin, sin * far_cos + cos * far_sin
+
+
+@triton.jit
+def placed(
+    base, offset, live, place, cos_ptr, sin_ptr, far_cos_ptr, far_sin_ptr,
+    R: tl.constexpr, STEP: tl.constexpr,
+):  # fmt: skip
+    """Rows of 2 R columns, rotated by true positions (M,), in two halves."""
+    first = rows(base, offset, live, 0, R, R, True)
+    second = rows(base, offset, live, R, R, R, True)
+    cos, sin = angle(cos_ptr, sin_ptr, far_cos_ptr, far_sin_ptr, place, R, STEP, R)
+    return (first * cos - second * sin).to(first.dtype), (second * cos + first * sin).to(first.dtype)
+
+
+@triton.jit
+def shift(
+    cos_ptr, sin_ptr, far_cos_ptr, far_sin_ptr, rank, place, share, R: tl.constexpr, STEP: tl.constexpr,
+):  # fmt: skip
+    """cos and sin (R,) of the turn of length one from a true position to a rank. share: 1 over the tables' length,
+    squared."""
+    column = tl.arange(0, R)
+    a = tl.load(cos_ptr + place % STEP * R + column).to(tl.float32)
+    b = tl.load(sin_ptr + place % STEP * R + column).to(tl.float32)
+    far_a = tl.load(far_cos_ptr + place // STEP * R + column)
+    far_b = tl.load(far_sin_ptr + place // STEP * R + column)
+    cos, sin = (a * far_a - b * far_b) * share, (b * far_a + a * far_b) * share
+    a = tl.load(cos_ptr + rank * R + column).to(tl.float32)
+    b = tl.load(sin_ptr + rank * R + column).to(tl.float32)
+    return a * cos + b * sin, b * cos - a * sin
+
+
+@triton.jit
 def products(a0, a1, a2, b0, b1, b2, D: tl.constexpr, R: tl.constexpr, PRECISION: tl.constexpr):
     """Dot products (M, N) of rows given in parts, in float32."""
     found = tl.dot(a0, tl.trans(b0), input_precision=PRECISION)
