@@ -4,8 +4,8 @@
 
 TEXT is a file of prose (not of a TEST split). Facts in wordings of training are hidden in stretches of it, four a text.
 The training-free search reads the text; then, on the same states, every policy chooses for the last block of the
-question and for the token before the answer's first figure. POLICY is a folder that mgam fit wrote, read at several
-weights of `content`. MODEL - is the default model.
+question and for the token before the answer's first figure. POLICY is a folder that mgam fit wrote, read as it was
+fitted and with several parts of the budget for content. MODEL - is the default model.
 """
 
 from __future__ import annotations
@@ -42,7 +42,7 @@ THINGS = ("account", "parcel", "ticket", "file", "invoice", "licence", "locker",
 BUDGET, WINDOW, QUESTION_BLOCK = 1024, 512, 32
 LEVELS = Levels((1, 64, 1024), 4)
 CALL = 2048
-WEIGHTS = (0.0, 0.5, 0.7, 1.0)
+PARTS = (None, 0.0, 0.5, 1.0)
 
 
 def facts(rng: random.Random) -> list[tuple[str, str, str]]:
@@ -113,7 +113,7 @@ def _share(policy: Policy, voters: Tensor, keys: Tensor, wanted: set[int]) -> fl
     return sum(bool(wanted & set(head.tolist())) for head in cover.opened[0]) / cover.opened.shape[1]
 
 
-def _learned(layers: dict[int, SearchWeights], content: float, layer: int, scale: float) -> Policy:
+def _learned(layers: dict[int, SearchWeights], content: float | None, layer: int, scale: float) -> Policy:
     return Learned(layers[layer], BUDGET, WINDOW, content=content)
 
 
@@ -126,8 +126,9 @@ def main() -> None:
     policies: dict[str, Any] = {"flat search": lambda layer, scale: Scored(BUDGET, WINDOW, scale=scale)}
     for folder in folders:
         layers = FittedPolicy.load(folder).layers
-        for weight in WEIGHTS:
-            policies[f"{Path(folder).name}, content {weight}"] = partial(_learned, layers, weight)
+        for part in PARTS:
+            name = "as fitted" if part is None else f"content {part}"
+            policies[f"{Path(folder).name}, {name}"] = partial(_learned, layers, part)
     sentences = list(split_sentences(Path(path).read_text(encoding="utf-8")))
     found: dict[str, list[float]] = {}
     with Path(out).open("a", encoding="utf-8") as file:

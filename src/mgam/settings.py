@@ -38,7 +38,7 @@ class Dials(TypedDict, total=False):
     policy: str | None
     recall: float | None
     middle: int
-    content: float
+    content: float | None
 
 
 @dataclass(frozen=True)
@@ -111,9 +111,10 @@ class Settings:
     """Of a learned policy: how much of the budget goes to regions in which nothing is opened, but which are read as
     fine summaries instead of coarse ones."""
 
-    content: float = 0.7
-    """Of a learned policy: the weight of what its search finds whatever the distance, from 0 to 1. The rest is that of
-    expected attention, which favours what is near and rarely falls on a single fact far back."""
+    content: float | None = None
+    """Of a learned policy: the part of the budget, from 0 to 1, for what its search finds whatever the distance. The
+    rest is for expected attention, which favours what is near and rarely falls on a single fact far back. None: each
+    KV head has the part that was fitted."""
 
     def __post_init__(self) -> None:
         levels = self.pyramid_levels
@@ -137,8 +138,8 @@ class Settings:
                 f"middle={self.middle!r} must be a whole number from 0 to the budget less one chunk "
                 f"({self.budget - levels.chunk})"
             )
-        if not 0 <= self.content <= 1:
-            raise SettingError(f"content={self.content!r} is a weight from 0 (expected attention alone) to 1")
+        if self.content is not None and not 0 <= self.content <= 1:
+            raise SettingError(f"content={self.content!r} is a part of the budget, from 0 (attention alone) to 1")
         if self.policy is not None and self.positions != "granular":
             raise SettingError(
                 f"a learned policy looks at keys before rotation, which positions={self.positions!r} do not keep; "

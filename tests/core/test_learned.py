@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 import torch
 
@@ -18,15 +20,16 @@ NEEDLE = 5
 """The chunk whose keys the query of a hard block asks for."""
 
 
-def weights(fade: float = 0.0) -> SearchWeights:
+def weights(fade: float = 0.0, content: float = 0.5) -> SearchWeights:
     """One KV head; the first dimension is searched, the second is the pull of what is near."""
     query = torch.zeros(1, DIM, 3)
     query[0, 0, 0] = query[0, 1, 2] = 1.0
     key = torch.zeros(1, DIM, 2)
     key[0, 0, 0] = 1.0
     prior = -fade * torch.arange(6.0)[None]
+    voice, part = torch.zeros(1, DIM), torch.tensor([content])
     return SearchWeights(
-        "test", 1, query, torch.zeros(1, 3), key, torch.zeros(1, 2), torch.zeros(1, DIM), torch.zeros(1), prior
+        "test", 1, query, torch.zeros(1, 3), key, torch.zeros(1, 2), voice, torch.zeros(1), prior, part
     )
 
 
@@ -54,6 +57,23 @@ def test_a_far_fact_is_opened_however_strong_distance_is() -> None:
     steep = weights(fade=6.0)
     assert NEEDLE in opened(Learned(steep, 128, WINDOW, content=0.5), HARD)
     assert NEEDLE not in opened(Learned(steep, 128, WINDOW, content=0.0), HARD)
+
+
+def test_a_head_has_the_part_that_was_fitted_unless_one_is_given() -> None:
+    mine, none = Learned(weights(6.0, content=0.5), 128, WINDOW), Learned(weights(6.0, content=0.0), 128, WINDOW)
+    assert opened(mine, HARD) == opened(replace(none, content=0.5), HARD)
+    assert opened(none, HARD) == opened(replace(mine, content=0.0), HARD) == list(range(29, 37))
+
+
+@pytest.mark.parametrize("content", [0.25, 0.5, 0.75])
+def test_both_lists_get_their_part(content: float) -> None:
+    """Of eight chunks, those first by each list: as many as its part, however far the other's values stand apart."""
+    policy = Learned(weights(), 128, WINDOW, content=content)
+    shares, found = torch.zeros(1, 1, 40), torch.zeros(1, 1, 40)
+    shares[..., 20:30], found[..., 5:15] = torch.linspace(1e-3, 1e-4, 10), torch.linspace(0.5, 0.4, 10)
+    chosen = policy.open(shares, found, torch.ones(1, 1, 40, dtype=torch.bool), 8)[0, 0].nonzero().flatten().tolist()
+    part = round(8 * content)
+    assert chosen == [*range(5, 5 + part), *range(20, 28 - part)]
 
 
 @pytest.mark.parametrize("content", [0.0, 0.25, 0.5, 1.0])
@@ -96,5 +116,5 @@ def test_where_nothing_stands_out_distance_decides() -> None:
 
 
 def test_a_weight_beyond_one_is_refused() -> None:
-    with pytest.raises(SettingError, match=r"content=1.5 is a weight from 0"):
+    with pytest.raises(SettingError, match=r"content=1.5 is a part of the budget, from 0"):
         Learned(weights(), content=1.5)

@@ -14,11 +14,10 @@ import torch
 from torch import Tensor
 
 from mgam.errors import SettingError
-from mgam.policies.learned import SearchWeights
+from mgam.policies.learned import PARTS, SearchWeights
 
 WEIGHTS, CONFIG = "policy.safetensors", "policy.json"
-FORMAT, VERSION = "mgam policy", 2
-PARTS = ("query", "query_bias", "key", "key_bias", "voice", "voice_bias", "prior")
+FORMAT, VERSION = "mgam policy", 3
 NEAR_ENOUGH = 0.02
 """How far the sizes of a model's weights may be from those of the model that a policy was fitted to, relatively: other
 number formats and small adapters pass, other models do not."""
@@ -177,6 +176,7 @@ def _check_shapes(weights: SearchWeights, shape: tuple[int, int, int], width: in
         "key_bias": (heads, width - 1),
         "voice": (heads, group * dim),
         "voice_bias": (heads,),
+        "content": (heads,),
     }
     wanted["prior"] = (heads, weights.prior.shape[-1])
     for part, expected in wanted.items():

@@ -8,10 +8,10 @@ distance alone tells is learned apart, since keys are searched before rotation. 
 things: which chunks are opened as tokens, which regions of the rest are read as fine summaries, and, with `recall`, how
 many tokens a block deserves.
 
-A single fact far back never wins against what is near and likely, so chunks are ranked by a mixture of two shares:
-what the search finds whatever the distance (`content`), and what is expected with distance weighed. Where queries look
-for nothing in particular, the first is flat and the second decides; a sharp hit stands out in the first. Both come from
-one search.
+A single fact far back never wins against what is near and likely. So a part of the budget (`content`) goes to what the
+search finds whatever the distance, and the rest to what is expected with distance weighed; both come from one search.
+Few heads look facts up, and what these need differs from what the others read: each KV head has its own part, which is
+measured on texts with questions (`mgam.training.content`).
 
 The lightning indexer of DeepSeek-V3.2 and the gates of SeerAttention (arXiv 2410.13276) are fitted by distillation too;
 they choose tokens or blocks of one level, and do not predict a budget.
@@ -43,6 +43,10 @@ FEWEST = 8
 """Voters of a block that are always heard, however few of them are to be."""
 ELEMENTS = 1 << 22
 """Logits worked out at a time without kernels."""
+EXPECTED = 0.1
+"""Weight of what is expected in the list of what is found: it decides where nothing stands out."""
+PARTS = ("query", "query_bias", "key", "key_bias", "voice", "voice_bias", "prior", "content")
+"""The tensors of a search."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -51,7 +55,7 @@ class SearchWeights:
 
     Shapes (H KV heads of G query heads each, D head dim, s search queries per position, r search dimensions, of which
     the last is the pull of what is near): query (H, G*D, s*r), query_bias (H, s*r), key (H, D, r-1), key_bias (H, r-1),
-    voice (H, G*D), voice_bias (H,), prior (H, K).
+    voice (H, G*D), voice_bias (H,), prior (H, K), content (H,).
     """
 
     name: str
@@ -66,6 +70,8 @@ class SearchWeights:
     prior: Tensor
     """What distance alone tells of a chunk: a logit at 1, 2, 4 ... 2^(K-1) chunks before the window, and between them
     by the logarithm of the distance; farther than was fitted it stays as it is at the last."""
+    content: Tensor
+    """Part of the budget that goes to what the search finds whatever the distance, from 0 to 1."""
 
     @property
     def width(self) -> int:
@@ -80,8 +86,7 @@ class SearchWeights:
         """The same weights on a device, in float32 or finer."""
         wide = torch.promote_types(dtype, torch.float32)
         if (device, wide) not in self._placed:
-            names = ("query", "query_bias", "key", "key_bias", "voice", "voice_bias", "prior")
-            moved = {name: getattr(self, name).to(device, wide) for name in names}
+            moved = {name: getattr(self, name).to(device, wide) for name in PARTS}
             self._placed[device, wide] = replace(self, **moved)
         return self._placed[device, wide]
 
@@ -170,9 +175,9 @@ class Learned:
     recall: float | None = None
     """Share of all attention that is to be read as tokens, as predicted: blocks that look nearby open little. None:
     every block spends its whole budget."""
-    content: float = 0.7
-    """Weight of what the search finds whatever the distance, from 0 to 1; the rest is that of the attention which is
-    expected, of which distance is a part."""
+    content: float | None = None
+    """Part of the budget, from 0 to 1, for what the search finds whatever the distance; the rest is for the attention
+    which is expected, of which distance is a part. None: each KV head has the part that was fitted."""
     thin: int = 8
     """One of so many voters is heard: those that care most for the far past."""
     middle: int = 0
@@ -185,8 +190,8 @@ class Learned:
             raise SettingError(f"recall={self.recall} must lie above 0 and be at most 1 (all attention), or be None")
         if self.thin < 1 or not 0 <= self.middle <= self.budget:
             raise SettingError(f"thin={self.thin} starts at 1; middle={self.middle} lies between 0 and the budget")
-        if not 0 <= self.content <= 1:
-            raise SettingError(f"content={self.content} is a weight from 0 (expected attention alone) to 1")
+        if self.content is not None and not 0 <= self.content <= 1:
+            raise SettingError(f"content={self.content} is a part of the budget, from 0 (attention alone) to 1")
 
     def choose(self, voters: Voters | None, blocks: Blocks, pyramid: Pyramid, levels: Levels) -> Cover:
         """Covers for N blocks within the budget."""
@@ -195,13 +200,12 @@ class Learned:
         begin, start = windows(blocks, self.window, levels, device)
         chunks = int(blocks.decide.max()) // levels.chunk if len(blocks) else 0
         most = min((self.budget - self.middle) // levels.chunk, chunks)
-        number = torch.arange(chunks, device=device)
-        allowed = ((number > 0) & ((number + 1) * levels.chunk <= start[:, None]))[:, None].expand(-1, heads, -1)
+        allowed = openable(start, chunks, levels)[:, None].expand(-1, heads, -1)
         if chunks - 1 <= most and self.recall is None:
             shares, opened = None, allowed.clone()
         else:
-            shares = self.shares(voters, blocks, pyramid, levels, chunks)
-            opened = self._open(shares, allowed, most)
+            shares, wherever = self.shares(voters, blocks, pyramid, levels, chunks)
+            opened = self.open(shares, wherever, allowed, most)
         if chunks:
             opened[..., 0] = start[:, None] > 0
         chosen = indices(opened, min(1 + most, chunks))
@@ -217,10 +221,12 @@ class Learned:
         known = Known(begin, chosen.shape[-1] * levels.chunk + sum(part.shape[-1] for part in lists))
         return Cover(levels, start, chosen, lists, self.mass, known)
 
-    def shares(self, voters: Voters, blocks: Blocks, pyramid: Pyramid, levels: Levels, chunks: int) -> Tensor:
-        """Share of all attention that each chunk before the window deserves: (N, H, chunks), in float32 or finer.
-
-        What is missing to 1 is expected for the window.
+    def shares(
+        self, voters: Voters, blocks: Blocks, pyramid: Pyramid, levels: Levels, chunks: int
+    ) -> tuple[Tensor, Tensor]:
+        """Share of all attention that each chunk before the window is expected to get, and the share that it would
+        get were distance nothing; both (N, H, chunks), in float32 or finer, and what is missing to 1 is expected for
+        the window.
         """
         queries, live = self._heard(voters)
         asked = self.weights.ask(queries)  # (N, H, s, V, r)
@@ -229,14 +235,14 @@ class Learned:
         found = search_masses(asked, live, kept.search, blocks.row, visible, 1 + chunks)
         near, found = found[..., :1], found[..., 1:]
         if not chunks:
-            return found
+            return found, found
         far = blocks.once(
             ("distance", self.window, levels, chunks, found.device), lambda: distances(visible - 1, chunks)
         )
         expected = self.weights.by_distance(far.to(found.device)).to(found.dtype).exp() * found
         tiny, whole = torch.finfo(found.dtype).tiny, expected.sum(-1, keepdim=True)
         wherever = found * (whole / found.sum(-1, keepdim=True).clamp_min(tiny))
-        return torch.lerp(expected, wherever, self.content) / (near + whole).clamp_min(tiny)
+        return expected / (near + whole).clamp_min(tiny), wherever / (near + whole).clamp_min(tiny)
 
     def _heard(self, voters: Voters) -> tuple[Tensor, Tensor]:
         """The voters that are heard: queries (N, H*G, V', D), and (N, V') which of them are there.
@@ -254,21 +260,38 @@ class Learned:
         place = chosen.repeat_interleave(group, 1)[..., None].expand(-1, -1, -1, queries.shape[3])
         return queries.gather(2, place), torch.arange(few, device=live.device) < live.sum(1)[:, None]
 
-    def _open(self, shares: Tensor, allowed: Tensor, most: int) -> Tensor:
+    def open(self, shares: Tensor, wherever: Tensor, allowed: Tensor, most: int) -> Tensor:
         """The best chunks (N, H, C) bool: `most` of them, or with `recall` as few as hold the wanted share."""
         opened = torch.zeros_like(allowed)
         if not most:
             return opened
-        ranked = shares.masked_fill(~allowed, -1.0).sort(dim=-1, descending=True, stable=True)
-        value, best = ranked.values[..., :most], ranked.indices[..., :most]
-        wanted = value >= 0
+        best = self._turns(shares, wherever, allowed).sort(dim=-1, stable=True).indices[..., :most]
+        wanted = allowed.gather(-1, best)
         if self.recall is not None:
-            gain = value.clamp_min(0.0)
+            gain = shares.gather(-1, best) * wanted
             near = 1 - shares.sum(-1, keepdim=True)
             if shares.shape[-1]:
                 near = near + shares[..., :1]  # the sink is always read
             wanted &= near + gain.cumsum(-1) - gain < self.recall
         return opened.scatter_(-1, best, wanted)
+
+    def _turns(self, shares: Tensor, wherever: Tensor, allowed: Tensor) -> Tensor:
+        """When each chunk's turn comes to be opened (N, H, C): the lower, the earlier.
+
+        Two lists are taken by turns, in the proportion of `content`: of n chunks about content * n are the first by
+        what is found, and the others the first by what is expected. A chunk's turn is the earlier of its two. Where
+        nothing stands out of what is found, the first list goes by what is expected too.
+        """
+        if self.content is None:
+            part = self.weights.on(shares.device, shares.dtype).content[:, None].to(shares.dtype)
+        else:
+            part = torch.full((), self.content, dtype=shares.dtype, device=shares.device)
+        turns = []
+        for values, share in ((torch.lerp(wherever, shares, EXPECTED), part), (shares, 1 - part)):
+            order = values.masked_fill(~allowed, -1.0).sort(dim=-1, descending=True, stable=True).indices
+            place = torch.arange(1, order.shape[-1] + 1, dtype=shares.dtype, device=shares.device).expand_as(shares)
+            turns.append(torch.empty_like(shares).scatter_(-1, order, place) / share)
+        return torch.minimum(*turns).masked_fill(~allowed, torch.inf)
 
     def _middle(
         self, shares: Tensor | None, opened: Tensor, start: Tensor, levels: Levels
@@ -301,6 +324,12 @@ class Learned:
         inner = sum(levels.ratio(level) for level in range(2, levels.top + 1))
         rest = 0 if self.rest == "drop" else (most + 2) * max(inner, 1) + tokens // levels.sizes[-1] + levels.ratio(1)
         return levels.chunk + self.budget + rest
+
+
+def openable(start: Tensor, chunks: int, levels: Levels) -> Tensor:
+    """Which of `chunks` chunks stand between the sink and windows that begin at start (N,): (N, chunks) bool."""
+    number = torch.arange(chunks, device=start.device)
+    return (number > 0) & ((number + 1) * levels.chunk <= start[:, None])
 
 
 def distances(visible: Tensor, chunks: int) -> Tensor:

@@ -22,6 +22,7 @@ from mgam.levels import Levels
 from mgam.policies.files import FittedPolicy
 from mgam.processes import crew, from_first, world
 from mgam.training.checkpoints import last_whole
+from mgam.training.content import QUESTIONS, TEXTS, fit_content
 from mgam.training.lessons import Sampling, lessons_of
 from mgam.training.lookups import LookupMaker
 from mgam.training.network import Lesson, SearchNetwork
@@ -32,6 +33,8 @@ from mgam.training.texts import Document, Windows, fingerprint
 __all__ = ["CHECKPOINTS", "LOG", "Clock", "Fitting", "FittingError", "Log", "Say", "fit"]
 
 Say = Callable[[str], None]
+CONTENT = "content.json"
+"""What each head finds and keeps, by the part of the budget for what is found whatever the distance."""
 
 
 @dataclass(frozen=True)
@@ -284,6 +287,13 @@ def fit(
         trainer.add_callback(Clock(fitting.minutes))
     with saying_why(place, fitting.rate):
         trainer.train(resume_from_checkpoint=None if kept is None else str(kept))
+    counted: dict[str, Any] = {}
+    if course.lookups is not None:
+        say("measuring which heads look facts up")
+        texts = (
+            course.lookups.make(-1 - number, fitting.tokens, QUESTIONS) for number in range(min(TEXTS, fitting.steps))
+        )
+        counted = fit_content(model, network, texts, fitting.sampling)
     fitted = FittedPolicy(
         shape, fitting.width, network.slots, fitting.search, network.exported(),
         notes={
@@ -296,6 +306,8 @@ def fit(
     if trainer.is_world_process_zero():
         with saying_why(place, fitting.rate):
             fitted.save(place)
+            if counted:
+                (place / CONTENT).write_text(json.dumps(counted) + "\n", encoding="utf-8")
     if (several := crew(model.device.type)) is not None:
         several.wait_for_everyone()
     return replace(fitted, folder=place)

@@ -70,7 +70,7 @@ def mass_kept(
     opened: dict[str, list[float]] = {name: [] for name in policies}
 
     def visit(seen: Seen) -> None:
-        blocks = _blocks(seen.queries.shape[2], block, lookahead, window + 8 * levels.chunk, most_blocks)
+        blocks = spread(seen.queries.shape[2], block, lookahead, window + 8 * levels.chunk, most_blocks)
         device = seen.queries.device
         places = (blocks.start[:, None] + torch.arange(block)).flatten().to(device)
         found = [chunk_masses(seen, part[None], levels.chunk)[0].sum(1) for part in places.split(4 * block)]
@@ -85,7 +85,7 @@ def mass_kept(
         pyramid = Pyramid.of(seen.keys, seen.keys, levels)
         for name, make in policies.items():
             policy = make(seen.layer, seen.scale)
-            cover = policy.choose(_voters(seen.queries, blocks), blocks, pyramid, levels)
+            cover = policy.choose(voters_of(seen.queries, blocks), blocks, pyramid, levels)
             index = cover.opened
             kept = float((mass.gather(-1, index.clamp_min(0)) * (index >= 0)).sum())
             shares[name].setdefault(seen.layer, []).append(kept / total)
@@ -97,7 +97,7 @@ def mass_kept(
     return Kept(shares, {name: fmean(counts) for name, counts in opened.items()})
 
 
-def _blocks(tokens: int, block: int, lookahead: Lookahead, first: int, most: int) -> Blocks:
+def spread(tokens: int, block: int, lookahead: Lookahead, first: int, most: int) -> Blocks:
     """Whole blocks of a text, evenly spread."""
     pieces = [
         piece for piece in Schedule.uniform(block, lookahead).pieces(0, tokens // block * block) if piece.start >= first
@@ -106,9 +106,12 @@ def _blocks(tokens: int, block: int, lookahead: Lookahead, first: int, most: int
     return Blocks.of([(0, piece) for piece in pieces[::step]])
 
 
-def _voters(queries: Tensor, blocks: Blocks) -> Voters:
-    place = (blocks.vote_from[:, None] + torch.arange(blocks.votes)).to(queries.device)
-    return Voters(queries[0][:, place].transpose(0, 1), torch.ones_like(place, dtype=torch.bool))
+def voters_of(queries: Tensor, blocks: Blocks) -> Voters:
+    """The voters of blocks of one text, of its queries (1, H*G, T, D)."""
+    number = torch.arange(blocks.votes)
+    count = (blocks.vote_to - blocks.vote_from)[:, None]
+    place = (blocks.vote_from[:, None] + torch.minimum(number, count - 1)).to(queries.device)
+    return Voters(queries[0][:, place].transpose(0, 1), (number < count).to(queries.device))
 
 
 def peers(layers: Mapping[int, Any], group: int, levels: Levels, budget: int, block: int) -> dict[str, MakePolicy]:

@@ -21,7 +21,9 @@ CONTENT = 1.0
 TOGETHER = 64
 """KV heads, of any layers, whose losses are worked out at once."""
 PARTS = ("query", "query_bias", "key", "voice", "voice_bias", "prior")
-MEASURES = ("query_mean", "query_scale", "key_mean", "key_scale")
+MEASURES = ("query_mean", "query_scale", "key_mean", "key_scale", "content")
+HALF = 0.5
+"""Part of a head's budget for what is found whatever the distance, before it is measured."""
 
 
 @dataclass(frozen=True)
@@ -49,6 +51,8 @@ class LayerSearch(nn.Module):
     query_scale: Tensor
     key_mean: Tensor
     key_scale: Tensor
+    content: Tensor
+    """Part of each KV head's budget for what is found whatever the distance (H,): measured, not trained."""
 
     def __init__(self, heads: int, group: int, dim: int, width: int, slots: int, reach: int) -> None:
         super().__init__()
@@ -57,6 +61,7 @@ class LayerSearch(nn.Module):
         self.register_buffer("query_scale", torch.ones(heads, group * dim))
         self.register_buffer("key_mean", torch.zeros(heads, dim))
         self.register_buffer("key_scale", torch.ones(heads, dim))
+        self.register_buffer("content", torch.full((heads,), HALF))
         self.query = nn.Parameter(torch.randn(heads, group * dim, slots * width) * (group * dim) ** -0.5)
         self.query_bias = nn.Parameter(torch.zeros(heads, slots * width))
         self.key = nn.Parameter(torch.randn(heads, dim, width - 1) * dim**-0.5)
@@ -112,6 +117,7 @@ class LayerSearch(nn.Module):
         self.voice.copy_(there.voice * self.query_scale)
         self.voice_bias.copy_(there.voice_bias + (self.query_mean * there.voice).sum(1))
         self.prior.copy_(there.prior / QUICK)
+        self.content.copy_(there.content)
 
     def _joined(self, queries: Tensor) -> Tensor:
         """Queries (H*G, n, D) with the heads of a group side by side: (H, n, G*D)."""
@@ -147,6 +153,7 @@ def plain(parts: Mapping[str, Tensor], name: str, slots: int, *, short: bool = F
         voice=voice,
         voice_bias=parts["voice_bias"] - (parts["query_mean"] * voice).sum(1),
         prior=parts["prior"] * QUICK,
+        content=parts["content"],
     )
 
 
