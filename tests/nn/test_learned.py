@@ -77,6 +77,76 @@ def test_gradients_stay_out_of_the_states() -> None:
     assert torch.autograd.grad(total, states, allow_unused=True) == (None,)
 
 
+@pytest.mark.parametrize("causal", [True, False])
+@pytest.mark.parametrize("levels", [(1, 4), (1, 4, 8, 16)])
+def test_the_lesson_is_the_cross_entropy_with_the_attention_given(causal: bool, levels: tuple[int, ...]) -> None:
+    """Written out for one block: attention over its entries, summed by what the policy scores as one region."""
+    module, states = make(causal=causal, levels=levels, every=1), text(48)
+    module.seen_covers, module.lessons = [], []
+    out = module(states)
+    (lesson,), (part, chosen) = module.lessons, module.seen_covers[0]
+    module.lessons = None
+    torch.testing.assert_close(module(states), out)  # a lesson changes nothing
+    q, new = module._project(states, 0)
+    seen = learned.Seen(states, q, new["k"], new["v"], new)
+    _, _, search, *upper = module.pyramid(seen)
+    score, near = module.judge(part, search, seen)
+    block, chunk = 6, 4
+    assert near is not None
+    for row in range(2):
+        for head in range(HEADS):
+            said: dict[str, Tensor] = {"near": near[row, head, block]}
+            mass: dict[str, Tensor] = {"near": torch.zeros(4, dtype=torch.float64)}
+            left, right = int(part.left[block]), int(part.right[block])
+            own = range(block * 4, block * 4 + 4)
+            asked = q[row, head, own] * module.scale
+            for at in range(48):
+                whole = new["k"][row, head, at]
+                near_by = left <= at < right or at < chunk
+                opened = at // chunk in chosen.opened[row, head, block].tolist()
+                if not (near_by or opened) or (causal and at >= right):
+                    continue
+                name = "near" if near_by else f"chunk {at // chunk}"
+                if not near_by:
+                    said[name] = score[row, head, block, at // chunk]
+                weight = (asked @ whole).exp()
+                if causal:
+                    weight = weight * (torch.tensor(own) >= at)
+                mass[name] = mass.get(name, torch.zeros(4, dtype=torch.float64)) + weight
+            for level, read in enumerate(chosen.read, start=1):
+                ratio = levels[level] // chunk
+                for region in read[row, head, block].nonzero().flatten().tolist():
+                    key = upper[2 * level - 2][row, head, region, : module.dim]
+                    mass[f"{level} {region}"] = (asked @ key).exp() * levels[level]
+                    inside = score[row, head, block, region * ratio : (region + 1) * ratio]
+                    said[f"{level} {region}"] = inside.logsumexp(-1)
+            total = torch.stack(list(mass.values())).sum(0)
+            given = {name: (one / total).mean() for name, one in mass.items()}
+            every = torch.stack(list(said.values())).logsumexp(0)
+            wanted = -sum(given[name] * (said[name] - every) for name in mass)
+            torch.testing.assert_close(lesson[row, head, block], wanted)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("recompute", [True, False])
+def test_a_lesson_teaches_the_policy_alone(recompute: bool) -> None:
+    """Its gradient reaches the policy, and nothing else; following it brings down what is left to learn."""
+    module, states = make(recompute=recompute), text(53)
+    step = torch.optim.Adam(module.parameters(), 3e-2)
+    found = []
+    for _ in range(60):
+        module.lessons = []
+        module(states)
+        loss = torch.cat(module.lessons, 2).mean()
+        step.zero_grad()
+        loss.backward()
+        for name, part in module.named_parameters():
+            assert (part.grad is not None) == name.startswith("scores."), name
+        step.step()
+        found.append(float(loss))
+    assert found[-1] < found[0] - 0.05
+
+
 @pytest.mark.slow
 def test_the_policy_learns_to_open_what_matters() -> None:
     """One marked chunk decides the output: training opens it where chance rarely does."""

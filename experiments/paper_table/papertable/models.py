@@ -98,7 +98,7 @@ class Reader(nn.Module):
         wanted = parameters(attention("bert", size)) + 8 * width * width
         inner = round((wanted - parameters(made[0])) / (2 * width))
         self.layers = nn.ModuleList(Layer(one, width, inner) for one in made)
-        self.norm = nn.RMSNorm(width)
+        self.norm, self.pooled = nn.RMSNorm(width), size.pooled
         self.ask = nn.Linear(width, 3 * DIMS)
         self.told = nn.Linear(width, 3 * (DIMS + 1))
 
@@ -115,8 +115,22 @@ class Reader(nn.Module):
         asked = self.ask(states[:, -1]).unflatten(1, (3, DIMS)).float()
         told = self.told(states).unflatten(2, (3, DIMS + 1)).float()
         logits = torch.einsum("bpd,btpd->bpt", asked, told[..., :-1]) * DIMS**-0.5 + told[..., -1].transpose(1, 2)
-        units = logits[:, 0].gather(1, batch.ends.clamp_min(0)).masked_fill(batch.ends < 0, -torch.inf)
-        return units, logits[:, 1:].masked_fill((frame | (batch.tokens == END))[:, None], -torch.inf)
+        units = _units(logits[:, 0], batch.ends) if self.pooled else logits[:, 0].gather(1, batch.ends.clamp_min(0))
+        units = units.masked_fill(batch.ends < 0, -torch.inf)
+        spans, outside = logits[:, 1:], frame | (batch.tokens == END)
+        if self.pooled:
+            ended = batch.tokens == END
+            number = (ended.cumsum(1) - ended.long()).clamp_max(units.shape[1] - 1)
+            spans = spans + units.gather(1, number)[:, None]
+        return units, spans.masked_fill(outside[:, None], -torch.inf)
+
+
+def _units(logits: Tensor, ends: Tensor) -> Tensor:
+    """Means (B, M) over the tokens of units of logits (B, T)."""
+    end = ends.clamp_min(0)
+    before = F.pad(end[:, :-1], (1, 0), value=ASKED)
+    sums = logits.cumsum(1)
+    return (sums.gather(1, end) - sums.gather(1, before)) / (end - before).clamp_min(1)
 
 
 def _matching(made: SelfAttention, size: Size) -> SelfAttention:

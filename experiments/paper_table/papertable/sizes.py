@@ -31,6 +31,8 @@ class Size:
     )
     window: int = 384
     """Of the Longformer-like model, tokens on a side."""
+    pooled: bool = True
+    """Whether a unit is pointed to by the mean of its tokens' logits, which are added to those of an answer in it."""
     roles: bool = True
     """Whether tokens of the question are told from others by a vector of their own."""
     turned: int = 32
