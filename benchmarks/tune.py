@@ -21,11 +21,11 @@ from mgam.device import _asked
 from mgam.policies.search_triton import SearchTiles, cover, scores
 
 TOKENS = 131072
-READ = [Tiles(128, 64, 8, 2, registers=128), Tiles(256, 64, 16, 2), Tiles(64, 64, 4, 2, registers=128)]
+READ = [Tiles(128, 64, 8, 2, registers=128), Tiles(256, 64, 16, 2), Tiles(128, 64, 4, 2)]
 TURNED = [
     Tiles(128, 64, 8, 2, registers=128, ready=True), Tiles(256, 64, 16, 2, ready=True),
     Tiles(128, 64, 8, 2, registers=128, ready=True, shift=True), Tiles(256, 64, 16, 2, ready=True, shift=True),
-    Tiles(256, 64, 16, 3, ready=True, shift=True), Tiles(128, 64, 8, 2, registers=128),
+    Tiles(128, 64, 8, 2, ready=True), Tiles(128, 64, 8, 2, registers=128),
 ]  # fmt: skip
 SEARCH = [
     SearchTiles(128, 64, 4, 4), SearchTiles(64, 64, 4, 4), SearchTiles(64, 128, 4, 4), SearchTiles(64, 64, 4, 6),
