@@ -21,7 +21,7 @@ class Size:
     )  # fmt: skip
     """Length of documents, and for what share of the steps."""
     tuning: tuple[tuple[int, float], ...] = ((512, 0.6), (1024, 0.4))
-    tuning_share: float = 0.25
+    tuning_share: float = 0.2
     rates: tuple[float, ...] = (5e-4, 1e-3, 2e-3)
     test: tuple[tuple[int, int], ...] = ((2048, 200), (4096, 200), (8192, 100), (16384, 100))
     """Length, and samples a task."""
