@@ -17,14 +17,15 @@ from papertable import growth, plan, tables, train
 from papertable.figures import figure, margin, scores
 from papertable.library import TASKS, Library
 from papertable.measure import baselines, evaluate
-from papertable.models import ABLATIONS, MODELS, Reader, loss_of, parameters
+from papertable.models import ABLATIONS, MODELS, REMEDIES, Reader, loss_of, parameters
 from papertable.sample import Batch, collate
 from papertable.sizes import SIZES, Size
 from papertable.train import Run
 from typer.testing import CliRunner
 
 SMOKE = SIZES["smoke"]
-EVERY = [*((model, {}) for model in MODELS), *(("mgam", changes) for changes in ABLATIONS.values() if changes)]
+CHANGED = [*filter(None, ABLATIONS.values()), *REMEDIES.values()]
+EVERY = [*((model, {}) for model in MODELS), *(("mgam", changes) for changes in CHANGED)]
 
 
 def batch_of(library: Library, length: int = 512) -> Batch:
@@ -81,6 +82,23 @@ def test_entries_are_counted(library: Library) -> None:
     assert 0 < own["tokens"] + own["level 1"] + own["level 2"] < 513
 
 
+def test_a_taught_policy_learns_besides(library: Library) -> None:
+    """The answer's loss and what is predicted stay as they are; the policy's gradient is no longer that of the gate."""
+    batch, found = batch_of(library), []
+    for taught in (0.0, 1.0):
+        torch.manual_seed(0)
+        reader = Reader("mgam", SMOKE, taught=taught)
+        optimizer = torch.optim.SGD(reader.parameters(), 0.0)
+        loss = train._one(Run("one", "mgam", 0.0, 0, SMOKE), reader, optimizer, batch, 0, "cpu")
+        scores = reader.layers[0].attention.scores
+        found.append((loss, reader.ask.weight.grad, scores.find.weight.grad))
+        assert (reader.lesson is not None) == bool(taught)
+    assert torch.equal(found[0][0], found[1][0])
+    angles = [torch.cosine_similarity(a.flatten(), b.flatten(), dim=0) for a, b in zip(*found, strict=True)][1:]
+    assert angles[0] > 0.9999
+    assert angles[1] < 0.99
+
+
 def test_a_killed_run_comes_to_the_same_result(library: Library, tmp_path: Path) -> None:
     run = Run("one", "mgam", 1e-3, 0, replace(SMOKE, keep_seconds=0.0))
     whole = train.train(run, library, tmp_path / "whole", "cpu")
@@ -123,7 +141,7 @@ def test_intervals_are_those_of_student() -> None:
 def test_the_plan_tells_most_first_and_waits_for_rates(tmp_path: Path) -> None:
     size = SIZES["paper"]
     names = [run.name for run in plan.plan(size)]
-    assert len(names) == len(set(names)) == 15 + 15 + 16
+    assert len(names) == len(set(names)) == 15 + 15 + 16 + 6
     assert sorted(names[15:20]) == sorted(f"{model}-0" for model in MODELS)
     able = [run.name for run, able in plan.ready(size, tmp_path, "") if able]
     assert able == names[:15]

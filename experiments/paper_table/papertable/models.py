@@ -29,6 +29,12 @@ ABLATIONS: dict[str, dict[str, Any]] = {
     "no mass": {"mass": 0.0},
     "no adaptive budget": {"share": None},
 }
+REMEDIES: dict[str, dict[str, Any]] = {
+    "taught policy": {"taught": 1.0},
+    "every query votes": {"every": 1},
+    "budget 16": {"budget": 512},
+}
+"""What is tried if MGAM does not lead, in this order."""
 FULL = ("bert", "gpt2")
 DIMS = 64
 """Of a pointer."""
@@ -83,10 +89,14 @@ class Reader(nn.Module):
     """Reads a sample and points from its last token to units and to the answer.
 
     Every kind has the parameters of full attention with a feed-forward part four times as wide, within a row of it.
+    `taught`: weight of what a policy learns besides, from the attention that regions were given.
     """
 
-    def __init__(self, kind: str, size: Size, **changes: Any) -> None:
+    def __init__(self, kind: str, size: Size, *, taught: float = 0.0, **changes: Any) -> None:
         super().__init__()
+        self.taught = taught
+        self.lesson: Tensor | None = None
+        """Of the last pass in training: the mean over layers of what their policies are still to learn."""
         width = size.width
         self.embed = nn.Embedding(SIZE, width)
         nn.init.normal_(self.embed.weight, std=0.5)
@@ -109,8 +119,15 @@ class Reader(nn.Module):
         states = self.embed(batch.tokens)
         if self.role is not None:
             states = states + frame[:, None] * self.role
+        taught = [layer.attention for layer in self.layers if self.taught and self.training]
+        for attention in taught:
+            attention.lessons = []
         for layer in self.layers:
             states = layer(states)
+        if taught:
+            self.lesson = torch.stack([torch.cat(one.lessons, 2).mean() for one in taught]).mean()
+            for attention in taught:
+                attention.lessons = None
         states = self.norm(states)
         asked = self.ask(states[:, -1]).unflatten(1, (3, DIMS)).float()
         told = self.told(states).unflatten(2, (3, DIMS + 1)).float()

@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from papertable.library import Library
-from papertable.models import ABLATIONS, MODELS
+from papertable.models import ABLATIONS, MODELS, REMEDIES
 from papertable.sizes import Size
 from papertable.train import Run, train
 
@@ -23,16 +23,17 @@ SLOWEST_FIRST = tuple(reversed(MODELS))
 
 
 def plan(size: Size) -> list[Run]:
-    """Rates for each model, then one seed of all models, other seeds, ablations. A rate of 0 is yet to be chosen."""
+    """Rates for each model, one seed of all models, other seeds, ablations, remedies. A rate of 0 is yet to be chosen."""
     runs = [
         Run(f"tune-{model}-{rate:g}", model, rate, TUNING_SEED, size, tuning=True)
         for model in SLOWEST_FIRST for rate in size.rates
     ]  # fmt: skip
     runs += [Run(f"{model}-{seed}", model, 0.0, seed, size) for seed in range(SEEDS) for model in SLOWEST_FIRST]
     runs += [
-        Run(f"ablation-{name.replace(' ', '-')}-{seed}", "mgam", 0.0, seed, size, (ABLATED,), changes,
+        Run(f"{kind}-{name.replace(' ', '-')}-{seed}", "mgam", 0.0, seed, size, (ABLATED,), changes,
             steps=max(1, size.steps // 2))
-        for seed in range(ABLATION_SEEDS) for name, changes in ABLATIONS.items()
+        for kind, every in (("ablation", ABLATIONS), ("remedy", REMEDIES))
+        for seed in range(ABLATION_SEEDS) for name, changes in every.items()
     ]  # fmt: skip
     return runs
 

@@ -12,7 +12,7 @@ from mgam.errors import SettingError
 from papertable import growth, plots
 from papertable.figures import CLAIMED, CLAIMED_MARGINS, Figure, figure, grown, margin, scores
 from papertable.library import TASKS
-from papertable.models import ABLATIONS, MODELS
+from papertable.models import ABLATIONS, MODELS, REMEDIES
 from papertable.plan import ABLATION_SEEDS, SEEDS, chosen_rate, dev_score, pooled, results
 from papertable.score import ROUGES
 from papertable.sizes import SIZES, Size
@@ -169,13 +169,14 @@ def _tuning(found: Results, size: Size) -> Iterator[str]:
 
 def _ablations(found: Results) -> Iterator[str]:
     rows = []
-    for name in ABLATIONS:
-        own = [found.get(f"ablation-{name.replace(' ', '-')}-{seed}") for seed in range(ABLATION_SEEDS)]
+    runs = [("ablation", name) for name in ABLATIONS] + [("remedy", name) for name in REMEDIES]
+    for kind, name in runs:
+        own = [found.get(f"{kind}-{name.replace(' ', '-')}-{seed}") for seed in range(ABLATION_SEEDS)]
         kept = [one for one in own if one]
-        row = [name, str(len(kept))]
-        for kind in ("accuracy", "f1"):
+        row = [name if kind == "ablation" else f"remedy: {name}", str(len(kept))]
+        for wanted in ("accuracy", "f1"):
             values = [
-                0.0 if one["diverged"] is not None else pooled(one["test"]["scores"], kind) or 0.0 for one in kept
+                0.0 if one["diverged"] is not None else pooled(one["test"]["scores"], wanted) or 0.0 for one in kept
             ]
             row.append(", ".join(f"{value:.1f}" for value in values) or NONE)
         entries = [list(one["test"]["entries"].values())[-1] for one in kept if "test" in one]
@@ -186,7 +187,7 @@ def _ablations(found: Results) -> Iterator[str]:
         rows.append(row)
     head = ["MGAM both ways, hop alone", "seeds", "accuracy of each", "F1 of each", "entries a query, longest",
             "far gold units that <answer> reads as tokens, % of heads"]  # fmt: skip
-    yield "## Ablations\n\n" + _table(head, rows)
+    yield "## Ablations and remedies\n\n" + _table(head, rows)
 
 
 def _growth(points: list[dict[str, Any]]) -> Iterator[str]:

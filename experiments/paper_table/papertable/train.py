@@ -193,7 +193,7 @@ def _one(
         units, tokens = model(batch)
         loss = loss_of(units, tokens, batch)
     optimizer.zero_grad(set_to_none=True)
-    loss.backward()
+    (loss if model.lesson is None else loss + model.taught * model.lesson).backward()
     torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0, foreach=True)
     optimizer.step()
     return loss.detach()
