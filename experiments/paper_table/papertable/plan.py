@@ -23,7 +23,7 @@ SLOWEST_FIRST = tuple(reversed(MODELS))
 
 
 def plan(size: Size) -> list[Run]:
-    """Rates for each model, one seed of all models, other seeds, ablations, remedies. A rate of 0 is yet to be chosen."""
+    """Rates for each model, one seed of all, other seeds, ablations, remedies. A rate of 0 is yet to be chosen."""
     runs = [
         Run(f"tune-{model}-{rate:g}", model, rate, TUNING_SEED, size, tuning=True)
         for model in SLOWEST_FIRST for rate in size.rates
