@@ -132,10 +132,12 @@ class Reader(nn.Module):
         asked = self.ask(states[:, -1]).unflatten(1, (3, DIMS)).float()
         told = self.told(states).unflatten(2, (3, DIMS + 1)).float()
         logits = torch.einsum("bpd,btpd->bpt", asked, told[..., :-1]) * DIMS**-0.5 + told[..., -1].transpose(1, 2)
-        units = _units(logits[:, 0], batch.ends) if self.pooled else logits[:, 0].gather(1, batch.ends.clamp_min(0))
+        units = logits[:, 0].gather(1, batch.ends.clamp_min(0)) if self.pooled != "mean" else 0.0
+        if self.pooled != "end":
+            units = units + _units(logits[:, 0], batch.ends)
         units = units.masked_fill(batch.ends < 0, -torch.inf)
         spans, outside = logits[:, 1:], frame | (batch.tokens == END)
-        if self.pooled:
+        if self.pooled != "end":
             ended = batch.tokens == END
             number = (ended.cumsum(1) - ended.long()).clamp_max(units.shape[1] - 1)
             spans = spans + units.gather(1, number)[:, None]
