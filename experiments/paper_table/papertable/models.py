@@ -119,7 +119,7 @@ class Reader(nn.Module):
         states = self.embed(batch.tokens)
         if self.role is not None:
             states = states + frame[:, None] * self.role
-        taught = [layer.attention for layer in self.layers if self.taught and self.training]
+        taught: list[Any] = [layer.attention for layer in self.layers if self.taught and self.training]
         for attention in taught:
             attention.lessons = []
         for layer in self.layers:
@@ -132,9 +132,7 @@ class Reader(nn.Module):
         asked = self.ask(states[:, -1]).unflatten(1, (3, DIMS)).float()
         told = self.told(states).unflatten(2, (3, DIMS + 1)).float()
         logits = torch.einsum("bpd,btpd->bpt", asked, told[..., :-1]) * DIMS**-0.5 + told[..., -1].transpose(1, 2)
-        units = logits[:, 0].gather(1, batch.ends.clamp_min(0)) if self.pooled != "mean" else 0.0
-        if self.pooled != "end":
-            units = units + _units(logits[:, 0], batch.ends)
+        units = _units(logits[:, 0], batch.ends, self.pooled)
         units = units.masked_fill(batch.ends < 0, -torch.inf)
         spans, outside = logits[:, 1:], frame | (batch.tokens == END)
         if self.pooled != "end":
@@ -144,12 +142,16 @@ class Reader(nn.Module):
         return units, spans.masked_fill(outside[:, None], -torch.inf)
 
 
-def _units(logits: Tensor, ends: Tensor) -> Tensor:
-    """Means (B, M) over the tokens of units of logits (B, T)."""
+def _units(logits: Tensor, ends: Tensor, pooled: str) -> Tensor:
+    """Logits (B, M) of units: that of the end, the mean over the unit's tokens, or both, of logits (B, T)."""
     end = ends.clamp_min(0)
+    last = logits.gather(1, end)
+    if pooled == "end":
+        return last
     before = F.pad(end[:, :-1], (1, 0), value=ASKED)
     sums = logits.cumsum(1)
-    return (sums.gather(1, end) - sums.gather(1, before)) / (end - before).clamp_min(1)
+    mean = (sums.gather(1, end) - sums.gather(1, before)) / (end - before).clamp_min(1)
+    return mean + last if pooled == "both" else mean
 
 
 def _matching(made: SelfAttention, size: Size) -> SelfAttention:

@@ -32,8 +32,8 @@ class Size:
     window: int = 384
     """Of the Longformer-like model, tokens on a side."""
     pooled: Literal["end", "mean", "both"] = "mean"
-    """How a unit is pointed to: by the logit of its end, the mean of its tokens' logits, or both added; but for `end`, a
-    unit's logit is added to those of an answer in it."""
+    """How a unit is pointed to: by the logit of its end, the mean of its tokens' logits, or both added; but for `end`,
+    a unit's logit is added to those of an answer in it."""
     roles: bool = True
     """Whether tokens of the question are told from others by a vector of their own."""
     turned: int = 32
