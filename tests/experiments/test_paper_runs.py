@@ -129,6 +129,26 @@ def test_a_run_that_diverges_is_kept_and_counts_as_nothing(library: Library, tmp
     assert plan.dev_score(found) == -1.0
 
 
+def test_what_was_to_be_reached_is_told_with_its_seeds() -> None:
+    def run(f1: float) -> dict[str, Any]:
+        return {"diverged": None, "test": {"scores": {"hop": {"512": {"accuracy": 50.0, "f1": f1}}}}}
+
+    found = {"mgam-0": run(60.0), "mgam-1": run(60.0), "bert-0": run(60.5), "bert-1": run(60.7), "gpt2-0": run(50.0)}
+    points = [
+        {"model": model, "length": length, "step_peak_bytes": 10 + more, "step_ms": 5.0 - more}
+        for model, more in (("mgam", 1), ("bert", 0), ("longformer", 0)) for length in (16384, 32768)
+    ]  # fmt: skip
+    (text,) = tables._verdict(found, points)
+    assert "| F1 at most 1 point below the better full attention | yes (-0.6 ± 1.3, 2 seeds) |" in text
+    assert "| F1 ahead of the Longformer-like model | not measured |" in text
+    assert "peak memory of a step not above it at 16,384 tokens and above | no |" in text
+    assert "a step faster than bert's at 16,384 tokens and above | yes |" in text
+    found["longformer-1"] = run(70.0)
+    (text,) = tables._verdict(found, points[:2])
+    assert "| no (-10.0, 1 seed) |" in text
+    assert text.count("not measured") == 2
+
+
 def test_intervals_are_those_of_student() -> None:
     found = figure([70.0, 72.0, 74.0])
     assert found is not None
