@@ -12,21 +12,19 @@ from dataclasses import replace
 
 import torch
 
-from mgam.attend.triton.forward import Tiles, Turn, read
+from mgam.attend.triton.forward import Tiles, read
 from mgam.attend.triton.lists import Lists
+from mgam.attend.triton.prefill import WholeTiles
+from mgam.attend.triton.tables import Turn
 from mgam.benchmarks.machine import here, timed
 from mgam.benchmarks.setting import Setting, blocks_of, built, in_blocks, states
-from mgam.cover import window_start
+from mgam.cover import Known, window_start
 from mgam.device import _asked
-from mgam.policies.search_triton import SearchTiles, cover, scores
+from mgam.policies.search_triton import SearchTiles, cover, most_entries, scores
 
 TOKENS = 131072
-READ = [Tiles(128, 64, 8, 2, registers=128), Tiles(256, 64, 16, 2), Tiles(128, 64, 4, 2)]
-TURNED = [
-    Tiles(128, 64, 8, 2, registers=128, ready=True), Tiles(256, 64, 16, 2, ready=True),
-    Tiles(128, 64, 8, 2, registers=128, ready=True, shift=True), Tiles(256, 64, 16, 2, ready=True, shift=True),
-    Tiles(128, 64, 8, 2, ready=True), Tiles(128, 64, 8, 2, registers=128),
-]  # fmt: skip
+READ = [WholeTiles(), Tiles(128, 64, 8, 2, registers=128), WholeTiles(128, 64, 8, 2), WholeTiles(64, 64, 4, 2)]
+TURNED = [WholeTiles(), WholeTiles(128, 64, 8, 2), Tiles(128, 64, 8, 2, registers=128)]
 SEARCH = [
     SearchTiles(128, 64, 4, 4), SearchTiles(64, 64, 4, 4), SearchTiles(64, 128, 4, 4), SearchTiles(64, 64, 4, 6),
     SearchTiles(64, 128, 8, 4),
@@ -40,7 +38,9 @@ def jobs() -> list[tuple[str, Callable[[], object], float]]:
     pyramid = built(setting, keys, values)
     blocks, cut = blocks_of(TOKENS, 128), in_blocks(queries, 128)
     start = window_start(blocks.decide, 512, setting.levels).cuda()
+    begin = window_start(blocks.decide, 512, setting.levels)
     chosen = cover(torch.rand(len(blocks), 8, TOKENS // 64, device="cuda"), start, setting.levels, 32)
+    chosen = replace(chosen, known=Known(begin, most_entries(TOKENS // 64, 32, setting.levels)))
     entries = sum(chosen.entries_per_level(blocks))
     flop = 4 * 128 * 32 * entries
     out = torch.empty_like(cut)
@@ -51,7 +51,7 @@ def jobs() -> list[tuple[str, Callable[[], object], float]]:
         turn = Turn.of(positions, lists, TOKENS, cut.device)
         for tiles in shapes:
 
-            def call(lists: Lists = lists, turn: Turn = turn, tiles: Tiles = tiles) -> object:
+            def call(lists: Lists = lists, turn: Turn = turn, tiles: Tiles | WholeTiles = tiles) -> object:
                 return read(cut, lists, pyramid.keys, pyramid.values, 128**-0.5, turn=turn, tiles=tiles, out=out)
 
             found.append((f"read {kind} {tiles}", call, flop))

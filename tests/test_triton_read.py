@@ -7,6 +7,7 @@ from dataclasses import dataclass, replace
 import pytest
 import torch
 
+from mgam.cover import Known
 from triton_cases import DEVICE, DTYPES, Case, needs_triton, oracle, poisoned
 
 pytestmark = needs_triton
@@ -38,9 +39,6 @@ CASES = {
     "granular, big chunk": Case(
         sizes=(1, 64, 128), search=4, tokens=300, opened=2, window=64, block=16, heads=1, granular=True
     ),
-    "granular, ragged": Case(
-        batch=3, lengths=(307, 164, 9), tokens=307, sizes=(1, 32, 64), opened=2, window=40, granular=True
-    ),
     "dense": Case(dense=True, tokens=100),
     "dense, granular": Case(dense=True, tokens=100, granular=True),
 }
@@ -48,8 +46,9 @@ CASES = {
 
 @pytest.mark.parametrize("name", CASES)
 def test_equals_oracle(name: str) -> None:
-    from mgam.attend.triton.forward import Turn, read
+    from mgam.attend.triton.forward import read
     from mgam.attend.triton.lists import Lists
+    from mgam.attend.triton.tables import Turn
 
     case = CASES[name]
     for dtype in DTYPES:
@@ -69,8 +68,9 @@ def test_equals_oracle(name: str) -> None:
 @pytest.mark.parametrize("splits", [2, 5])
 @pytest.mark.parametrize("name", ["levels", "ragged", "one query, granular", "single token", "big chunk"])
 def test_split_equals_oracle(name: str, splits: int) -> None:
-    from mgam.attend.triton.forward import Tiles, Turn, read
+    from mgam.attend.triton.forward import Tiles, read
     from mgam.attend.triton.lists import Lists
+    from mgam.attend.triton.tables import Turn
 
     made = CASES[name].make(DTYPES[-1])
     want = oracle(made)
@@ -88,29 +88,64 @@ def test_split_equals_oracle(name: str, splits: int) -> None:
     made.compare(got.out, want.out)
 
 
-@pytest.mark.parametrize("shift", [False, True])
-@pytest.mark.parametrize("room", [1 << 29, 1])
-@pytest.mark.parametrize("name", ["granular", "granular, big chunk", "one query, granular", "granular, ragged"])
-def test_keys_rotated_once_equal_oracle(name: str, room: int, shift: bool, monkeypatch: pytest.MonkeyPatch) -> None:
-    from mgam.attend.triton import forward
-    from mgam.attend.triton.forward import Tiles, Turn, read
-    from mgam.attend.triton.lists import Lists
+WHOLE = {
+    "absolute": Case(tokens=320, sizes=(1, 32, 64), block=32, window=40, opened=3),
+    "granular": Case(tokens=320, sizes=(1, 32, 64), block=32, window=40, opened=3, granular=True),
+    "granular, three levels": Case(
+        tokens=512, sizes=(1, 16, 64, 256), block=32, window=20, opened=2, granular=True, heads=1, few=6
+    ),
+    "granular, big chunk": Case(tokens=512, sizes=(1, 64, 128), block=64, window=64, opened=2, granular=True, heads=1),
+    "rows": Case(batch=2, tokens=192, sizes=(1, 32, 64), block=32, window=32, opened=2, granular=True, group=3),
+    "softcap, no mass": Case(tokens=192, sizes=(1, 32), block=32, window=32, softcap=5.0, mass=False),
+    "drop": Case(tokens=192, sizes=(1, 32), block=32, window=32, rest="drop", granular=True),
+    "dense": Case(dense=True, tokens=192, block=32, granular=True),
+}
 
-    monkeypatch.setattr(forward, "READY_BYTES", room)
-    made = CASES[name].make(DTYPES[-1])
-    want = oracle(made)
-    lists = Lists.of(made.cover, made.blocks, made.queries.device, made.positions)
-    turn = Turn.of(made.positions, lists, made.pyramid.tokens, made.queries.device, made.queries.dtype)
-    got = read(
-        made.queries,
-        lists,
-        made.pyramid.keys,
-        made.pyramid.values,
-        made.scale,
-        turn=turn,
-        tiles=Tiles(64, 32, 4, 2, ready=True, shift=shift),
-    )
-    made.compare(got.out, want.out)
+
+@pytest.mark.parametrize("room", [1 << 29, 1])
+@pytest.mark.parametrize("name", WHOLE)
+def test_whole_tiles_equal_oracle(name: str, room: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Prefill by whole tiles, with all covers at once and with one cover at a time."""
+    from mgam.attend.triton import prefill
+    from mgam.attend.triton.forward import read
+    from mgam.attend.triton.lists import Lists
+    from mgam.attend.triton.prefill import WholeTiles, fits
+    from mgam.attend.triton.tables import Turn
+
+    monkeypatch.setattr(prefill, "FAR_BYTES", room)
+    for dtype in DTYPES:
+        made = WHOLE[name].make(dtype)
+        want = oracle(made)
+        cover = replace(made.cover, known=Known(made.cover.window_start.cpu(), 0))
+        lists = Lists.of(cover, made.blocks, made.queries.device, made.positions)
+        turn = Turn.of(made.positions, lists, made.pyramid.tokens, made.queries.device, made.queries.dtype)
+        states = made.pyramid.keys, made.pyramid.values
+        tiles = WholeTiles(32, 16)
+        assert fits(made.queries, lists, *states, turn, tiles)
+        out = torch.full_like(made.queries, torch.nan)
+        got = read(made.queries, lists, *states, made.scale, turn=turn, softcap=made.softcap, tiles=tiles, out=out)
+        made.compare(got.out, want.out)
+        assert (got.lse.cpu().double() - want.lse).abs().max() < made.tolerance
+
+
+def test_what_is_not_whole_is_read_otherwise() -> None:
+    """Ragged rows, odd lengths and covers nobody vouches for do not fit."""
+    from mgam.attend.triton.lists import Lists
+    from mgam.attend.triton.prefill import WholeTiles, fits
+    from mgam.attend.triton.tables import Turn
+
+    cases = {
+        "known": (WHOLE["granular"], True), "unknown": (WHOLE["granular"], False),
+        "odd": (replace(WHOLE["granular"], tokens=319), True), "small chunk": (CASES["levels"], True),
+        "part of a head": (replace(WHOLE["granular"], pairs=16), True),
+    }  # fmt: skip
+    for name, (case, known) in cases.items():
+        made = case.make(DTYPES[0])
+        told = Known(made.cover.window_start.cpu(), 0) if known else None
+        lists = Lists.of(replace(made.cover, known=told), made.blocks, made.queries.device, made.positions)
+        turn = Turn.of(made.positions, lists, made.pyramid.tokens, made.queries.device, made.queries.dtype)
+        whole = fits(made.queries, lists, made.pyramid.keys, made.pyramid.values, turn, WholeTiles(32, 16))
+        assert whole == (name == "known"), name
 
 
 def test_strided_states() -> None:

@@ -7,19 +7,21 @@ first time, and one new token per row. Both give what the engine gives for the s
 from __future__ import annotations
 
 from collections.abc import Iterator
+from dataclasses import replace
 from itertools import pairwise
 
 import torch
 from torch import Tensor
 
-from mgam.attend.triton.forward import Turn, read
+from mgam.attend.triton.forward import read
 from mgam.attend.triton.lists import Lists, places
-from mgam.cover import Cover, dense_cover, window_start
+from mgam.attend.triton.tables import Turn
+from mgam.cover import Cover, Known, dense_cover, window_start
 from mgam.levels import Levels
 from mgam.policies.asked import Asked, flat
 from mgam.policies.compact import CompactKeys
 from mgam.policies.scored import Scored
-from mgam.policies.search_triton import cover, scores
+from mgam.policies.search_triton import cover, most_entries, scores
 from mgam.positions import Positions
 from mgam.pyramid import Pyramid
 from mgam.schedule import Blocks
@@ -114,7 +116,8 @@ def choose(queries: Tensor, blocks: Blocks, pyramid: Pyramid, policy: Scored) ->
     heads = pyramid.keys[0].shape[1]
     if chunks - 1 <= most:
         every = torch.zeros(len(blocks), heads, chunks, device=device)
-        return cover(every, there, levels, chunks, rest=policy.rest, mass=policy.mass)
+        chosen = cover(every, there, levels, chunks, rest=policy.rest, mass=policy.mass)
+        return replace(chosen, known=Known(start, most_entries(chunks, chunks, levels, policy.rest)))
     row, visible = blocks.row.to(device), (blocks.decide // levels.chunk).to(device)
     compact = policy.compact
     early = 0 if compact is None else int((blocks.decide < compact.calibrate).sum())
@@ -123,7 +126,8 @@ def choose(queries: Tensor, blocks: Blocks, pyramid: Pyramid, policy: Scored) ->
         if part.start < part.stop:
             asked = _asked(votes[part], live[part], row[part], visible[part], pyramid, policy, short)
             found[part] = scores(asked, judged)
-    return cover(found[..., :chunks], there, levels, most, rest=policy.rest, mass=policy.mass)
+    chosen = cover(found[..., :chunks], there, levels, most, rest=policy.rest, mass=policy.mass)
+    return replace(chosen, known=Known(start, most_entries(chunks, most, levels, policy.rest)))
 
 
 def _asked(

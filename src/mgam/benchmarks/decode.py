@@ -10,8 +10,9 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from mgam.attend.triton.forward import Turn, read
+from mgam.attend.triton.forward import read
 from mgam.attend.triton.lists import Lists
+from mgam.attend.triton.tables import Turn
 from mgam.benchmarks.dense import PEERS
 from mgam.benchmarks.machine import Machine, graphed, timed
 from mgam.benchmarks.setting import Row, Setting, built, rated, row_of, states

@@ -8,8 +8,9 @@ from dataclasses import replace
 import torch
 from torch import Tensor
 
-from mgam.attend.triton.forward import Turn, read
+from mgam.attend.triton.forward import read
 from mgam.attend.triton.lists import Lists
+from mgam.attend.triton.tables import Turn
 from mgam.benchmarks.machine import Machine, timed
 from mgam.benchmarks.setting import Row, Setting, blocks_of, built, in_blocks, rated, row_of, states
 from mgam.cover import Cover

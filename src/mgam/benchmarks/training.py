@@ -8,8 +8,8 @@ from dataclasses import replace
 import torch
 
 from mgam.attend.triton.autograd import Read
-from mgam.attend.triton.forward import Turn
 from mgam.attend.triton.lists import Lists
+from mgam.attend.triton.tables import Turn
 from mgam.benchmarks.machine import Machine, timed
 from mgam.benchmarks.setting import Row, Setting, blocks_of, in_blocks, row_of, states
 from mgam.device import choose

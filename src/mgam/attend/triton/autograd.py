@@ -7,9 +7,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from mgam.attend.triton.forward import Turn, read
+from mgam.attend.triton.forward import read
 from mgam.attend.triton.gradient import gradients
 from mgam.attend.triton.lists import Lists
+from mgam.attend.triton.tables import Turn
 from mgam.merge import Part
 
 

@@ -55,8 +55,9 @@ def attend(
         SettingError: when shapes, dtypes, devices or indices do not fit one another, before anything is launched.
     """
     from mgam.attend.triton.autograd import Read
-    from mgam.attend.triton.forward import Turn, read
+    from mgam.attend.triton.forward import read
     from mgam.attend.triton.lists import Lists, check
+    from mgam.attend.triton.tables import Turn
 
     _fit(queries, blocks, cover, pyramid, scale)
     if not len(blocks) or not blocks.size:

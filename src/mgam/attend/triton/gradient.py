@@ -10,8 +10,8 @@ import triton
 from torch import Tensor
 
 from mgam.attend.triton.backward import entry_grad_kernel, query_grad_kernel
-from mgam.attend.triton.forward import Turn, biases, block, precision, strides
 from mgam.attend.triton.lists import Lists
+from mgam.attend.triton.tables import Turn, biases, block, precision, strides
 from mgam.merge import Part
 
 TILE = 16

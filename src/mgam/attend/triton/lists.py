@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
@@ -34,6 +35,8 @@ class Lists:
     ranks: tuple[Tensor, ...]
     """Distance of each entry to the window (`Cover.ranks`); the index lists themselves where positions are absolute."""
     mass: float = 1.0
+    even: int = 1
+    """Tokens that divide where blocks and windows begin, and how long blocks are, as far as that is known."""
 
     @classmethod
     def of(cls, cover: Cover, blocks: Blocks, device: torch.device, positions: Positions | None = None) -> Lists:
@@ -44,7 +47,7 @@ class Lists:
         table = _table(blocks, there, window)
         index = tuple(part.to(device).contiguous() for part in (cover.opened, *cover.summaries))
         counts, ranks = places(index, cover.levels, granular)
-        return cls(cover.levels, table, blocks.size, index, counts, ranks, cover.mass)
+        return cls(cover.levels, table, blocks.size, index, counts, ranks, cover.mass, _even(blocks, cover))
 
     def __getitem__(self, part: slice) -> Lists:
         index, ranks = (tuple(level[part] for level in levels) for levels in (self.index, self.ranks))
@@ -60,6 +63,19 @@ class Lists:
     def steps(self) -> list[int]:
         """Tokens from one index to the next, per level."""
         return [self.levels.chunk, *self.levels.sizes[1:]]
+
+
+def _even(blocks: Blocks, cover: Cover) -> int:
+    """What divides the starts of blocks and windows; 1 where blocks are shorter than their room or nothing is known."""
+    if cover.known is None:
+        return 1
+    begin = cover.known.start
+    kept: dict[str, tuple[Tensor, int]] = blocks.once("even", dict)
+    if "even" not in kept or kept["even"][0] is not begin:
+        full = bool((blocks.length == blocks.size).all())
+        border = math.gcd(blocks.size, *torch.cat((blocks.start, begin)).unique().tolist()) if full else 1
+        kept["even"] = begin, border
+    return kept["even"][1]
 
 
 def _table(blocks: Blocks, there: Blocks, window: Tensor) -> Tensor:

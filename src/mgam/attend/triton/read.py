@@ -20,23 +20,21 @@ from mgam.attend.triton.tiles import (
     capped,
     described,
     entries,
-    placed,
     products,
     rows,
-    shift,
     states,
 )
 
 
 @triton.jit
 def _tile(
-    acc, peak, total, q0, q1, q2, own, j, end, key_desc, value_desc, ready_desc, ready_row, ready_head, ready_at,
-    row, head, key_ptr, value_ptr, key_step, value_step, list_ptr, rank_ptr, window, anchor,
-    cos_ptr, sin_ptr, far_cos_ptr, far_sin_ptr, share, limit, scale, bias, cap,
+    acc, peak, total, q0, q1, q2, own, j, end, key_desc, value_desc, row, head, key_ptr, value_ptr, key_step,
+    value_step, list_ptr, rank_ptr, window, anchor,
+    cos_ptr, sin_ptr, limit, scale, bias, cap,
     KIND: tl.constexpr, MASKED: tl.constexpr, CHUNK: tl.constexpr, D: tl.constexpr, R: tl.constexpr,
     BLOCK_N: tl.constexpr,
     BLOCK_D: tl.constexpr, BLOCK_R: tl.constexpr, BLOCK_P: tl.constexpr, CAP: tl.constexpr, PRECISION: tl.constexpr,
-    COPY: tl.constexpr, READY: tl.constexpr, SHIFT: tl.constexpr, STEP: tl.constexpr,
+    COPY: tl.constexpr,
 ):  # fmt: skip
     """One step of the online softmax over BLOCK_N entries."""
     if COPY:
@@ -45,44 +43,25 @@ def _tile(
         else:
             first = (window + j).to(tl.int32)
         rank = tl.arange(0, BLOCK_N)
-        if R > 0 and not READY:
+        if R > 0:
             if KIND == OPENED:
                 rank += anchor + tl.load(rank_ptr + j // CHUNK).to(tl.int32) + j % CHUNK
             else:
                 rank += anchor + j
             rank = tl.minimum(tl.maximum(rank, 0), limit)
-        if not READY:
-            k0, k1, k2 = described(key_desc, row, head, first, rank, cos_ptr, sin_ptr, R, BLOCK_N, BLOCK_D, BLOCK_R)
+        k0, k1, k2 = described(key_desc, row, head, first, rank, cos_ptr, sin_ptr, R, BLOCK_N, BLOCK_D, BLOCK_R)
     else:
         index, rank, live = entries(j, end, list_ptr, rank_ptr, window, anchor, KIND, CHUNK, BLOCK_N, R)
-        if not READY:
-            if R > 0:
-                rank = tl.minimum(tl.maximum(rank, 0), limit)
-            k0, k1, k2 = states(
-                key_ptr, index * key_step, live, rank, cos_ptr, sin_ptr, D, R, BLOCK_D, BLOCK_R, BLOCK_P, MASKED
-            )
-    if READY:
-        spot = ready_at + j
-        if SHIFT:
-            spot = first
-        k0 = ready_desc.load([ready_row, ready_head, spot, 0]).reshape(BLOCK_N, BLOCK_R)
-        k1 = ready_desc.load([ready_row, ready_head, spot, R]).reshape(BLOCK_N, BLOCK_R)
-        if SHIFT:  # from true positions to ranks: one turn for all of a chunk
-            target = anchor + tl.load(rank_ptr + j // CHUNK).to(tl.int32) + j % CHUNK
-            target = tl.minimum(tl.maximum(target, 0), limit)
-            cos, sin = shift(cos_ptr, sin_ptr, far_cos_ptr, far_sin_ptr, target, first, share, R, STEP)
-            turned = (k0 * cos[None, :] - k1 * sin[None, :]).to(k0.dtype)
-            k1 = (k1 * cos[None, :] + k0 * sin[None, :]).to(k0.dtype)
-            k0 = turned
-        k2 = k1
+        if R > 0:
+            rank = tl.minimum(tl.maximum(rank, 0), limit)
+        k0, k1, k2 = states(
+            key_ptr, index * key_step, live, rank, cos_ptr, sin_ptr, D, R, BLOCK_D, BLOCK_R, BLOCK_P, MASKED
+        )
     raw = capped(products(q0, q1, q2, k0, k1, k2, D, R, PRECISION), scale, cap, CAP)
     if MASKED:
-        if COPY:  # a whole tile of the window
-            seen = (first + tl.arange(0, BLOCK_N))[None, :] <= own[:, None]
-        else:
-            seen = live[None, :]
-            if KIND == WINDOW:
-                seen = seen & (index[None, :] <= own[:, None])
+        seen = live[None, :]
+        if KIND == WINDOW:
+            seen = seen & (index[None, :] <= own[:, None])
         raw = tl.where(seen, raw, -float("inf"))
     factor = 1.0 if CAP else scale * 1.4426950408889634
     if COPY:
@@ -99,41 +78,33 @@ def _tile(
 
 @triton.jit
 def _run(
-    acc, peak, total, q0, q1, q2, own, begin, safe, end, key_desc, value_desc, ready_desc, ready_row, ready_head,
-    ready_at, row, head, key_ptr, value_ptr, key_step, value_step, list_ptr, rank_ptr, window,
-    anchor, cos_ptr, sin_ptr, far_cos_ptr, far_sin_ptr, share, limit, scale, bias, cap,
+    acc, peak, total, q0, q1, q2, own, begin, safe, end, key_desc, value_desc, row, head, key_ptr, value_ptr,
+    key_step, value_step, list_ptr, rank_ptr, window,
+    anchor, cos_ptr, sin_ptr, limit, scale, bias, cap,
     KIND: tl.constexpr, CHUNK: tl.constexpr, D: tl.constexpr, R: tl.constexpr, BLOCK_N: tl.constexpr,
     BLOCK_D: tl.constexpr, BLOCK_R: tl.constexpr, BLOCK_P: tl.constexpr, CAP: tl.constexpr, PRECISION: tl.constexpr,
-    COPY: tl.constexpr, READY: tl.constexpr, SHIFT: tl.constexpr, STEP: tl.constexpr,
+    COPY: tl.constexpr,
 ):  # fmt: skip
-    """Entries [begin, end) of one list: whole tiles up to `safe` need no mask, whole tiles lie in memory."""
+    """Entries [begin, end) of one list: whole tiles up to `safe` need no mask."""
     middle = begin + (tl.maximum(safe, begin) - begin) // BLOCK_N * BLOCK_N
     # Tables of the window's tiles are left out of the pipeline, so that two programs fit a multiprocessor.
-    STAGES: tl.constexpr = 1 if KIND == WINDOW and R > 0 and not READY else None
+    STAGES: tl.constexpr = 1 if KIND == WINDOW and R > 0 else None
     for j in tl.range(begin, middle, BLOCK_N, num_stages=STAGES):
         acc, peak, total = _tile(
-            acc, peak, total, q0, q1, q2, own, j, end, key_desc, value_desc, ready_desc, ready_row, ready_head,
-            ready_at, row, head, key_ptr, value_ptr, key_step, value_step, list_ptr, rank_ptr, window,
-            anchor, cos_ptr, sin_ptr, far_cos_ptr, far_sin_ptr, share, limit, scale, bias, cap, KIND, False, CHUNK,
-            D, R, BLOCK_N, BLOCK_D, BLOCK_R, BLOCK_P, CAP, PRECISION, COPY, READY, SHIFT, STEP,
+            acc, peak, total, q0, q1, q2, own, j, end, key_desc, value_desc, row, head, key_ptr, value_ptr, key_step,
+            value_step, list_ptr, rank_ptr, window,
+            anchor, cos_ptr, sin_ptr, limit, scale, bias, cap, KIND, False, CHUNK, D, R, BLOCK_N, BLOCK_D, BLOCK_R,
+            BLOCK_P,
+            CAP, PRECISION, COPY,
         )  # fmt: skip
-    if KIND == WINDOW and COPY and (R == 0 or READY):
-        whole = begin + (end - begin) // BLOCK_N * BLOCK_N
-        for j in tl.range(middle, whole, BLOCK_N):
-            acc, peak, total = _tile(
-                acc, peak, total, q0, q1, q2, own, j, end, key_desc, value_desc, ready_desc, ready_row, ready_head,
-                ready_at, row, head, key_ptr, value_ptr, key_step, value_step, list_ptr, rank_ptr, window,
-                anchor, cos_ptr, sin_ptr, far_cos_ptr, far_sin_ptr, share, limit, scale, bias, cap, KIND, True, CHUNK,
-                D, R, BLOCK_N, BLOCK_D, BLOCK_R, BLOCK_P, CAP, PRECISION, True, READY, SHIFT, STEP,
-            )  # fmt: skip
-        middle = whole
     if not (KIND == OPENED and CHUNK % BLOCK_N == 0):
         for j in tl.range(middle, end, BLOCK_N, num_stages=1):
             acc, peak, total = _tile(
-                acc, peak, total, q0, q1, q2, own, j, end, key_desc, value_desc, ready_desc, ready_row, ready_head,
-                ready_at, row, head, key_ptr, value_ptr, key_step, value_step, list_ptr, rank_ptr,
-                window, anchor, cos_ptr, sin_ptr, far_cos_ptr, far_sin_ptr, share, limit, scale, bias, cap, KIND, True,
-                CHUNK, D, R, BLOCK_N, BLOCK_D, BLOCK_R, BLOCK_P, CAP, PRECISION, False, READY, False, STEP,
+                acc, peak, total, q0, q1, q2, own, j, end, key_desc, value_desc, row, head, key_ptr, value_ptr,
+                key_step, value_step, list_ptr, rank_ptr,
+                window, anchor, cos_ptr, sin_ptr, limit, scale, bias, cap, KIND, True, CHUNK, D, R, BLOCK_N,
+                BLOCK_D, BLOCK_R,
+                BLOCK_P, CAP, PRECISION, False,
             )  # fmt: skip
     return acc, peak, total
 
@@ -153,23 +124,19 @@ def _share(count, part, SPLITS: tl.constexpr, STEP: tl.constexpr):
     do_not_specialize_on_alignment=["block_ptr", "count_ptr"],
 )
 def read_kernel(
-    q_ptr, out_ptr, lse_ptr, block_ptr, count_ptr, key_desc, value_desc, ready_desc, near_desc, offsets,
-    keys, values, key_strides, value_strides, lists, ranks, widths,
-    cos_ptr, sin_ptr, far_cos_ptr, far_sin_ptr, share, limit, anchor, scale, cap, biases, blocks, heads, tiles,
-    q_block, q_head, q_row, out_part, out_block, out_head, out_row,
+    q_ptr, out_ptr, lse_ptr, block_ptr, count_ptr, key_desc, value_desc, keys, values,
+    key_strides, value_strides, lists, ranks, widths,
+    cos_ptr, sin_ptr, limit, anchor, scale, cap, biases, blocks, heads, tiles, q_block, q_head, q_row,
+    out_part, out_block, out_head, out_row,
     G: tl.constexpr, Q: tl.constexpr, CHUNK: tl.constexpr, TOP: tl.constexpr, D: tl.constexpr, R: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_R: tl.constexpr, BLOCK_P: tl.constexpr,
     CAP: tl.constexpr, BARE: tl.constexpr, SPLITS: tl.constexpr, PRECISION: tl.constexpr, COPY: tl.constexpr,
-    READY: tl.constexpr, SHIFT: tl.constexpr, STEP: tl.constexpr,
 ):  # fmt: skip
     """One program: BLOCK_M rows (query heads of one group x queries of one block) over one part of the block's cover.
 
     Shapes: queries (N, H*G, Q, D) and out (SPLITS, N, H*G, Q, D) by strides; lse (SPLITS, N, H*G, Q) contiguous;
     block_ptr
-    (4, N): row, start, length, window start; count_ptr (N, H, 1+TOP); lists[l], ranks[l] (N, H, widths[l]). READY:
-    keys before the window come rotated from ready_desc (N, H, room, D), the list of level l from offsets[l] on, and
-    keys of the window rotated by their true positions from near_desc (B, H, n, D). SHIFT: opened chunks
-    come from there too.
+    (4, N): row, start, length, window start; count_ptr (N, H, 1+TOP); lists[l], ranks[l] (N, H, widths[l]).
     """
     pid = tl.program_id(0)
     part = tl.program_id(1)
@@ -205,33 +172,27 @@ def read_kernel(
                 if level == 0:
                     count = count * CHUNK
                 begin, end = _share(count, part, SPLITS, BLOCK_N)
-                BY_SHIFT: tl.constexpr = SHIFT and level == 0
                 acc, peak, total = _run(
                     acc, peak, total, q0, q1, q2, own, begin, end, end, key_desc, value_desc,
-                    near_desc if BY_SHIFT else ready_desc, row.to(tl.int32) if BY_SHIFT else block, head,
-                    offsets[level], row.to(tl.int32), head,
+                    row.to(tl.int32), head,
                     keys[level] + row * key_strides[level][0] + head.to(tl.int64) * key_strides[level][1],
                     values[level] + row * value_strides[level][0] + head.to(tl.int64) * value_strides[level][1],
                     key_strides[level][2], value_strides[level][2],
                     lists[level] + pair * widths[level], ranks[level] + pair * widths[level], window, base,
-                    cos_ptr, sin_ptr, far_cos_ptr, far_sin_ptr, share, limit, scale, biases[level], cap,
+                    cos_ptr, sin_ptr, limit, scale, biases[level], cap,
                     OPENED if level == 0 else SUMMARIES, CHUNK, D, R, BLOCK_N, BLOCK_D, BLOCK_R, BLOCK_P, CAP,
-                    PRECISION, COPY and level == 0 and CHUNK % BLOCK_N == 0, READY, BY_SHIFT, STEP,
+                    PRECISION,
+                    COPY and level == 0 and CHUNK % BLOCK_N == 0,
                 )  # fmt: skip
         begin, end = _share((start + length - window).to(tl.int32), part, SPLITS, BLOCK_N)
-        if READY:
-            q0, q1 = placed(
-                q_ptr, q_offset, live, own.to(tl.int32), cos_ptr, sin_ptr, far_cos_ptr, far_sin_ptr, R, STEP
-            )
         acc, peak, total = _run(
             acc, peak, total, q0, q1, q2, own, begin, tl.minimum(end, (start + 1 - window).to(tl.int32)), end,
-            key_desc, value_desc, near_desc, row.to(tl.int32), head, window.to(tl.int32),
-            row.to(tl.int32), head,
+            key_desc, value_desc, row.to(tl.int32), head,
             keys[0] + row * key_strides[0][0] + head.to(tl.int64) * key_strides[0][1],
             values[0] + row * value_strides[0][0] + head.to(tl.int64) * value_strides[0][1],
-            key_strides[0][2], value_strides[0][2], lists[0], ranks[0], window, base, cos_ptr, sin_ptr, far_cos_ptr,
-            far_sin_ptr, share, limit, scale, 0.0, cap,
-            WINDOW, CHUNK, D, R, BLOCK_N, BLOCK_D, BLOCK_R, BLOCK_P, CAP, PRECISION, COPY, READY, False, STEP,
+            key_strides[0][2], value_strides[0][2], lists[0], ranks[0], window, base, cos_ptr, sin_ptr, limit,
+            scale, 0.0, cap,
+            WINDOW, CHUNK, D, R, BLOCK_N, BLOCK_D, BLOCK_R, BLOCK_P, CAP, PRECISION, COPY,
         )  # fmt: skip
 
     some = live & (total > 0)

@@ -116,23 +116,6 @@ def placed(
 
 
 @triton.jit
-def shift(
-    cos_ptr, sin_ptr, far_cos_ptr, far_sin_ptr, rank, place, share, R: tl.constexpr, STEP: tl.constexpr,
-):  # fmt: skip
-    """cos and sin (R,) of the turn of length one from a true position to a rank. share: 1 over the tables' length,
-    squared."""
-    column = tl.arange(0, R)
-    a = tl.load(cos_ptr + place % STEP * R + column).to(tl.float32)
-    b = tl.load(sin_ptr + place % STEP * R + column).to(tl.float32)
-    far_a = tl.load(far_cos_ptr + place // STEP * R + column)
-    far_b = tl.load(far_sin_ptr + place // STEP * R + column)
-    cos, sin = (a * far_a - b * far_b) * share, (b * far_a + a * far_b) * share
-    a = tl.load(cos_ptr + rank * R + column).to(tl.float32)
-    b = tl.load(sin_ptr + rank * R + column).to(tl.float32)
-    return a * cos + b * sin, b * cos - a * sin
-
-
-@triton.jit
 def products(a0, a1, a2, b0, b1, b2, D: tl.constexpr, R: tl.constexpr, PRECISION: tl.constexpr):
     """Dot products (M, N) of rows given in parts, in float32."""
     found = tl.dot(a0, tl.trans(b0), input_precision=PRECISION)
