@@ -132,6 +132,35 @@ def test_covers_equal(sizes: tuple[int, ...], tokens: int) -> None:
         width = theirs.shape[-1]
         assert torch.equal(ours[..., :width], theirs[..., : ours.shape[-1]])
         assert not (ours[..., width:] >= 0).any()
+    assert got.placed is not None or not chunks or chunks == 1
+    if got.placed is not None:
+        counts, ranks = got.placed
+        lists = (want.opened, *want.summaries)
+        held = torch.stack([(part >= 0).sum(-1) for part in lists], -1)
+        assert torch.equal(counts.cpu().long(), held)
+        first, others = want.ranks()
+        for ours, theirs, part in zip(ranks, (first, *others), lists, strict=True):
+            width = min(ours.shape[-1], part.shape[-1])
+            there = part[..., :width] >= 0
+            assert torch.equal(ours.cpu()[..., :width][there], theirs[..., :width][there])
+
+
+@pytest.mark.parametrize("most", [1, 5, 31, 63, 64])
+def test_best_chunks(most: int) -> None:
+    """The highest scores are opened, of equal ones the earliest, whatever their bits."""
+    from mgam.policies import search_triton
+
+    torch.manual_seed(most)
+    levels, chunks = Levels((1, 8, 32), 4), 65
+    found = torch.stack((
+        torch.rand(chunks) ** 30, torch.rand(chunks), torch.zeros(chunks), torch.randint(0, 4, (chunks,)).float(),
+        2.0 ** torch.randint(-40, 40, (chunks,)).float(), 1 + torch.rand(chunks) / 1e6,
+    ))[None]  # fmt: skip
+    start = torch.tensor([chunks * levels.chunk])
+    got = search_triton.cover(found.to(DEVICE), start.to(DEVICE), levels, most).opened.cpu()
+    for row, ours in zip(found[0], got[0], strict=True):
+        order = sorted(range(1, chunks), key=lambda chunk: (-float(row[chunk]), chunk))
+        assert ours[ours >= 0].tolist() == sorted([0, *order[:most]])
 
 
 @pytest.mark.parametrize("case", ["decaying", "one direction", "nothing"])

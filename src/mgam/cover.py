@@ -45,6 +45,9 @@ class Cover:
     mass: float = 1.0
     """How far a summary counts for its tokens: a bias `mass * log n` on its logit. 1: as often as it has tokens."""
     known: Known | None = None
+    placed: tuple[Tensor, tuple[Tensor, ...]] | None = None
+    """Counts (N, H, 1+L) int32 of the lists' entries and their ranks (as `ranks` has them, int64, in the lists'
+    shapes), where the maker has worked them out."""
 
     def __post_init__(self) -> None:
         if len(self.summaries) != self.levels.top:
@@ -58,6 +61,7 @@ class Cover:
             tuple(index[part] for index in self.summaries),
             self.mass,
             None if self.known is None else Known(self.known.start[part], self.known.entries),
+            None if self.placed is None else (self.placed[0][part], tuple(ranks[part] for ranks in self.placed[1])),
         )
 
     @property

@@ -247,38 +247,6 @@ def project_kernel(
     )
 
 
-@triton.jit(do_not_specialize=["heads", "chunks", "width", "most"], do_not_specialize_on_alignment=["window_ptr"])
-def select_kernel(
-    score_ptr, window_ptr, opened_ptr, heads, chunks, width, most, room,
-    CHUNK: tl.constexpr, BLOCK: tl.constexpr, BLOCK_K: tl.constexpr,
-):  # fmt: skip
-    """The sink and the `most` best chunks between sink and window, sorted by place: one program per block and head.
-
-    score_ptr (N, H, chunks), none negative; opened_ptr (N, H, room), -1 at the end. The last best score is found bit
-    by bit; among equals the earliest win.
-    """
-    pair = tl.program_id(0).to(tl.int64)
-    window = tl.load(window_ptr + pair // heads)
-    index = tl.arange(0, BLOCK)
-    score = tl.load(score_ptr + pair * width + index, mask=index < chunks, other=0.0)
-    allowed = (index > 0) & (index < chunks) & ((index + 1).to(tl.int64) * CHUNK <= window)
-    bits = tl.where(allowed, score.to(tl.int32, bitcast=True), -1)
-    bar = 0
-    for place in tl.static_range(31):
-        higher = bar | (1 << (30 - place))
-        bar = tl.where(tl.sum((bits >= higher).to(tl.int32), 0) >= most, higher, bar)
-    above = bits > bar
-    equal = bits == bar
-    left = most - tl.sum(above.to(tl.int32), 0)
-    chosen = above | (equal & (tl.cumsum(equal.to(tl.int32), 0) <= left)) | ((index == 0) & (window > 0))
-    number = chosen.to(tl.int32)
-    place_of = tl.cumsum(number, 0) - 1
-    tl.store(opened_ptr + pair * room + place_of, index.to(tl.int64), mask=number > 0)
-    slot = tl.arange(0, BLOCK_K)
-    none = tl.full((BLOCK_K,), -1, tl.int64)
-    tl.store(opened_ptr + pair * room + slot, none, mask=(slot >= tl.sum(number, 0)) & (slot < room))
-
-
 @triton.jit(do_not_specialize=["heads", "width"], do_not_specialize_on_alignment=["window_ptr"])
 def split_kernel(
     opened_ptr, window_ptr, lists, heads, width, rooms, sizes,

@@ -15,13 +15,13 @@ from triton.tools.tensor_descriptor import TensorDescriptor
 from mgam.cover import Cover, summaries_at_most
 from mgam.levels import Levels
 from mgam.policies.asked import Asked
+from mgam.policies.cover_kernels import cover_kernel
 from mgam.policies.search_kernels import (
     few_kernel,
     logits_kernel,
     mass_kernel,
     normaliser_kernel,
     project_kernel,
-    select_kernel,
     split_kernel,
 )
 
@@ -149,21 +149,16 @@ def cover(
     count, heads, chunks = found.shape
     device = found.device
     most = min(most, max(chunks - 1, 0))
+    ratios = tuple(size // levels.chunk for size in levels.sizes[1:])
     if (
         chunks
         and most
-        and chunks <= SELECT_AT_MOST
+        and max(chunks, ratios[-1]) <= SELECT_AT_MOST
+        and not any(ratio & (ratio - 1) for ratio in ratios)
         and found.stride(2) == 1
         and found.stride(0) == heads * found.stride(1)
     ):
-        room = _wide(1 + most)
-        opened = torch.empty(count, heads, room, dtype=torch.int64, device=device)
-        size = max(64, triton.next_power_of_2(chunks))
-        select_kernel[(count * heads,)](
-            found, start.contiguous(), opened, heads, chunks, found.stride(1), most, room, CHUNK=levels.chunk,
-            BLOCK=size, BLOCK_K=triton.next_power_of_2(room), num_warps=max(1, min(8, size // 512)),
-        )  # fmt: skip
-        return Cover(levels, start, opened, summaries(opened, start, levels, chunks, rest), mass)
+        return _at_once(found, start, levels, most, ratios, rest, mass)
     number = torch.arange(chunks, device=device)
     allowed = (number > 0) & ((number + 1) * levels.chunk <= start[:, None])
     value, best = found.masked_fill(~allowed[:, None], -1.0).topk(most, -1)
@@ -172,6 +167,28 @@ def cover(
     chosen = torch.cat((sink, best.masked_fill(value < 0, far)), -1).sort(-1).values
     opened = torch.nn.functional.pad(chosen.masked_fill(chosen == far, -1), (0, _wide(1 + most) - 1 - most), value=-1)
     return Cover(levels, start, opened, summaries(opened, start, levels, chunks, rest), mass)
+
+
+def _at_once(
+    found: Tensor, start: Tensor, levels: Levels, most: int, ratios: tuple[int, ...], rest: str, mass: float
+) -> Cover:
+    """The same in one launch, counts and ranks included."""
+    count, heads, chunks = found.shape
+    whole = rest != "drop"
+    limits = summaries_at_most(chunks, _wide(1 + most), levels) if whole else [0] * levels.top
+    rooms = [_wide(1 + most), *map(_wide, limits)]
+    lists, ranks = (
+        tuple(torch.empty(count, heads, room, dtype=torch.int64, device=found.device) for room in rooms)
+        for _ in range(2)
+    )
+    counts = torch.empty(count, heads, 1 + levels.top, dtype=torch.int32, device=found.device)
+    size = max(64, ratios[-1], triton.next_power_of_2(chunks))
+    cover_kernel[(count * heads,)](
+        found, start.contiguous(), lists, ranks, counts, heads, chunks, found.stride(1), most, tuple(rooms),
+        CHUNK=levels.chunk, TOP=levels.top, RATIOS=ratios, REST=whole, BLOCK=size,
+        BLOCK_K=triton.next_power_of_2(max(rooms)), num_warps=max(1, min(16, size // 256)),
+    )  # fmt: skip
+    return Cover(levels, start, lists[0], lists[1:], mass, placed=(counts, ranks))
 
 
 def most_entries(chunks: int, most: int, levels: Levels, rest: str = "summaries") -> int:

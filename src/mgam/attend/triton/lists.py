@@ -46,7 +46,10 @@ class Lists:
         window = cover.window_start.to(device, torch.int64)
         table = _table(blocks, there, window)
         index = tuple(part.to(device).contiguous() for part in (cover.opened, *cover.summaries))
-        counts, ranks = places(index, cover.levels, granular)
+        if cover.placed is not None and cover.placed[0].device == device:
+            counts, ranks = cover.placed
+        else:
+            counts, ranks = places(index, cover.levels, granular)
         return cls(cover.levels, table, blocks.size, index, counts, ranks, cover.mass, _even(blocks, cover))
 
     def __getitem__(self, part: slice) -> Lists:

@@ -1,0 +1,115 @@
+"""The cover of a block and head in one program: the best chunks, the summaries around them, and every entry's rank.
+
+All is worked out on one line of numbers, one per chunk of level 1: a chunk of a coarser level stands where its first
+child does.
+"""
+
+from __future__ import annotations
+
+import triton
+import triton.language as tl
+
+
+@triton.jit
+def _best(bits, most):
+    """The number that the `most` highest of `bits` (BLOCK,) reach, -1 or above each: found from the highest bit down,
+    two bits at a time, until as many as wanted reach it; 0 where there are no more than wanted."""
+    bar = 0
+    held = tl.sum((bits >= 0).to(tl.int32), 0)
+    step = 1 << 29
+    while (step >= 2) & (held > most):
+        one = bar + step
+        reach = (bits >= one).to(tl.int64)
+        reach += (bits >= one + step).to(tl.int64) << 20
+        reach += (bits >= one + 2 * step).to(tl.int64) << 40
+        count = tl.sum(reach, 0)
+        first = (count & 0xFFFFF).to(tl.int32)
+        second = ((count >> 20) & 0xFFFFF).to(tl.int32)
+        third = (count >> 40).to(tl.int32)
+        held = tl.where(third >= most, third, tl.where(second >= most, second, tl.where(first >= most, first, held)))
+        bar += step * ((first >= most).to(tl.int32) + (second >= most).to(tl.int32) + (third >= most).to(tl.int32))
+        step = step // 4
+    if held > most:
+        bar = tl.where(tl.sum((bits > bar).to(tl.int32), 0) >= most, bar + 1, bar)
+    return bar
+
+
+@triton.jit
+def _family(has, SIZE: tl.constexpr, BLOCK: tl.constexpr):
+    """Whether any of the SIZE chunks of a family has what `has` (BLOCK,) says, told to each of them."""
+    if SIZE == 1:
+        return has
+    else:
+        any_ = tl.max(tl.reshape(has, (BLOCK // SIZE, SIZE)), 1)
+        return tl.reshape(tl.broadcast_to(any_[:, None], (BLOCK // SIZE, SIZE)), (BLOCK,))
+
+
+@triton.jit
+def _list(list_ptr, rank_ptr, read, value, rank, room, BLOCK_K: tl.constexpr):
+    """Writes the values and ranks of what is read, in order, and -1 after them; returns how many there are."""
+    number = read.to(tl.int32)
+    place = tl.cumsum(number, 0) - 1
+    count = tl.sum(number, 0)
+    there = read & (place < room)
+    tl.store(list_ptr + place, value.to(tl.int64), mask=there)
+    tl.store(rank_ptr + place, rank.to(tl.int64), mask=there)
+    slot = tl.arange(0, BLOCK_K)
+    tl.store(list_ptr + slot, tl.full((BLOCK_K,), -1, tl.int64), mask=(slot >= count) & (slot < room))
+    return count
+
+
+@triton.jit(do_not_specialize=["heads", "chunks", "width", "most"], do_not_specialize_on_alignment=["window_ptr"])
+def cover_kernel(
+    score_ptr, window_ptr, lists, ranks, count_ptr, heads, chunks, width, most, rooms,
+    CHUNK: tl.constexpr, TOP: tl.constexpr, RATIOS: tl.constexpr, REST: tl.constexpr, BLOCK: tl.constexpr,
+    BLOCK_K: tl.constexpr,
+):  # fmt: skip
+    """The sink and the `most` best chunks between sink and window, and the summaries that complete a partition.
+
+    score_ptr (N, H, width), none negative, of which `chunks` count; window_ptr (N,) first tokens of windows. lists[0]
+    and ranks[0] (N, H, rooms[0]) get the opened chunks, lists[l] and ranks[l] the summaries of level l (none where REST
+    is false), sorted, -1 at the end; count_ptr (N, H, 1+TOP). Among equal scores the earliest win. RATIOS[l]: chunks of
+    level 1 in one of level l + 1, powers of two that divide BLOCK.
+    """
+    pair = tl.program_id(0).to(tl.int64)
+    window = (tl.load(window_ptr + pair // heads) // CHUNK).to(tl.int32)
+    index = tl.arange(0, BLOCK)
+    score = tl.load(score_ptr + pair * width + index, mask=index < chunks, other=0.0)
+    allowed = (index > 0) & (index < chunks) & (index < window)
+    bits = tl.where(allowed, score.to(tl.int32, bitcast=True), -1)
+    bar = _best(bits, most)
+    above = bits > bar
+    equal = bits == bar
+    left = most - tl.sum(above.to(tl.int32), 0)
+    opened = above | (equal & (tl.cumsum(equal.to(tl.int32), 0) <= left)) | ((index == 0) & (window > 0))
+    has = opened.to(tl.int32)
+    weight = has * CHUNK
+    if REST:
+        for level in tl.static_range(TOP):
+            weight += _read(has, index, window, level, TOP, RATIOS, BLOCK).to(tl.int32)
+    rank = tl.cumsum(weight, 0) - weight - tl.sum(weight, 0)
+    found = _list(lists[0] + pair * rooms[0], ranks[0] + pair * rooms[0], opened, index, rank, rooms[0], BLOCK_K)
+    tl.store(count_ptr + pair * (TOP + 1), found)
+    for level in tl.static_range(TOP):
+        found = 0
+        if REST:
+            room = rooms[level + 1]
+            read = _read(has, index, window, level, TOP, RATIOS, BLOCK)
+            found = _list(
+                lists[level + 1] + pair * room, ranks[level + 1] + pair * room, read, index // RATIOS[level], rank,
+                room, BLOCK_K,
+            )  # fmt: skip
+        tl.store(count_ptr + pair * (TOP + 1) + level + 1, found)
+
+
+@triton.jit
+def _read(has, index, window, level: tl.constexpr, TOP: tl.constexpr, RATIOS: tl.constexpr, BLOCK: tl.constexpr):
+    """Which chunks of level `level` + 1 are read as summaries, marked where they begin: those that are complete and
+    hold nothing opened, of parents that are neither."""
+    size: tl.constexpr = RATIOS[level]
+    complete = (index // size + 1) * size <= window
+    read = complete & (_family(has, size, BLOCK) == 0) & (index % size == 0)
+    if level + 1 < TOP:
+        over: tl.constexpr = RATIOS[level + 1]
+        read = read & ((_family(has, over, BLOCK) > 0) | ((index // over + 1) * over > window))
+    return read
