@@ -68,12 +68,13 @@ def train(
     device: Device = HERE,
     workers: Annotated[int, typer.Option(help="Processes that make batches.")] = 0,
     minutes: Annotated[float, typer.Option(help="No step is made after so many minutes.")] = 1e6,
-    only: Annotated[str, typer.Option(help="Runs whose name holds this.")] = "",
+    only: Annotated[str, typer.Option(help="Runs whose name holds this, or one of these with commas.")] = "",
+    missing: Annotated[int, typer.Option(help="Learning rates of a model that may be untried when one is chosen.")] = 0,
 ) -> None:
     """Makes all runs that are not finished, in the order in which they tell most."""
     library, chosen = _open(data), SIZES[size.value]
     _settle(out, size.value, data.value, library)
-    for result in work(library, chosen, out, device, workers, minutes, only):
+    for result in work(library, chosen, out, device, workers, minutes, only, missing):
         print(json.dumps(_short(result)), flush=True)
 
 

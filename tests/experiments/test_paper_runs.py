@@ -76,10 +76,10 @@ def test_entries_are_counted(library: Library) -> None:
     for model in MODELS:
         torch.manual_seed(0)
         found[model] = evaluate(Reader(model, SMOKE), library, ("hop",), "test", ((512, 2),), 1024, "cpu")["entries"]
-    assert found["bert"]["512"] == {"tokens": 513.0}
-    assert found["gpt2"]["512"] == {"tokens": 257.0}
+    assert found["bert"]["512"] == {"tokens": 512.0}
+    assert found["gpt2"]["512"] == {"tokens": 256.5}
     own = found["mgam"]["512"]
-    assert 0 < own["tokens"] + own["level 1"] + own["level 2"] < 513
+    assert 0 < own["tokens"] + own["level 1"] + own["level 2"] < 512
 
 
 def test_a_taught_policy_learns_besides(library: Library) -> None:
@@ -173,6 +173,9 @@ def test_the_plan_tells_most_first_and_waits_for_rates(tmp_path: Path) -> None:
     rates = {run.name: run.rate for run, able in plan.ready(size, tmp_path, "mgam-") if able}
     assert rates["mgam-0"] == size.rates[1]
     assert "mgam-causal-0" not in rates
+    (tmp_path / "runs" / f"tune-mgam-{size.rates[1]:g}.json").unlink()
+    assert plan.chosen_rate("mgam", size, plan.results(tmp_path)) is None
+    assert plan.chosen_rate("mgam", size, plan.results(tmp_path), missing=1) == size.rates[2]
 
 
 def test_two_workers_do_not_make_one_run(tmp_path: Path) -> None:
@@ -205,13 +208,21 @@ def test_a_model_that_breaks_down_while_it_grows_is_told_once(tmp_path: Path) ->
     assert list(growth.measure("smoke", tmp_path, "cuda:99", 512, 1024, ("bert",))) == []
 
 
-def test_what_is_left_of_a_run_is_known_from_shorter_ones(tmp_path: Path) -> None:
-    run = Run("bert-0", "bert", 1e-3, 0, SMOKE, steps=100)
+def test_what_is_left_of_a_run_is_known_from_others_alike(tmp_path: Path) -> None:
+    run = Run("bert-1", "bert", 1e-3, 1, SMOKE)
     assert plan._seconds_left(tmp_path, run) == 0.0
     (tmp_path / "runs").mkdir()
-    done = {"run": {"model": "bert", "steps": 10}, "diverged": None, "seconds": 20.0, "test_seconds": 3.0}
-    (tmp_path / "runs" / "tune-bert-0.001.json").write_text(json.dumps(done))
-    assert plan._seconds_left(tmp_path, run) == pytest.approx(203.0)
+    for name, model, steps, seconds in (
+        ("bert-0", "bert", 6, 12.0),
+        ("tune", "bert", 3, 60.0),
+        ("other", "mgam", 6, 9.0),
+    ):
+        done = {"run": {"model": model, "steps": steps}, "diverged": None, "seconds": seconds, "test_seconds": 3.0}
+        (tmp_path / "runs" / f"{name}.json").write_text(json.dumps(done))
+    assert plan._seconds_left(tmp_path, run) == pytest.approx(15.0)
+    (tmp_path / "checkpoints/bert-1").mkdir(parents=True)
+    (tmp_path / "checkpoints/bert-1/progress.json").write_text('{"step": 3}')
+    assert plan._seconds_left(tmp_path, run) == pytest.approx(9.0)
 
 
 def test_the_command_makes_runs_and_the_table(

@@ -46,7 +46,7 @@ def test_the_form(library: Library, task: str, part: Part, length: int) -> None:
     for number in range(8):
         sample = library.sample(task, part, length, 0, number)
         tokens = sample.tokens
-        assert len(tokens) == length + 1
+        assert len(tokens) == length
         assert (tokens[0], tokens[-1]) == (TAGS[task], ANSWER)
         assert [one for one in tokens[1 : 1 + ASKED] if one != PAD] == [
             one for one in tokens[-1 - ASKED : -1] if one != PAD

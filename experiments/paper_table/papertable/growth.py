@@ -78,7 +78,7 @@ def _apart(size: str, model: str, lengths: list[int], device: str) -> Iterator[d
 def point(size: str, model: str, length: int, device: str) -> dict[str, Any]:
     """Forward pass and training step of one row of `length` tokens, and MGAM's parts, each alone."""
     torch.manual_seed(0)
-    reader = Reader(model, SIZES[size]).to(device)
+    reader = Reader(model, SIZES[size], recompute=True).to(device)
     batch = _batch(length).to(device)
     autocast = torch.autocast("cuda", torch.bfloat16) if device.startswith("cuda") else nullcontext()
 
@@ -107,7 +107,7 @@ def point(size: str, model: str, length: int, device: str) -> dict[str, Any]:
 
 def _batch(length: int) -> Batch:
     draw = torch.Generator().manual_seed(0)
-    tokens = torch.randint(8, SIZE, (1, length + 1), generator=draw)
+    tokens = torch.randint(8, SIZE, (1, length), generator=draw)
     ends = torch.arange(ASKED + 32, length - ASKED, 32)[None]
     tokens[0, ends[0]] = END
     gold = torch.zeros_like(ends, dtype=torch.bool)
@@ -120,12 +120,12 @@ def _parts(reader: Reader, length: int, device: str, autocast: Any) -> dict[str,
     """Pyramid (summaries of all levels, search keys) and policy (its projections, scores and choice) of all layers."""
     layer: Any = reader.layers[0]
     attention: LearnedGranularAttention = layer.attention
-    states = torch.randn(1, length + 1, attention.width, device=device)
+    states = torch.randn(1, length, attention.width, device=device)
     with autocast:
         q, new = attention._project(states, 0)
         seen = Seen(states, q, new["k"], new["v"], new)
         search = attention.pyramid(seen)[2]
-        part = attention.part(0, -(-(length + 1) // attention.block), length + 1, states.device)
+        part = attention.part(0, -(-length // attention.block), length, states.device)
 
         def policy() -> None:
             attention.extra(states, q, 0)

@@ -40,8 +40,8 @@ DIMS = 64
 """Of a pointer."""
 
 
-def attention(kind: str, size: Size, **changes: Any) -> SelfAttention:
-    """One layer's attention.
+def attention(kind: str, size: Size, recompute: bool = False, **changes: Any) -> SelfAttention:
+    """One layer's attention; `recompute`: what is gathered is gathered again in the backward pass.
 
     Raises:
         SettingError: for a model that is not known.
@@ -50,11 +50,11 @@ def attention(kind: str, size: Size, **changes: Any) -> SelfAttention:
         return FullAttention(size.width, size.heads, causal=kind == "gpt2")
     if kind == "longformer":
         return LongformerAttention(
-            size.width, size.heads, causal=False, window=size.window, global_tokens=1 + ASKED, recompute=True
+            size.width, size.heads, causal=False, window=size.window, global_tokens=1 + ASKED, recompute=recompute
         )
     if kind not in MODELS:
         raise SettingError(f"model {kind!r} is unknown; choose one of {', '.join(MODELS)}")
-    options = {**size.granular, "recompute": True, **changes}
+    options = {**size.granular, "recompute": recompute, **changes}
     if changes.get("levels") == 2:
         options["levels"] = size.granular["levels"][:2]
     return LearnedGranularAttention(size.width, size.heads, causal=kind == "mgam-causal", **options)
@@ -92,7 +92,7 @@ class Reader(nn.Module):
     `taught`: weight of what a policy learns besides, from the attention that regions were given.
     """
 
-    def __init__(self, kind: str, size: Size, *, taught: float = 0.0, **changes: Any) -> None:
+    def __init__(self, kind: str, size: Size, *, recompute: bool = False, taught: float = 0.0, **changes: Any) -> None:
         super().__init__()
         self.taught = taught
         self.lesson: Tensor | None = None
@@ -100,15 +100,15 @@ class Reader(nn.Module):
         width = size.width
         self.embed = nn.Embedding(SIZE, width)
         nn.init.normal_(self.embed.weight, std=0.5)
-        self.role = nn.Parameter(0.5 * torch.randn(width)) if size.roles else None
+        self.role = nn.Parameter(0.5 * torch.randn(width))
         made = []
         for number in range(size.layers):
             own = {**changes, "seed": number} if kind.startswith("mgam") else {}
-            made.append(_matching(attention(kind, size, **own), size))
+            made.append(_matching(attention(kind, size, recompute, **own)))
         wanted = parameters(attention("bert", size)) + 8 * width * width
         inner = round((wanted - parameters(made[0])) / (2 * width))
         self.layers = nn.ModuleList(Layer(one, width, inner) for one in made)
-        self.norm, self.pooled = nn.RMSNorm(width), size.pooled
+        self.norm = nn.RMSNorm(width)
         self.ask = nn.Linear(width, 3 * DIMS)
         self.told = nn.Linear(width, 3 * (DIMS + 1))
 
@@ -116,9 +116,7 @@ class Reader(nn.Module):
         """Logits of units (B, M), and of first and last tokens (B, 2, T); -inf where none may be."""
         place = torch.arange(batch.tokens.shape[1], device=batch.tokens.device)
         frame = (place <= ASKED) | (place >= len(place) - 1 - ASKED)
-        states = self.embed(batch.tokens)
-        if self.role is not None:
-            states = states + frame[:, None] * self.role
+        states = self.embed(batch.tokens) + frame[:, None] * self.role
         taught: list[Any] = [layer.attention for layer in self.layers if self.taught and self.training]
         for attention in taught:
             attention.lessons = []
@@ -132,33 +130,27 @@ class Reader(nn.Module):
         asked = self.ask(states[:, -1]).unflatten(1, (3, DIMS)).float()
         told = self.told(states).unflatten(2, (3, DIMS + 1)).float()
         logits = torch.einsum("bpd,btpd->bpt", asked, told[..., :-1]) * DIMS**-0.5 + told[..., -1].transpose(1, 2)
-        units = _units(logits[:, 0], batch.ends, self.pooled)
-        units = units.masked_fill(batch.ends < 0, -torch.inf)
-        spans, outside = logits[:, 1:], frame | (batch.tokens == END)
-        if self.pooled != "end":
-            ended = batch.tokens == END
-            number = (ended.cumsum(1) - ended.long()).clamp_max(units.shape[1] - 1)
-            spans = spans + units.gather(1, number)[:, None]
-        return units, spans.masked_fill(outside[:, None], -torch.inf)
+        ended = batch.tokens == END
+        units = _units(logits[:, 0], batch.ends).masked_fill(batch.ends < 0, -torch.inf)
+        number = (ended.cumsum(1) - ended.long()).clamp_max(units.shape[1] - 1)
+        spans = logits[:, 1:] + units.gather(1, number)[:, None]
+        return units, spans.masked_fill((frame | ended)[:, None], -torch.inf)
 
 
-def _units(logits: Tensor, ends: Tensor, pooled: str) -> Tensor:
-    """Logits (B, M) of units: that of the end, the mean over the unit's tokens, or both, of logits (B, T)."""
+def _units(logits: Tensor, ends: Tensor) -> Tensor:
+    """Means (B, M) over the tokens of units of logits (B, T)."""
     end = ends.clamp_min(0)
-    last = logits.gather(1, end)
-    if pooled == "end":
-        return last
     before = F.pad(end[:, :-1], (1, 0), value=ASKED)
     sums = logits.cumsum(1)
-    mean = (sums.gather(1, end) - sums.gather(1, before)) / (end - before).clamp_min(1)
-    return mean + last if pooled == "both" else mean
+    return (sums.gather(1, end) - sums.gather(1, before)) / (end - before).clamp_min(1)
 
 
-def _matching(made: SelfAttention, size: Size) -> SelfAttention:
-    """Keys begin as queries do, so that equal tokens find one another from the first step (see PROTOCOL.md)."""
-    made.rotary = Rotary.plain(size.turned, TABLE, size.theta)
+def _matching(made: SelfAttention) -> SelfAttention:
+    """Keys begin as queries do, and half of a head is not rotated: equal tokens find one another, however far apart, from
+    the first step (see PROTOCOL.md)."""
+    made.rotary = Rotary.plain(made.dim // 2, TABLE)
     with torch.no_grad():
-        made.query.weight.mul_(size.matching)
+        made.query.weight.mul_(3**0.5)  # a projected unit state has unit variance
         made.key.weight.copy_(made.query.weight)
     if isinstance(made, LongformerAttention):
         made.copy_projections()

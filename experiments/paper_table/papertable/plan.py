@@ -61,31 +61,42 @@ def pooled(scores: dict[str, dict[str, dict[str, float]]], figure: str, length: 
     return statistics.mean(cells) if cells else None
 
 
-def chosen_rate(model: str, size: Size, done: dict[str, dict[str, Any]]) -> float | None:
-    """The rate with the best dev score, the lowest of equal ones; None while some are not finished."""
+def chosen_rate(model: str, size: Size, done: dict[str, dict[str, Any]], missing: int = 0) -> float | None:
+    """The rate with the best dev score, the lowest of equal ones; None while more than `missing` are not finished."""
     found = [(rate, done.get(f"tune-{model}-{rate:g}")) for rate in sorted(size.rates)]
-    if any(result is None for _, result in found):
+    finished = [(rate, result) for rate, result in found if result is not None]
+    if len(finished) < max(1, len(found) - missing):
         return None
-    return max(found, key=lambda pair: dev_score(pair[1] or {}))[0]
+    return max(finished, key=lambda pair: dev_score(pair[1]))[0]
 
 
-def ready(size: Size, folder: Path, only: str) -> Iterator[tuple[Run, bool]]:
+def ready(size: Size, folder: Path, only: str, missing: int = 0) -> Iterator[tuple[Run, bool]]:
     """Runs that are not finished, each with whether it can begin: its rate is known."""
     done = results(folder)
     for run in plan(size):
-        if run.name in done or only not in run.name:
+        if run.name in done or not any(part in run.name for part in only.split(",")):
             continue
-        rate = run.rate or chosen_rate(run.model, size, done)
+        rate = run.rate or chosen_rate(run.model, size, done, missing)
         yield (run if rate is None else replace(run, rate=rate)), rate is not None
 
 
 def work(
-    library: Library, size: Size, folder: Path, device: str, workers: int, minutes: float, only: str = ""
+    library: Library,
+    size: Size,
+    folder: Path,
+    device: str,
+    workers: int,
+    minutes: float,
+    only: str = "",
+    missing: int = 0,
 ) -> Iterator[dict[str, Any]]:
-    """Makes runs until all are finished or time is up; several processes may work in one folder."""
+    """Makes runs until all are finished or time is up; several processes may work in one folder.
+
+    `only`: parts of names, with commas. `missing`: rates of a model that may be untried when one is chosen.
+    """
     until = time.time() + 60 * minutes
     while time.time() < until:
-        waiting = list(ready(size, folder, only))
+        waiting = list(ready(size, folder, only, missing))
         if not waiting:
             return
         begun = False
@@ -108,14 +119,16 @@ def work(
 
 
 def _seconds_left(folder: Path, run: Run) -> float:
-    """What a run will take, by the finished ones of its model, those of its length if any; 0 where nothing is known."""
-    own = [one for one in results(folder).values() if one["run"]["model"] == run.model and one["diverged"] is None]
-    alike = [one for one in own if one["run"]["steps"] == run.total] or own
+    """What a run will take, by the finished ones of its model and length; 0 where nothing is known."""
+    alike = [
+        one for one in results(folder).values()
+        if (one["run"]["model"], one["run"]["steps"]) == (run.model, run.total) and one["diverged"] is None
+    ]  # fmt: skip
     if not alike:
         return 0.0
     progress = folder / "checkpoints" / run.name / "progress.json"
     done = json.loads(progress.read_text())["step"] if progress.is_file() else 0
-    a_step = statistics.mean(one["seconds"] / one["run"]["steps"] for one in alike)
+    a_step = statistics.mean(one["seconds"] / run.total for one in alike)
     return (run.total - done) * a_step + statistics.mean(one.get("test_seconds", 0.0) for one in alike)
 
 

@@ -16,8 +16,8 @@ from papertable.vocabulary import ANSWER, END, PAD, TAGS
 
 ASKED = 31
 """Tokens of a question at most."""
-FRAME = 63
-"""Tokens of a sample beside its document, less one."""
+FRAME = 64
+"""Tokens of a sample beside its document."""
 
 
 class NoAnswerError(DocumentError):
@@ -38,7 +38,7 @@ class Piece:
 class Sample:
     """What a model is given, and what is wanted.
 
-    Shapes: tokens (length + 1,), ends (units,): places of the tokens that end units, gold (k,): numbers of gold units.
+    Shapes: tokens (length,), ends (units,): places of the tokens that end units, gold (k,): numbers of gold units.
     """
 
     task: str

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
-from typing import Any, Literal
+from typing import Any
 
 
 @dataclass(frozen=True)
@@ -13,7 +13,7 @@ class Size:
     width: int = 384
     layers: int = 6
     heads: int = 6
-    steps: int = 2400
+    steps: int = 1000
     tokens: int = 32_768
     """Tokens of a step."""
     stages: tuple[tuple[int, float], ...] = (
@@ -21,7 +21,7 @@ class Size:
     )  # fmt: skip
     """Length of documents, and for what share of the steps."""
     tuning: tuple[tuple[int, float], ...] = ((512, 0.6), (1024, 0.4))
-    tuning_share: float = 0.2
+    tuning_share: float = 0.48
     rates: tuple[float, ...] = (5e-4, 1e-3, 2e-3)
     test: tuple[tuple[int, int], ...] = ((2048, 200), (4096, 200), (8192, 100), (16384, 100))
     """Length, and samples a task."""
@@ -31,16 +31,6 @@ class Size:
     )
     window: int = 384
     """Of the Longformer-like model, tokens on a side."""
-    pooled: Literal["end", "mean", "both"] = "mean"
-    """How a unit is pointed to: by the logit of its end, the mean of its tokens' logits, or both added; but for `end`,
-    a unit's logit is added to those of an answer in it."""
-    roles: bool = True
-    """Whether tokens of the question are told from others by a vector of their own."""
-    turned: int = 32
-    """Dimensions of a head that are rotated by position; the others match at any distance."""
-    theta: float = 10_000.0
-    matching: float = 3**0.5
-    """By what query and key projections are larger than usual at first."""
     keep_seconds: float = 60.0
     """Between checkpoints."""
     check_every: int = 20
@@ -59,7 +49,6 @@ TINY = Size(
     dev=((512, 6),),
     granular={"levels": (1, 32, 128), "window": 64, "budget": 64, "block": 32, "every": 4},
     window=128,
-    turned=16,
     check_every=2,
 )
 SMOKE = Size(
@@ -75,7 +64,6 @@ SMOKE = Size(
     dev=((512, 2),),
     granular={"levels": (1, 32, 128), "window": 64, "budget": 64, "block": 32, "every": 4},
     window=64,
-    turned=4,
     check_every=1,
 )
 SIZES = {"paper": Size(), "tiny": TINY, "smoke": SMOKE}

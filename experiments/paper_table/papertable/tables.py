@@ -162,7 +162,8 @@ def _tuning(found: Results, size: Size) -> Iterator[str]:
     rows = []
     for model in MODELS:
         tried = [found.get(f"tune-{model}-{rate:g}") for rate in size.rates]
-        chosen = chosen_rate(model, size, found)
+        used = [one["run"]["rate"] for name, one in found.items() if name.rsplit("-", 1)[0] == model]
+        chosen = used[0] if used else chosen_rate(model, size, found)
         said = ["diverged" if one and one["diverged"] else f"{dev_score(one):.1f}" if one else NONE for one in tried]
         rows.append([model, *said, f"{chosen:g}" if chosen else NONE])
     yield "## Learning rates, on dev\n\nMean of pooled accuracy and F1.\n\n" + _table(

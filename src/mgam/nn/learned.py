@@ -26,7 +26,7 @@ from mgam.nn.scores import LearnedScores, Part, at_random, scored, search_keys
 Kind = Literal["learned", "scored", "fixed", "random"]
 SPARE = 8
 """Dimensions that keys have besides their own, the first of which holds a bias: kernels take multiples of eight."""
-TOGETHER = {"cuda": 1 << 28, "cpu": 1 << 24}
+TOGETHER = {"cuda": 1 << 29, "cpu": 1 << 24}
 """Numbers of gathered keys at a time."""
 
 

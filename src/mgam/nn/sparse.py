@@ -18,7 +18,7 @@ See = Callable[[Tensor, Tensor], Tensor]
 
 ELEMENTS = 1 << 24
 """Elements of one gathered tensor at a time."""
-GATHERED = {"cuda": 1 << 28}
+GATHERED = {"cuda": 1 << 29}
 """The same where kernels are fused, and only what was gathered takes memory."""
 
 
