@@ -68,7 +68,7 @@ def train(
     device: Device = HERE,
     workers: Annotated[int, typer.Option(help="Processes that make batches.")] = 0,
     minutes: Annotated[float, typer.Option(help="No step is made after so many minutes.")] = 1e6,
-    only: Annotated[str, typer.Option(help="Runs whose name holds this, or one of these with commas.")] = "",
+    only: Annotated[str, typer.Option(help="Names of runs with commas, * and ? for anything.")] = "*",
     missing: Annotated[int, typer.Option(help="Learning rates of a model that may be untried when one is chosen.")] = 0,
 ) -> None:
     """Makes all runs that are not finished, in the order in which they tell most."""

@@ -146,7 +146,7 @@ def _units(logits: Tensor, ends: Tensor) -> Tensor:
 
 
 def _matching(made: SelfAttention) -> SelfAttention:
-    """Keys begin as queries do, and half of a head is not rotated: equal tokens find one another, however far apart, from
+    """Keys begin as queries do, half of a head is not rotated: equal tokens find one another, however far apart, from
     the first step (see PROTOCOL.md)."""
     made.rotary = Rotary.plain(made.dim // 2, TABLE)
     with torch.no_grad():

@@ -8,6 +8,7 @@ import statistics
 import time
 from collections.abc import Iterator
 from dataclasses import replace
+from fnmatch import fnmatch
 from pathlib import Path
 from typing import Any
 
@@ -74,7 +75,7 @@ def ready(size: Size, folder: Path, only: str, missing: int = 0) -> Iterator[tup
     """Runs that are not finished, each with whether it can begin: its rate is known."""
     done = results(folder)
     for run in plan(size):
-        if run.name in done or not any(part in run.name for part in only.split(",")):
+        if run.name in done or not any(fnmatch(run.name, one) for one in only.split(",")):
             continue
         rate = run.rate or chosen_rate(run.model, size, done, missing)
         yield (run if rate is None else replace(run, rate=rate)), rate is not None
@@ -87,12 +88,12 @@ def work(
     device: str,
     workers: int,
     minutes: float,
-    only: str = "",
+    only: str = "*",
     missing: int = 0,
 ) -> Iterator[dict[str, Any]]:
     """Makes runs until all are finished or time is up; several processes may work in one folder.
 
-    `only`: parts of names, with commas. `missing`: rates of a model that may be untried when one is chosen.
+    `only`: names with commas, * and ? for anything. `missing`: rates of a model that may be untried when one is chosen.
     """
     until = time.time() + 60 * minutes
     while time.time() < until:

@@ -106,8 +106,11 @@ def gather(
     def near(voice: Voice | None) -> Tensor | None:
         return None if voice is None else voice.near[..., None]
 
-    def of(voice: Voice | None, index: Tensor) -> Tensor | None:
-        return None if voice is None else voice.chunks.gather(-1, index)
+    def of(voice: Voice | None, index: Tensor, again: int = 1) -> Tensor | None:
+        if voice is None:
+            return None
+        said = voice.chunks.gather(-1, index)
+        return said.repeat_interleave(again, -1) if again > 1 else said
 
     after = 0 if part.causal else side
     place = part.start[:, None] - side + torch.arange(side + part.block + after, device=device)
@@ -124,8 +127,7 @@ def gather(
     if index.shape[-1]:
         live, safe = (index >= 0).repeat_interleave(chunk, -1), index.clamp_min(0)
         states = (_rows(keys, safe).flatten(3, 4), _rows(values, safe).flatten(3, 4))
-        each = safe.repeat_interleave(chunk, -1)
-        found.add(live, states, of(gate, each), of(told, each))
+        found.add(live, states, of(gate, safe, chunk), of(told, safe, chunk))
     for level, read in enumerate(chosen.read, start=1):
         key, value = upper[2 * level - 2 : 2 * level]
         weight = mass * math.log(levels.sizes[level])
