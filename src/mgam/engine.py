@@ -39,6 +39,12 @@ class Reading:
     backend: str | None = None
     dense_prompt: bool = False
     """Whether the policy serves generation only: the spans before the last one of a schedule are read densely."""
+    asking: Policy | None = None
+    """The policy of questions and answers, where it is another one."""
+
+    def policy_of(self, blocks: Blocks) -> Policy:
+        """Who chooses for these blocks."""
+        return self.asking if blocks.asking and self.asking is not None else self.policy
 
 
 @dataclass(frozen=True)
@@ -72,14 +78,15 @@ class Plan:
         Rows stand at the right of the call's columns unless `first` says otherwise. With `dense_prompt`, what comes
         before a schedule's last span is read densely.
         """
-        sorted_pieces: dict[tuple[bool, int], list[tuple[int, Piece]]] = defaultdict(list)
+        sorted_pieces: dict[tuple[bool, bool, int], list[tuple[int, Piece]]] = defaultdict(list)
         dense_to = [max(dense_until, schedule.prompt if dense_prompt else 0) for schedule in schedules]
         for row, (schedule, old, new) in enumerate(zip(schedules, before, counts, strict=True)):
             for piece in schedule.pieces(old, old + new, dense_to[row]):
                 size = piece.stop - piece.start
                 votes = piece.vote_to - piece.vote_from
-                sorted_pieces[piece.dense, max(size, votes).bit_length()].append((row, piece))
-        groups = tuple((dense, Blocks.of(pieces)) for (dense, _), pieces in sorted_pieces.items())
+                asking = schedule.text is not None and piece.start >= schedule.text
+                sorted_pieces[piece.dense, asking, max(size, votes).bit_length()].append((row, piece))
+        groups = tuple((dense, Blocks.of(pieces, asking)) for (dense, asking, _), pieces in sorted_pieces.items())
         if first is None:
             first = [old + new - columns for old, new in zip(before, counts, strict=True)]
         places = (torch.tensor(list(numbers), dtype=torch.int64) for numbers in (first, before, dense_to))
@@ -233,9 +240,10 @@ def _choose(
             key = ("dense", heads, levels, queries.device)
             return blocks.once(key, lambda: dense_cover(blocks, heads, levels, queries.device))
         voters = None
-        if reading.policy.votes:
+        policy = reading.policy_of(blocks)
+        if policy.votes:
             voters = part.voters(taken.detach(), queries.detach(), recent, plan.before)
-        return reading.policy.choose(voters, blocks.moved(pyramid.gone), pyramid, levels)
+        return policy.choose(voters, blocks.moved(pyramid.gone), pyramid, levels)
 
 
 def _segments(
@@ -274,7 +282,7 @@ def _elements(
         + getattr(reading.policy, "window", tokens)
         + reading.levels.chunk
     )
-    entries = reading.policy.read_at_most(tokens, reading.levels) + window
+    entries = reading.policy_of(blocks).read_at_most(tokens, reading.levels) + window
     voting = query_heads * blocks.votes * (tokens // reading.levels.chunk) // 4 if reading.policy.votes else 0
     choosing = 8 * heads * (tokens // reading.levels.chunk)
     size = blocks.size * (query_heads // heads if written else 1)

@@ -73,6 +73,11 @@ class Schedule:
         """Where the last span begins: the length of what is given before generation, 0 for a uniform schedule."""
         return max((span.stop or 0 for span in self.spans[:-1]), default=0)
 
+    @property
+    def text(self) -> int | None:
+        """Where the first span ends: queries after it ask of what it holds. None where nothing follows."""
+        return self.spans[0].stop
+
     def pieces(self, start: int, stop: int, dense_until: int = 0) -> Iterator[Piece]:
         """The parts of query blocks that a call over positions [start, stop) computes.
 
@@ -138,6 +143,8 @@ class Blocks:
     vote_to: Tensor
     size: int
     votes: int
+    asking: bool = False
+    """Whether they stand after the text, in a question or an answer."""
     _known: dict[Hashable, Any] = field(default_factory=dict, init=False, repr=False, compare=False)
 
     def once(self, key: Hashable, find: Callable[[], Found]) -> Found:
@@ -192,7 +199,7 @@ class Blocks:
         )
 
     @classmethod
-    def of(cls, pieces: Sequence[tuple[int, Piece]]) -> Blocks:
+    def of(cls, pieces: Sequence[tuple[int, Piece]], asking: bool = False) -> Blocks:
         """Blocks from (row, piece) pairs."""
         table = torch.tensor(
             [(row, p.start, p.stop - p.start, p.decide, p.vote_from, p.vote_to) for row, p in pieces], dtype=torch.int64
@@ -200,7 +207,7 @@ class Blocks:
         row, start, length, decide, vote_from, vote_to = table.unbind(1)
         size = int(length.max()) if len(pieces) else 0
         votes = int((vote_to - vote_from).max()) if len(pieces) else 0
-        return cls(row, start, length, decide, vote_from, vote_to, size, votes)
+        return cls(row, start, length, decide, vote_from, vote_to, size, votes, asking)
 
 
 def sent(table: Tensor, device: torch.device) -> Tensor:

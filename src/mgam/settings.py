@@ -21,6 +21,7 @@ WIDEST = 1024
 class Dials(TypedDict, total=False):
     """The settings that `apply` takes besides method and budget, for editors and type checkers; see `Settings`."""
 
+    question_budget: int | None
     window: int
     levels: tuple[int, ...]
     search: int
@@ -54,6 +55,10 @@ class Settings:
 
     budget: int = 1024
     """Tokens that a query may read in full outside window and sink, at least one chunk."""
+
+    question_budget: int | None = None
+    """The same for what follows the text: the question and the answer, a few dozen queries that may read more than each
+    query of a long text. None: the budget."""
 
     window: int = 512
     """Last tokens before a query that are always read in full."""
@@ -118,10 +123,14 @@ class Settings:
 
     def __post_init__(self) -> None:
         levels = self.pyramid_levels
-        if not isinstance(self.budget, int) or isinstance(self.budget, bool) or self.budget < levels.chunk:
-            raise SettingError(
-                f"budget={self.budget!r} must be a whole number of tokens, at least one chunk ({levels.chunk})"
-            )
+        for name in ("budget", "question_budget"):
+            value = getattr(self, name)
+            if value is None and name == "question_budget":
+                continue
+            if not isinstance(value, int) or isinstance(value, bool) or value < levels.chunk:
+                raise SettingError(
+                    f"{name}={value!r} must be a whole number of tokens, at least one chunk ({levels.chunk})"
+                )
         for name in ("window", "block", "question_block", "every"):
             value = getattr(self, name)
             if not isinstance(value, int) or value < 1:

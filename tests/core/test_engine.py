@@ -8,7 +8,10 @@ import torch
 from battery.cases import CASES
 from battery.oracle import blocks_of, reads
 from battery.trial import GROUP, HEADS, SCALE, Trial
-from mgam.engine import Record
+from mgam.engine import Plan, Reading, Record, read
+from mgam.levels import Levels
+from mgam.policies import Scored
+from mgam.pyramid import Pyramid
 from mgam.schedule import Schedule
 
 TOKENS = 70
@@ -61,3 +64,29 @@ def test_a_short_text_opens_nothing(trial: Trial) -> None:
     trial.run(trial.states(5), Schedule.uniform(2), record=record)
     assert record.mass == {}
     assert record.entries == [15.0, 0.0, 0.0]
+
+
+@pytest.mark.parametrize("calls", [[70], [40, 25, 3, 1, 1]])
+def test_questions_and_answers_have_a_policy_of_their_own(calls: list[int]) -> None:
+    """Wherever calls are cut: the text is read as by the one policy, what follows it as by the other."""
+    levels, few, more = Levels((1, 4, 16), 2), Scored(8, 6), Scored(24, 6)
+    schedule = Schedule.reading(60, 6, block=8, question_block=3)
+    torch.manual_seed(0)
+    queries, keys, values = torch.randn(1, 4, 70, 16), torch.randn(1, 2, 70, 16), torch.randn(1, 2, 70, 16)
+
+    def run(reading: Reading) -> torch.Tensor:
+        pyramid, found, begin = Pyramid.of(keys[:, :, :0], values[:, :, :0], levels, [0]), [], 0
+        for count in calls:
+            part = slice(begin, begin + count)
+            pyramid.append(keys[:, :, part], values[:, :, part], [count])
+            plan = Plan.of([schedule], [begin], [count], count, 0)
+            recent = queries[:, :, max(0, begin - 16) : begin]
+            found.append(read(queries[:, :, part], pyramid, plan, reading, 0.25, recent=recent))
+            begin += count
+        return torch.cat(found, 2)
+
+    once, twice = run(Reading(few, levels)), run(Reading(more, levels))
+    both = run(Reading(few, levels, asking=more))
+    assert torch.equal(both[:, :, :60], once[:, :, :60])
+    assert torch.equal(both[:, :, 60:], twice[:, :, 60:])
+    assert not torch.allclose(once[:, :, 60:], twice[:, :, 60:])

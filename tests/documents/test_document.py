@@ -63,6 +63,21 @@ def test_a_question_meets_the_same_logits_as_in_one_pass(
     assert document.continue_from(asked, (span,), max_new_tokens=12) == tokens
 
 
+def test_questions_may_read_more_than_the_text_was_read_with(model: Any, tokenizer: Any, digest: Make) -> None:
+    made = digest(source(1000), model=model)
+    asked = Frame.of(tokenizer).question(tokenizer, "Who keeps the light on the island?")
+    before = contents(made.path)
+    document = Document.open(made.path, model, tokenizer, question_budget=256)
+    span = Span(len(document.tokens) + len(asked), 8, "block")
+    found = document.continue_from(asked, (span,), max_new_tokens=12)
+    wider = tiny.make_model(question_budget=256)
+    assert found == one_pass(wider, document, asked, 12)[1] != one_pass(tiny.make_model(), document, asked, 12)[1]
+    document.close()
+    assert contents(made.path) == before
+    longer = digest(source(300, seed=1), model=model, append=True)  # the model reads as it was asked last
+    assert len(longer.tokens) > len(document.tokens)
+
+
 @pytest.mark.parametrize("lookahead", ["block", "none"])
 def test_bytes_are_equal_through_stopped_and_appended(
     tokenizer: Any, digest: Make, tmp_path: Path, lookahead: str

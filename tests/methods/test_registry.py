@@ -70,6 +70,10 @@ def test_names_and_dials_are_checked_before_a_model_is_loaded() -> None:
         methods.get("zzz")
     with pytest.raises(SettingError, match=r"recall, every: method 'quest' has no such search; .*choose mgam"):
         methods.get("quest").settings(recall=0.5, every=2)
+    with pytest.raises(SettingError, match=r"question_budget: method 'h2o' has no such search"):
+        methods.get("h2o").settings(question_budget=2048)
+    with pytest.raises(SettingError, match=r"question_budget=8 must be a whole number of tokens, at least one chunk"):
+        methods.get("mgam").settings(question_budget=8)
     with pytest.raises(SettingError, match="'moba' drops what it does not open: leave rest at 'drop'"):
         methods.get("moba").settings(rest="summaries")
     with pytest.raises(SettingError, match="'dense' reads no summaries, so mass has no part in it"):

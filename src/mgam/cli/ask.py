@@ -104,6 +104,15 @@ def ask(
             show_default="1024, or the method's own",
         ),
     ] = None,
+    question_budget: Annotated[
+        int | None,
+        typer.Option(
+            parser=whole_number,
+            metavar="TOKENS",
+            help="The same for the question and the answer, which are few and may read more.",
+            show_default="the budget",
+        ),
+    ] = None,
     device: Annotated[str, typer.Option(help="auto, cpu, cuda, cuda:1, mps.")] = "auto",
     max_new_tokens: Annotated[
         int, typer.Option(parser=whole_number, metavar="TOKENS", help="The answer's greatest length.")
@@ -168,6 +177,7 @@ def ask(
     """
     dials = {
         "budget": budget,
+        "question_budget": question_budget,
         "lookahead": lookahead and lookahead.value,
         "dense_until": dense_until,
         "positions": positions and positions.value,
@@ -294,7 +304,8 @@ def _ask_digest(request: Request, stage: Stage) -> Iterator[tuple[Answer, dict[s
         raise SettingError("one digest is asked at a time; add texts with: mgam digest FILE... -o NAME.mgam --append")
     path, model = request.files[0], request.model
     _refuse_other_settings(request, path)
-    document, seconds = open_document(path, model, request.device, request.download, request.memory, stage)
+    asking = request.settings.get("question_budget")
+    document, seconds = open_document(path, model, request.device, request.download, request.memory, stage, asking)
     for question in request.questions:
         answer = document.ask(question, max_new_tokens=request.max_new_tokens, on_text=stage.write)
         yield replace(answer, seconds={**seconds, **answer.seconds}), {}
@@ -302,14 +313,14 @@ def _ask_digest(request: Request, stage: Stage) -> Iterator[tuple[Answer, dict[s
 
 
 def _refuse_other_settings(request: Request, path: str) -> None:
-    """A digest is asked as it was read."""
+    """A digest is asked as it was read, but for the budget of questions."""
     from mgam.documents.store.manifest import Manifest
 
     manifest = Manifest.read(Path(path))
     kept = {**manifest.settings.as_dict(), "dense_until": manifest.dense_until}
     asked = {**request.settings, **({} if request.method == "mgam" else {"method": request.method})}
     for name, value in asked.items():
-        if value != kept[name]:
+        if name != "question_budget" and value != kept[name]:
             raise SettingError(f"{path} was digested with {name} {kept[name]} and is asked with it; leave out {value}")
 
 

@@ -37,7 +37,13 @@ def load_for(
 
 
 def open_document(
-    path: str, model: str | None, device: str, download: bool, memory: str | None, stage: Stage
+    path: str,
+    model: str | None,
+    device: str,
+    download: bool,
+    memory: str | None,
+    stage: Stage,
+    question_budget: int | None = None,
 ) -> tuple[Document, dict[str, float]]:
     """An open digest, and the seconds that loading the model and opening took."""
     from mgam.documents.document import Document
@@ -50,7 +56,7 @@ def open_document(
     loaded = load_for(manifest, model, device, download, stage)
     between = time.perf_counter()
     stage.say("opening the digest")
-    document = Document.open(path, loaded.model, loaded.tokenizer, memory=memory)
+    document = Document.open(path, loaded.model, loaded.tokenizer, memory=memory, question_budget=question_budget)
     seconds = {"loading": between - started, "opening": time.perf_counter() - between}
     for name in document.changed():
         stage.say(f"note: {name} has changed since it was digested; the answer is from the text as it was")

@@ -112,10 +112,12 @@ class Document:
         memory: str | int | None = None,
         tier: Tier = "disk",
         room: int = ROOM,
+        question_budget: int | None = None,
     ) -> Document:
         """Opens a digest for asking; the model is set to read as the digest was read.
 
         Args:
+            question_budget: tokens that a query of a question or an answer may read in full; None: as it was digested.
             memory: as in `digest`; pages beyond it are fetched again when they are chosen again.
             tier: where pages wait that are not hot: on `disk`, or in main memory (`host`), pinned for a GPU.
             room: tokens of questions and answers that the memory is planned for.
@@ -136,9 +138,12 @@ class Document:
         device = model.device
         with store.residents(device) as parts:  # which are being read while the rest is made ready
             check_model(manifest, model, tokenizer, folder)
-            settings = manifest.settings.as_dict()
+            wanted = manifest.settings
+            if question_budget is not None:
+                wanted = wanted.with_(question_budget=question_budget)
             applied = getattr(model, "_mgam_applied", None)
-            if applied is None or applied.settings != manifest.settings:
+            if applied is None or applied.settings != wanted:
+                settings = wanted.as_dict()
                 apply(model, settings.pop("method"), **{**settings, "dense_until": manifest.dense_until})
             pool = Pool(manifest.shape, slots_for(manifest.shape, manifest.tokens, room, bound, device), device)
             cache = PyramidCache(model, [Schedule.uniform(1)])

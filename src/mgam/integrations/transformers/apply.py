@@ -72,6 +72,7 @@ class Applied:
             self._readings[key] = replace(
                 self.reading,
                 policy=of_layer(self.make_policy(scale), layer),
+                asking=self._asking(scale, layer),
                 positions=self.positions.get(layer, self.reading.positions),
             )
         return self._readings[key]
@@ -79,6 +80,13 @@ class Applied:
     def make_policy(self, scale: float) -> Policy | PerLayer:
         """The policy, or those of the layers, for this attention scale."""
         return self.method.policy(self.settings, scale)
+
+    def _asking(self, scale: float, layer: int) -> Policy | None:
+        """The policy of questions and answers, where they have a budget of their own."""
+        budget = self.settings.question_budget
+        if budget is None or budget == self.settings.budget:
+            return None
+        return of_layer(self.method.policy(replace(self.settings, budget=budget), scale), layer)
 
     def plan(
         self,
