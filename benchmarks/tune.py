@@ -13,22 +13,52 @@ from dataclasses import replace
 import torch
 
 from mgam.attend.triton.forward import Tiles, read
-from mgam.attend.triton.lists import Lists
+from mgam.attend.triton.lists import Lists, now
 from mgam.attend.triton.prefill import WholeTiles
 from mgam.attend.triton.tables import Turn
-from mgam.benchmarks.machine import here, timed
+from mgam.benchmarks.machine import graphed, here, timed
 from mgam.benchmarks.setting import Setting, blocks_of, built, in_blocks, states
 from mgam.cover import Known, window_start
 from mgam.device import _asked
 from mgam.policies.search_triton import SearchTiles, cover, most_entries, scores
 
 TOKENS = 131072
-READ = [WholeTiles(), Tiles(128, 64, 8, 2, registers=128), WholeTiles(128, 64, 8, 2), WholeTiles(64, 64, 4, 2)]
-TURNED = [WholeTiles(), WholeTiles(128, 64, 8, 2), Tiles(128, 64, 8, 2, registers=128)]
+READ = [WholeTiles(), WholeTiles(warps=4, registers=None), Tiles(128, 64, 8, 2, registers=128)]
+TURNED = [WholeTiles(), WholeTiles(warps=4, registers=None), Tiles(128, 64, 8, 2, registers=128)]
 SEARCH = [
     SearchTiles(128, 64, 4, 4), SearchTiles(64, 64, 4, 4), SearchTiles(64, 128, 4, 4), SearchTiles(64, 64, 4, 6),
     SearchTiles(64, 128, 8, 4),
 ]  # fmt: skip
+
+
+DECODE = [
+    Tiles(16, entries, warps, stages, splits)
+    for entries, warps, stages in ((64, 4, 3), (64, 4, 2), (32, 2, 3), (128, 4, 2))
+    for splits in (16, 32, 64)
+]
+
+
+def decoding(batch: int) -> list[tuple[str, Callable[[], object], float]]:
+    """Reading for one token of `batch` rows of 32,768 tokens, by shape of tile; operations count each entry's bytes."""
+    setting, tokens = Setting(), 32768
+    queries, keys, values = states(setting, tokens, batch, 1)
+    pyramid = built(setting, keys, values)
+    lengths = torch.full((batch,), tokens, device="cuda")
+    table, _ = now(lengths, setting.window, setting.levels)
+    chosen = cover(torch.rand(batch, 8, tokens // 64, device="cuda"), table[3], setting.levels, 32)
+    assert chosen.placed is not None
+    index = (chosen.opened, *chosen.summaries)
+    lists = Lists(setting.levels, table[:4], 1, index, *chosen.placed)
+    turn = Turn.of(setting.placed, lists, tokens, queries.device)
+    moved = 512.0 * 8 * float(chosen.entries().double().mean() + 512) * batch
+    found: list[tuple[str, Callable[[], object], float]] = []
+    for tiles in DECODE:
+
+        def call(tiles: Tiles = tiles) -> object:
+            return read(queries, lists, pyramid.keys, pyramid.values, 128**-0.5, turn=turn, tiles=tiles)
+
+        found.append((f"decode, batch {batch}, {tiles}; rates are TB/s", call, moved * 1e6))
+    return found
 
 
 def jobs() -> list[tuple[str, Callable[[], object], float]]:
@@ -68,7 +98,7 @@ def jobs() -> list[tuple[str, Callable[[], object], float]]:
                 return scores(asked, TOKENS // 64, shape)
 
             found.append((f"search {name} {shape}, last 128 blocks, both passes", search, flop))
-    return found
+    return found + decoding(1) + decoding(16)
 
 
 def main() -> None:
@@ -82,7 +112,7 @@ def main() -> None:
     print(machine, flush=True)
     for name, call, flop in todo:
         try:
-            time = timed(call, seconds=0.15, least=3)
+            time = timed(graphed(call), seconds=0.1, least=3)
             rate = flop / time.median / 1e9
             print(f"{time.median:8.3f} ms {rate:7.1f} TFLOP/s {rate / machine.matmul:6.1%}  {name}", flush=True)
         except Exception as error:

@@ -71,7 +71,8 @@ def test_compact_scores(bits: int) -> None:
     visible = blocks.decide // levels.chunk
     asked = short.asked(voters.queries, voters.live, blocks.row, visible, 64**-0.5)
     want = plain_scores(asked, chunks).double()
-    there = replace(asked, **{name: getattr(asked, name).to(DEVICE) for name in vars(asked)})
+    states = {name: value for name, value in vars(asked).items() if isinstance(value, torch.Tensor)}
+    there = replace(asked, **{name: value.to(DEVICE) for name, value in states.items()})
     got = search_triton.scores(there, chunks).cpu().double()
     assert torch.allclose(got, want, atol=2e-3, rtol=2e-3)
     if bits == 16:
@@ -106,6 +107,34 @@ def test_projection_equals_plain() -> None:
     exact = want.float() * factor[..., None]
     error = (got.cpu().float() * scaled.cpu()[..., None] / 2 - exact).norm() / exact.norm()
     assert error < loose
+
+
+@pytest.mark.parametrize("short", [False, True])
+def test_few_voters_choose_alike(short: bool) -> None:
+    """One launch from logits to cover opens what scores and then a cover open; voters are shortened alike."""
+    from mgam.policies import search_triton
+
+    levels, pyramid, blocks, voters = made(300, 1, 64, "none", group=4)
+    assert pyramid.search is not None
+    search = pyramid.search.to(DEVICE, KEPT)
+    queries, live, row = voters.queries.to(DEVICE, KEPT), voters.live.to(DEVICE), blocks.row.to(DEVICE)
+    start = window_start(blocks.decide, 16, levels).to(DEVICE)
+    visible = (blocks.decide // levels.chunk).to(DEVICE)
+    chunks = int(visible.max())
+    asked = flat(queries, live, search, row, visible, 0.125)
+    if short:
+        basis = torch.linalg.qr(torch.randn(2, 2, 64, 32, device=DEVICE)).Q.contiguous()
+        step = torch.full((2, 2), 3.0 / 224, device=DEVICE)
+        keys = search_triton.shorten_keys(search, basis, torch.zeros(2, 2, 64, device=DEVICE), step)
+        turned, factor = search_triton.shorten_queries(queries, row, basis, step, 0.18)
+        asked = replace(asked, queries=turned, factor=factor, search=keys)
+    want = search_triton.cover(search_triton.scores(asked, chunks), start, levels, 3)
+    if short:
+        whole = queries.reshape(len(blocks), 2, 4, 64)
+        asked = replace(asked, queries=whole, factor=step, basis=basis, step=step, scale=0.18)
+    got = search_triton.cover_of(asked, chunks, start, levels, 3)
+    same = (got.opened == want.opened).all(-1).float().mean()
+    assert same == 1.0 if DEVICE == "cpu" else same > 0.98  # a tie of rounded scores may fall either way
 
 
 @pytest.mark.parametrize("sizes", [(1, 8), (1, 8, 32), (1, 4, 8, 32)])

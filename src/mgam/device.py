@@ -14,14 +14,14 @@ import torch
 from torch import Tensor
 
 from mgam.attend.triton.forward import read
-from mgam.attend.triton.lists import Lists, places
+from mgam.attend.triton.lists import Lists, now, places
 from mgam.attend.triton.tables import Turn
 from mgam.cover import Cover, Known, dense_cover, window_start
 from mgam.levels import Levels
 from mgam.policies.asked import Asked, flat
 from mgam.policies.compact import CompactKeys
 from mgam.policies.scored import Scored
-from mgam.policies.search_triton import cover, most_entries, scores
+from mgam.policies.search_triton import cover, cover_of, most_entries, scores
 from mgam.positions import Positions
 from mgam.pyramid import Pyramid
 from mgam.schedule import Blocks
@@ -159,19 +159,14 @@ def decode(
     basis.
     """
     levels: Levels = pyramid.levels
-    rows = torch.arange(queries.shape[0], device=queries.device)
-    decide = lengths - 1
-    start = window_start(decide, policy.window, levels)
-    visible = decide // levels.chunk
-    live = torch.ones(queries.shape[0], 1, dtype=torch.bool, device=queries.device)
+    table, live = now(lengths, policy.window, levels)
+    rows, _, _, start, visible = table
     short = policy.compact is not None and min(pyramid.lengths) > policy.compact.calibrate
     asked = _asked(queries, live, rows, visible, pyramid, policy, short)
-    chosen = cover(
-        scores(asked, chunks), start, levels, policy.budget // levels.chunk, rest=policy.rest, mass=policy.mass
-    )
+    most = policy.budget // levels.chunk
+    chosen = cover_of(asked, chunks, start, levels, most, rest=policy.rest, mass=policy.mass)
     index = (chosen.opened, *chosen.summaries)
-    counts, ranks = places(index, levels, positions.kind == "granular")
-    table = torch.stack((rows, decide, torch.ones_like(decide), start))
-    lists = Lists(levels, table, 1, index, counts, ranks, chosen.mass)
+    counts, ranks = chosen.placed or places(index, levels, positions.kind == "granular")
+    lists = Lists(levels, table[:4], 1, index, counts, ranks, chosen.mass)
     turn = Turn.of(positions, lists, chunks * levels.chunk, queries.device, queries.dtype)
     return read(queries, lists, pyramid.keys, pyramid.values, scale, turn=turn, softcap=softcap).out

@@ -65,6 +65,10 @@ class Rotary:
         """
         key = (device, step)
         if key not in self._turns or self._turns[key][0].shape[0] < count:
+            if not self.compose(device):
+                raise SettingError(
+                    "these rotary tables do not turn step by step; they cannot reach beyond their window"
+                )
             assert self._speed is not None
             reach = -(-count // TABLE_STEP) * TABLE_STEP
             angles = torch.arange(reach, dtype=torch.float64, device=device)[:, None] * step * self._speed[0].to(device)

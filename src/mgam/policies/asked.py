@@ -26,6 +26,11 @@ class Asked:
     search: Tensor
     row: Tensor
     visible: Tensor
+    basis: Tensor | None = None
+    step: Tensor | None = None
+    scale: float = 1.0
+    """Few voters come whole, in the dimensions D of their head, for a kernel that shortens them as it asks: by a basis
+    (B, H, D, d) and the step of the keys (B, H); then `factor` is `scale` times that step and the voter's own."""
 
 
 def flat(queries: Tensor, live: Tensor, search: Tensor, row: Tensor, visible: Tensor, scale: float) -> Asked:

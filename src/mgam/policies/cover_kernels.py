@@ -58,15 +58,42 @@ def _list(list_ptr, rank_ptr, read, value, rank, room, BLOCK_K: tl.constexpr):
     return count
 
 
-@triton.jit(do_not_specialize=["heads", "chunks", "width", "most"], do_not_specialize_on_alignment=["window_ptr"])
+@triton.jit
+def _mass(
+    logit_ptr, part_ptr, live_ptr, pair, pairs, block, index, width, tiles,
+    M: tl.constexpr, V: tl.constexpr, BLOCK: tl.constexpr, BLOCK_T: tl.constexpr,
+):  # fmt: skip
+    """Mass (BLOCK,) that few voters give each chunk, from their logits (N, H, M, width) and the parts of their
+    normalisers (2, N, H, M, tiles), as `logits_kernel` leaves them; live (N, V) uint8."""
+    score = tl.zeros((BLOCK,), tl.float32)
+    tile = tl.arange(0, BLOCK_T)
+    for m in tl.range(0, M):
+        place = (pair * M + m) * tiles + tile
+        peaks = tl.load(part_ptr + place, mask=tile < tiles, other=-3.3e38)
+        totals = tl.load(part_ptr + pairs * M * tiles + place, mask=tile < tiles, other=0.0)
+        logits = tl.load(logit_ptr + (pair * M + m) * width + index, mask=index < width, other=-float("inf"))
+        live = tl.load(live_ptr + block * V + m % V)
+        peak = tl.max(peaks, 0)
+        total = tl.sum(totals * tl.exp2(peaks - peak), 0)
+        share = tl.where((live > 0) & (total > 0), 1.0 / tl.where(total > 0, total, 1.0), 0.0)
+        score += tl.exp2(logits - peak) * share
+    return score
+
+
+@triton.jit(
+    do_not_specialize=["pairs", "heads", "chunks", "width", "most", "tiles"],
+    do_not_specialize_on_alignment=["window_ptr", "live_ptr"],
+)
 def cover_kernel(
-    score_ptr, window_ptr, lists, ranks, count_ptr, heads, chunks, width, most, rooms,
-    CHUNK: tl.constexpr, TOP: tl.constexpr, RATIOS: tl.constexpr, REST: tl.constexpr, BLOCK: tl.constexpr,
+    score_ptr, part_ptr, live_ptr, window_ptr, lists, ranks, count_ptr, pairs, heads, chunks, width, most, rooms, tiles,
+    M: tl.constexpr, V: tl.constexpr, BLOCK_T: tl.constexpr, CHUNK: tl.constexpr, TOP: tl.constexpr,
+    RATIOS: tl.constexpr, REST: tl.constexpr, BLOCK: tl.constexpr,
     BLOCK_K: tl.constexpr,
 ):  # fmt: skip
     """The sink and the `most` best chunks between sink and window, and the summaries that complete a partition.
 
-    score_ptr (N, H, width), none negative, of which `chunks` count; window_ptr (N,) first tokens of windows. lists[0]
+    score_ptr (N, H, width), none negative, of which `chunks` count; where M > 0, the logits of M voters instead (see
+    `_mass`). window_ptr (N,) first tokens of windows. lists[0]
     and ranks[0] (N, H, rooms[0]) get the opened chunks, lists[l] and ranks[l] the summaries of level l (none where REST
     is false), sorted, -1 at the end; count_ptr (N, H, 1+TOP). Among equal scores the earliest win. RATIOS[l]: chunks of
     level 1 in one of level l + 1, powers of two that divide BLOCK.
@@ -74,7 +101,12 @@ def cover_kernel(
     pair = tl.program_id(0).to(tl.int64)
     window = (tl.load(window_ptr + pair // heads) // CHUNK).to(tl.int32)
     index = tl.arange(0, BLOCK)
-    score = tl.load(score_ptr + pair * width + index, mask=index < chunks, other=0.0)
+    if M > 0:
+        score = _mass(
+            score_ptr, part_ptr, live_ptr, pair, pairs, pair // heads, index, width, tiles, M, V, BLOCK, BLOCK_T
+        )
+    else:
+        score = tl.load(score_ptr + pair * width + index, mask=index < chunks, other=0.0)
     allowed = (index > 0) & (index < chunks) & (index < window)
     bits = tl.where(allowed, score.to(tl.int32, bitcast=True), -1)
     bar = _best(bits, most)

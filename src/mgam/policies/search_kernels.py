@@ -120,18 +120,32 @@ def mass_kernel(
     tl.store(score_ptr + pair * chunks + chunk, score, mask=chunk < chunks)
 
 
+@triton.jit
+def _short(q, basis_ptr, line, D: tl.constexpr, SHORT: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_S: tl.constexpr):
+    """Rows (M, D) in the basis of `line` (row and head), before rounding: (M, BLOCK_S) float32."""
+    column = tl.arange(0, BLOCK_D)
+    short = tl.arange(0, BLOCK_S)
+    basis = tl.load(
+        basis_ptr + (line * D + column)[:, None] * SHORT + short[None, :],
+        mask=(column < D)[:, None] & (short < SHORT)[None, :], other=0.0,
+    )  # fmt: skip
+    return tl.dot(q, basis.to(q.dtype), input_precision="ieee")
+
+
 @triton.jit(
     do_not_specialize=["blocks", "heads", "tiles", "chunks"], do_not_specialize_on_alignment=["row_ptr", "visible_ptr"]
 )
 def logits_kernel(
-    q_ptr, factor_ptr, logit_ptr, part_ptr, search_ptr, row_ptr, visible_ptr, blocks, heads, tiles, chunks,
-    step_row, step_head, step_place, step_chunk,
+    q_ptr, factor_ptr, logit_ptr, part_ptr, search_ptr, row_ptr, visible_ptr, basis_ptr, blocks, heads, tiles, chunks,
+    step_row, step_head, step_place, step_chunk, scale,
     M: tl.constexpr, S: tl.constexpr, D: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_C: tl.constexpr,
-    BLOCK_D: tl.constexpr,
+    BLOCK_D: tl.constexpr, WIDE: tl.constexpr, BLOCK_W: tl.constexpr, MOST: tl.constexpr,
 ):  # fmt: skip
     """For few voters (decode): logits in base 2 (N, H, M, C), -inf where a chunk may not be judged. M <= BLOCK_M.
 
     Parts (2, N, H, M, tiles) float32: the highest logit of each tile of chunks, and its sum of powers relative to that.
+    WIDE > 0: voters (N, H, M, WIDE) are shortened here by basis_ptr (B, H, WIDE, D), as `project_kernel` does it;
+    factor_ptr (B, H) is then the step of the keys.
     """
     pid = tl.program_id(0)
     first = pid % tiles * BLOCK_C
@@ -143,10 +157,17 @@ def logits_kernel(
     m = tl.arange(0, BLOCK_M)
     chunk = first + tl.arange(0, BLOCK_C)
     best = tl.full((BLOCK_M, BLOCK_C), -float("inf"), tl.float32)
-    factor = tl.load(factor_ptr + pair * M + m, mask=m < M, other=0.0)
     if first < visible:
         base = search_ptr + row * step_row + head.to(tl.int64) * step_head
-        q = _queries(q_ptr + pair * M * D, m, M, D, BLOCK_D)
+        if WIDE > 0:
+            whole = _queries(q_ptr + pair * M * WIDE, m, M, WIDE, BLOCK_W)
+            short = _short(whole, basis_ptr, row * heads + head, WIDE, D, BLOCK_W, BLOCK_D)
+            own = tl.maximum(tl.max(tl.abs(short), 1), 1e-20) / MOST
+            q = (short / own[:, None]).to(search_ptr.dtype.element_ty)
+            factor = own * scale * tl.load(factor_ptr + row * heads + head)
+        else:
+            q = _queries(q_ptr + pair * M * D, m, M, D, BLOCK_D)
+            factor = tl.load(factor_ptr + pair * M + m, mask=m < M, other=0.0)
         for place in tl.range(0, S):
             k = _keys(base, place, first, step_place, step_chunk, chunks, D, BLOCK_C, BLOCK_D)
             best = tl.maximum(best, tl.dot(q, tl.trans(k), input_precision="ieee"))
@@ -226,11 +247,7 @@ def project_kernel(
     else:
         place = head * state_head + m.to(tl.int64) * state_row
     state = tl.load(state_ptr + place[:, None] + column[None, :], mask=live[:, None] & (column < D)[None, :], other=0.0)
-    basis = tl.load(
-        basis_ptr + ((row * heads + head) * D + column)[:, None] * SHORT + short[None, :],
-        mask=(column < D)[:, None] & (short < SHORT)[None, :], other=0.0,
-    )  # fmt: skip
-    found = tl.dot(state, basis.to(state.dtype), input_precision="ieee")
+    found = _short(state, basis_ptr, row * heads + head, D, SHORT, BLOCK_D, BLOCK_S)
     step = tl.load(step_ptr + row * heads + head)
     if BY_ROW:
         own = tl.maximum(tl.max(tl.abs(found), 1), 1e-20) / MOST

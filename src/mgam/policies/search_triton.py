@@ -27,6 +27,8 @@ from mgam.policies.search_kernels import (
 
 SELECT_AT_MOST = 1 << 15
 """Chunks that one program can rank."""
+FEW = 16
+"""Voters that one program can hear at once, as in decode."""
 
 
 @dataclass(frozen=True)
@@ -49,24 +51,18 @@ def scores(asked: Asked, chunks: int, tiles: SearchTiles | None = None) -> Tenso
         return found
     tiles = tiles or tiles_for(voters, asked.queries.element_size())
     places = asked.search.shape[2]
-    asked = replace(asked, row=asked.row.contiguous(), visible=asked.visible.contiguous())
-    live = (asked.live if asked.live.is_contiguous() else asked.live.contiguous()).view(torch.uint8)
-    steps = asked.search.stride()[:4]
-    width = max(16, triton.next_power_of_2(dim))
-    if voters <= 16:
-        logits = torch.empty(count, heads, voters, chunks, dtype=torch.float32, device=found.device)
-        cut = triton.cdiv(chunks, 64)
-        parts = torch.empty(2, count, heads, voters, cut, dtype=torch.float32, device=found.device)
-        logits_kernel[(cut * count * heads,)](
-            asked.queries, asked.factor, logits, parts, asked.search, asked.row, asked.visible, count, heads, cut,
-            chunks, *steps,
-            M=voters, S=places, D=dim, BLOCK_M=16, BLOCK_C=64, BLOCK_D=width, num_warps=4, num_stages=4,
-        )  # fmt: skip
+    live = _bytes(asked.live)
+    if voters <= FEW:
+        logits, parts = _logits(asked, chunks)
+        cut = parts.shape[-1]
         few_kernel[(cut * count * heads,)](
             logits, parts, live, found, count, heads, cut, chunks,
             M=voters, V=live.shape[1], BLOCK_M=16, BLOCK_C=64, BLOCK_T=64, num_warps=4,
         )  # fmt: skip
         return found
+    asked = replace(asked, row=asked.row.contiguous(), visible=asked.visible.contiguous())
+    steps = asked.search.stride()[:4]
+    width = max(16, triton.next_power_of_2(dim))
     copies = tiles.copies and _copyable(asked.search) and dim == width
     desc: Tensor | TensorDescriptor = asked.search
     if copies:
@@ -87,6 +83,28 @@ def scores(asked: Asked, chunks: int, tiles: SearchTiles | None = None) -> Tenso
         BLOCK_D=width, COPY=copies, num_warps=tiles.warps, num_stages=tiles.stages, maxnreg=tiles.registers,
     )  # fmt: skip
     return found
+
+
+def _bytes(live: Tensor) -> Tensor:
+    return (live if live.is_contiguous() else live.contiguous()).view(torch.uint8)
+
+
+def _logits(asked: Asked, chunks: int) -> tuple[Tensor, Tensor]:
+    """Logits (N, H, M, chunks) of few voters, and the parts of their normalisers (2, N, H, M, tiles)."""
+    count, heads, voters, dim = asked.queries.shape
+    device = asked.queries.device
+    logits = torch.empty(count, heads, voters, chunks, dtype=torch.float32, device=device)
+    cut = triton.cdiv(chunks, 64)
+    parts = torch.empty(2, count, heads, voters, cut, dtype=torch.float32, device=device)
+    wide, short = (0, dim) if asked.basis is None else (dim, asked.search.shape[-1])
+    basis = asked.search if asked.basis is None else asked.basis.contiguous()
+    logits_kernel[(cut * count * heads,)](
+        asked.queries.contiguous(), asked.factor.contiguous(), logits, parts, asked.search, asked.row.contiguous(),
+        asked.visible.contiguous(), basis, count, heads, cut, chunks, *asked.search.stride()[:4], asked.scale,
+        M=voters, S=asked.search.shape[2], D=short, BLOCK_M=16, BLOCK_C=64, BLOCK_D=_block(short), WIDE=wide,
+        BLOCK_W=_block(dim), MOST=224.0, num_warps=4, num_stages=4,
+    )  # fmt: skip
+    return logits, parts
 
 
 def shorten_queries(queries: Tensor, row: Tensor, basis: Tensor, step: Tensor, scale: float) -> tuple[Tensor, Tensor]:
@@ -149,16 +167,8 @@ def cover(
     count, heads, chunks = found.shape
     device = found.device
     most = min(most, max(chunks - 1, 0))
-    ratios = tuple(size // levels.chunk for size in levels.sizes[1:])
-    if (
-        chunks
-        and most
-        and max(chunks, ratios[-1]) <= SELECT_AT_MOST
-        and not any(ratio & (ratio - 1) for ratio in ratios)
-        and found.stride(2) == 1
-        and found.stride(0) == heads * found.stride(1)
-    ):
-        return _at_once(found, start, levels, most, ratios, rest, mass)
+    if _at_once_serves(chunks, most, levels) and found.stride(2) == 1 and found.stride(0) == heads * found.stride(1):
+        return _at_once(found, found.stride(1), None, chunks, start, levels, most, rest, mass)
     number = torch.arange(chunks, device=device)
     allowed = (number > 0) & ((number + 1) * levels.chunk <= start[:, None])
     value, best = found.masked_fill(~allowed[:, None], -1.0).topk(most, -1)
@@ -169,11 +179,37 @@ def cover(
     return Cover(levels, start, opened, summaries(opened, start, levels, chunks, rest), mass)
 
 
-def _at_once(
-    found: Tensor, start: Tensor, levels: Levels, most: int, ratios: tuple[int, ...], rest: str, mass: float
+def cover_of(
+    asked: Asked, chunks: int, start: Tensor, levels: Levels, most: int, *, rest: str = "summaries", mass: float = 1.0
 ) -> Cover:
-    """The same in one launch, counts and ranks included."""
-    count, heads, chunks = found.shape
+    """`cover` of what `scores` finds in the first `chunks` chunks; for few voters without writing it down."""
+    few = min(most, max(chunks - 1, 0))
+    if asked.queries.shape[2] <= FEW and _at_once_serves(chunks, few, levels):
+        logits, parts = _logits(asked, chunks)
+        return _at_once(logits, chunks, (parts, _bytes(asked.live)), chunks, start, levels, few, rest, mass)
+    return cover(scores(asked, chunks), start, levels, most, rest=rest, mass=mass)
+
+
+def _at_once_serves(chunks: int, most: int, levels: Levels) -> bool:
+    ratios = [size // levels.chunk for size in levels.sizes[1:]]
+    some = chunks > 0 and most > 0
+    return some and max(chunks, *ratios) <= SELECT_AT_MOST and not any(ratio & (ratio - 1) for ratio in ratios)
+
+
+def _at_once(
+    found: Tensor,
+    width: int,
+    voters: tuple[Tensor, Tensor] | None,
+    chunks: int,
+    start: Tensor,
+    levels: Levels,
+    most: int,
+    rest: str,
+    mass: float,
+) -> Cover:
+    """A cover in one launch, counts and ranks included, from scores (N, H, width) or, where `voters` gives parts and
+    who is live, from logits (N, H, M, width)."""
+    count, heads = found.shape[:2]
     whole = rest != "drop"
     limits = summaries_at_most(chunks, _wide(1 + most), levels) if whole else [0] * levels.top
     rooms = [_wide(1 + most), *map(_wide, limits)]
@@ -182,9 +218,14 @@ def _at_once(
         for _ in range(2)
     )
     counts = torch.empty(count, heads, 1 + levels.top, dtype=torch.int32, device=found.device)
+    ratios = tuple(size // levels.chunk for size in levels.sizes[1:])
     size = max(64, ratios[-1], triton.next_power_of_2(chunks))
+    parts, live = voters or (found, found)
+    tiles = parts.shape[-1] if voters else 1
     cover_kernel[(count * heads,)](
-        found, start.contiguous(), lists, ranks, counts, heads, chunks, found.stride(1), most, tuple(rooms),
+        found, parts, live, start.contiguous(), lists, ranks, counts, count * heads, heads, chunks, width, most,
+        tuple(rooms), tiles,
+        M=found.shape[2] if voters else 0, V=live.shape[1], BLOCK_T=max(16, triton.next_power_of_2(tiles)),
         CHUNK=levels.chunk, TOP=levels.top, RATIOS=ratios, REST=whole, BLOCK=size,
         BLOCK_K=triton.next_power_of_2(max(rooms)), num_warps=max(1, min(16, size // 256)),
     )  # fmt: skip

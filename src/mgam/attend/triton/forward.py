@@ -34,7 +34,7 @@ class Tiles:
 def tiles_for(rows: int, dim: int, turned: bool, entries: int, programs: int) -> Tiles:
     """Tile shapes for blocks of `rows` rows (heads of a group x queries), found on an H100."""
     if rows <= 32:
-        splits = max(1, min(entries // 256, 64, 512 // max(programs, 1)))
+        splits = max(1, min(entries // 64, 64, 2048 // max(programs, 1)))
         splits = 1 << (splits.bit_length() - 1)  # a kernel is compiled for each number of splits
         return Tiles(16 if rows <= 16 else 32, 64, 4, 3, splits)
     if dim > 128:
@@ -75,7 +75,8 @@ def read(
     if isinstance(tiles, WholeTiles):
         return read_whole(queries, lists, keys, values, scale, turn=turn, softcap=softcap, out=out, tiles=tiles)
     if tiles is None:
-        tiles = tiles_for(group * size, dim, turn.pairs > 0, room + 1024, count * heads)
+        reach = keys[0].shape[2] if lists.bare else 1024
+        tiles = tiles_for(group * size, dim, turn.pairs > 0, room + reach, count * heads)
     lse = torch.empty(count, query_heads, size, dtype=torch.float32, device=queries.device)
     if not out.numel():
         return Part(out, lse)

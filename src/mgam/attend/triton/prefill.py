@@ -20,12 +20,14 @@ FAR_BYTES = 1 << 30
 
 @dataclass(frozen=True)
 class WholeTiles:
-    """Rows and entries of a tile, warps, pipeline stages."""
+    """Rows and entries of a tile, warps, pipeline stages, most registers per thread (so that two programs share a
+    multiprocessor)."""
 
     rows: int = 128
     entries: int = 64
-    warps: int = 4
+    warps: int = 8
     stages: int = 2
+    registers: int | None = 128
 
 
 def fits(
@@ -89,6 +91,7 @@ def read_whole(
             G=group, Q=size, CHUNK=lists.levels.chunk, TOP=lists.levels.top, D=dim, R=turn.pairs, STEP=STEP,
             BLOCK_M=tiles.rows, BLOCK_N=tiles.entries, OPENED=opened > 0, SUMMARIES=room > 0, CAP=softcap is not None,
             PRECISION=precision(queries.dtype), num_warps=tiles.warps, num_stages=tiles.stages,
+            maxnreg=tiles.registers,
         )  # fmt: skip
     return Part(out, lse)
 

@@ -110,13 +110,17 @@ def _run(
 
 
 @triton.jit
-def _share(count, part, SPLITS: tl.constexpr, STEP: tl.constexpr):
-    """This part's stretch of `count` entries, cut at multiples of STEP."""
+def _share(count, before, tiles, part, SPLITS: tl.constexpr, STEP: tl.constexpr):
+    """This part's stretch of a list of `count` entries, cut at multiples of STEP.
+
+    The lists of a cover, `tiles` steps in all, are laid end to end and divided evenly; `before` of them come first.
+    """
     if SPLITS == 1:
         return 0, count
     else:
-        steps = (count + STEP - 1) // STEP
-        return steps * part // SPLITS * STEP, tl.minimum(count, steps * (part + 1) // SPLITS * STEP)
+        begin = tl.maximum(tiles * part // SPLITS - before, 0) * STEP
+        end = tl.maximum(tiles * (part + 1) // SPLITS - before, 0) * STEP
+        return tl.minimum(begin, count), tl.minimum(end, count)
 
 
 @triton.jit(
@@ -166,12 +170,19 @@ def read_kernel(
     total = tl.zeros((BLOCK_M,), tl.float32)
     if tl.max(live.to(tl.int32), 0) > 0:
         pair = block.to(tl.int64) * heads + head
+        near = (start + length - window).to(tl.int32)
+        tiles_all = (near + BLOCK_N - 1) // BLOCK_N
+        if SPLITS > 1:
+            for level in tl.static_range(TOP + 1):
+                if widths[level] > 0:
+                    count = tl.load(count_ptr + pair * (TOP + 1) + level) * (CHUNK if level == 0 else 1)
+                    tiles_all += (count + BLOCK_N - 1) // BLOCK_N
+        before = 0
         for level in tl.static_range(TOP + 1):
             if widths[level] > 0:
-                count = tl.load(count_ptr + pair * (TOP + 1) + level)
-                if level == 0:
-                    count = count * CHUNK
-                begin, end = _share(count, part, SPLITS, BLOCK_N)
+                count = tl.load(count_ptr + pair * (TOP + 1) + level) * (CHUNK if level == 0 else 1)
+                begin, end = _share(count, before, tiles_all, part, SPLITS, BLOCK_N)
+                before += (count + BLOCK_N - 1) // BLOCK_N
                 acc, peak, total = _run(
                     acc, peak, total, q0, q1, q2, own, begin, end, end, key_desc, value_desc,
                     row.to(tl.int32), head,
@@ -184,7 +195,7 @@ def read_kernel(
                     PRECISION,
                     COPY and level == 0 and CHUNK % BLOCK_N == 0,
                 )  # fmt: skip
-        begin, end = _share((start + length - window).to(tl.int32), part, SPLITS, BLOCK_N)
+        begin, end = _share(near, before, tiles_all, part, SPLITS, BLOCK_N)
         acc, peak, total = _run(
             acc, peak, total, q0, q1, q2, own, begin, tl.minimum(end, (start + 1 - window).to(tl.int32)), end,
             key_desc, value_desc, row.to(tl.int32), head,
