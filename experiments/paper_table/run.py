@@ -86,18 +86,27 @@ def growth(
     shortest: int = 1024,
     longest: int = 65536,
     models: Annotated[str, typer.Option(help="Names with commas.")] = ",".join(MODELS),
+    replayed: Annotated[
+        bool, typer.Option("--replayed", help="Steps as CUDA graphs: the device without the host.")
+    ] = False,
 ) -> None:
     """Time and memory of one row, from `shortest` to `longest` tokens, doubled each time."""
-    for line in growing.measure(size.value, out, device, shortest, longest, tuple(models.split(","))):
+    for line in growing.measure(size.value, out, device, shortest, longest, tuple(models.split(",")), replayed):
         print(json.dumps(line), flush=True)
 
 
 @app.command(hidden=True)
-def point(size: Scales, model: str, lengths: list[int], device: Device = HERE) -> None:
+def point(
+    size: Scales,
+    model: str,
+    lengths: list[int],
+    device: Device = HERE,
+    replayed: Annotated[bool, typer.Option("--replayed")] = False,
+) -> None:
     """Points of `growth`, in this process."""
     torch.set_num_threads(1)
     for length in lengths:
-        print(json.dumps(growing.point(size.value, model, length, device)), flush=True)
+        print(json.dumps(growing.point(size.value, model, length, device, replayed)), flush=True)
 
 
 @app.command()

@@ -195,7 +195,9 @@ def test_growth_is_measured_and_gone_on_from(tmp_path: Path, monkeypatch: pytest
     assert found["pyramid_ms"] > 0
     assert found["policy_ms"] > 0
     monkeypatch.setattr(
-        growth, "_apart", lambda size, model, lengths, device: [{**found, "model": model, "length": lengths[0]}]
+        growth,
+        "_apart",
+        lambda size, model, lengths, device, replayed: [{**found, "model": model, "length": lengths[0]}],
     )
     assert [line["length"] for line in growth.measure("smoke", tmp_path, "cpu", 512, 1024, ("mgam",))] == [1024]
     assert list(growth.measure("smoke", tmp_path, "cpu", 512, 1024, ("mgam",))) == []

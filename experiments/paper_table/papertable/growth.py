@@ -30,14 +30,20 @@ LEAST, MOST, SECONDS = 3, 10, 3.0
 
 
 def measure(
-    size: str, folder: Path, device: str, shortest: int, longest: int, models: tuple[str, ...] = MODELS
+    size: str,
+    folder: Path,
+    device: str,
+    shortest: int,
+    longest: int,
+    models: tuple[str, ...] = MODELS,
+    replayed: bool = False,
 ) -> Iterator[dict[str, Any]]:
-    """Points that are not in `growth.jsonl` yet, added to it one by one."""
-    path = folder / "growth.jsonl"
+    """Points that are not in the folder yet, added to it one by one; `replayed`: of steps as CUDA graphs."""
+    path = _file(folder, replayed)
     lengths = [shortest << at for at in range(longest.bit_length()) if shortest << at <= longest]
     for model in models:
-        while left := _left(read(folder), model, lengths):
-            for line in _apart(size, model, left if device.startswith("cuda") else left[:1], device):
+        while left := _left(read(folder, replayed), model, lengths):
+            for line in _apart(size, model, left if device.startswith("cuda") else left[:1], device, replayed):
                 folder.mkdir(parents=True, exist_ok=True)
                 with path.open("a") as file:
                     file.write(json.dumps(line) + "\n")
@@ -52,20 +58,23 @@ def _left(done: list[dict[str, Any]], model: str, lengths: list[int]) -> list[in
     return [length for length in lengths if length not in {line["length"] for line in own}]
 
 
-def read(folder: Path) -> list[dict[str, Any]]:
+def _file(folder: Path, replayed: bool) -> Path:
+    return folder / ("replayed.jsonl" if replayed else "growth.jsonl")
+
+
+def read(folder: Path, replayed: bool = False) -> list[dict[str, Any]]:
     """Points that were measured."""
-    path = folder / "growth.jsonl"
+    path = _file(folder, replayed)
     return [json.loads(line) for line in path.read_text().splitlines()] if path.is_file() else []
 
 
-def _apart(size: str, model: str, lengths: list[int], device: str) -> Iterator[dict[str, Any]]:
+def _apart(size: str, model: str, lengths: list[int], device: str, replayed: bool) -> Iterator[dict[str, Any]]:
     """Points of another process, each as soon as it is there; the length at which it broke down is told as failed."""
     words = [sys.executable, str(Path(__file__).parents[1] / "run.py"), "point", model, *map(str, lengths)]
+    words += ["--size", size, "--device", device, *(["--replayed"] if replayed else [])]
     found = 0
     with tempfile.TemporaryFile("w+") as said:
-        with subprocess.Popen(
-            [*words, "--size", size, "--device", device], stdout=subprocess.PIPE, stderr=said, text=True
-        ) as process:
+        with subprocess.Popen(words, stdout=subprocess.PIPE, stderr=said, text=True) as process:
             for line in process.stdout or ():
                 found += 1
                 yield json.loads(line)
@@ -75,8 +84,11 @@ def _apart(size: str, model: str, lengths: list[int], device: str) -> Iterator[d
             yield {"model": model, "length": lengths[found], "size": size, "failed": last, **_conditions(device)}
 
 
-def point(size: str, model: str, length: int, device: str) -> dict[str, Any]:
-    """Forward pass and training step of one row of `length` tokens, and MGAM's parts, each alone."""
+def point(size: str, model: str, length: int, device: str, replayed: bool = False) -> dict[str, Any]:
+    """Forward pass and training step of one row of `length` tokens, and MGAM's parts, each alone.
+
+    `replayed`: the step alone, captured once as a CUDA graph: what the device needs when it never waits for the host.
+    """
     torch.manual_seed(0)
     reader = Reader(model, SIZES[size], recompute=True).to(device)
     batch = _batch(length).to(device)
@@ -94,6 +106,10 @@ def point(size: str, model: str, length: int, device: str) -> dict[str, Any]:
         reader.zero_grad(set_to_none=True)
 
     found: dict[str, Any] = {"model": model, "length": length, "size": size}
+    if replayed:
+        with kernels(model, device):
+            found |= {f"step_{part}": value for part, value in _timed(_captured(step), device).items()}
+        return {**found, **_conditions(device)}
     found["idle_bytes"] = _memory_now(device)
     with kernels(model, device):
         for name, call in (("forward", forward), ("step", step)):
@@ -103,6 +119,20 @@ def point(size: str, model: str, length: int, device: str) -> dict[str, Any]:
     if model.startswith("mgam"):
         found |= _parts(reader, length, device, autocast)
     return {**found, **_conditions(device)}
+
+
+def _captured(call: Callable[[], None]) -> Callable[[], None]:
+    """The same work as one CUDA graph."""
+    aside = torch.cuda.Stream()
+    aside.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(aside):  # what is made on first use must not be captured
+        for _ in range(2):
+            call()
+    torch.cuda.current_stream().wait_stream(aside)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        call()
+    return graph.replay
 
 
 def _batch(length: int) -> Batch:

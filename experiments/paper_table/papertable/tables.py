@@ -39,7 +39,7 @@ def write(folder: Path) -> list[Path]:
         *_cells(found, size, json.loads((folder / "baselines.json").read_text())),
         *_tuning(found, size),
         *_ablations(found),
-        *_growth(points),
+        *_growth(points, growth.read(folder, replayed=True)),
     ]
     path = folder / "table.md"
     path.write_text("\n\n".join(parts) + "\n", encoding="utf-8")
@@ -194,24 +194,30 @@ def _ablations(found: Results) -> Iterator[str]:
     yield "## Ablations and remedies\n\n" + _table(head, rows)
 
 
-def _growth(points: list[dict[str, Any]]) -> Iterator[str]:
+def _growth(points: list[dict[str, Any]], replayed: list[dict[str, Any]]) -> Iterator[str]:
     if not points:
         yield f"## Growth\n\n{NONE}."
         return
     lengths = sorted({line["length"] for line in points})
-    where = "; ".join(
-        sorted({f"models of {line['size']} size, {line['machine']}, commit {line['commit']}" for line in points})
-    )
-    there = {(line["model"], line["length"]): line for line in points}
-    models = [model for model in MODELS if any(model == one for one, _ in there)]
-    for name, unit, scale in (("step_ms", "Training step, ms", 1.0), ("forward_ms", "Forward pass, ms", 1.0),
-                              ("step_peak_bytes", "Peak memory of a training step, GB", 1e9)):  # fmt: skip
+    models = [model for model in MODELS if any(model == line["model"] for line in points)]
+    for name, unit, scale, lines in (
+        ("step_ms", "Training step, ms", 1.0, points), ("forward_ms", "Forward pass, ms", 1.0, points),
+        ("step_peak_bytes", "Peak memory of a training step, GB", 1e9, points),
+        ("step_ms", "Training step replayed as one CUDA graph, ms", 1.0, replayed),
+    ):  # fmt: skip
+        if not lines:
+            continue
+        where = "; ".join(
+            sorted({f"models of {one['size']} size, {one['machine']}, commit {one['commit']}" for one in lines})
+        )
+        known = {(line["model"], line["length"]): line for line in lines}
         rows = []
         for model in models:
-            cells = [there.get((model, length), {}) for length in lengths]
+            cells = [known.get((model, length), {}) for length in lengths]
             rows.append([model, *(_number(one[name] / scale, 2) if name in one else one.get("failed", NONE)
                                   for one in cells)])  # fmt: skip
         yield f"## {unit}, one row\n\n{where}.\n\n" + _table(["model", *(f"{one:,}" for one in lengths)], rows)
+    there = {(line["model"], line["length"]): line for line in points}
     rows = []
     for model in (one for one in models if one.startswith("mgam")):
         for part in ("pyramid", "policy"):
