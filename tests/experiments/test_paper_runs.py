@@ -221,6 +221,14 @@ def test_what_is_left_of_a_run_is_known_from_others_alike(tmp_path: Path) -> Non
     ):
         done = {"run": {"model": model, "steps": steps}, "diverged": None, "seconds": seconds, "test_seconds": 3.0}
         (tmp_path / "runs" / f"{name}.json").write_text(json.dumps(done))
+    assert plan._seconds_left(tmp_path, run) == pytest.approx(27.0)
+    alike = {
+        "run": {"model": "bert", "steps": 6, "tuning": False},
+        "diverged": None,
+        "seconds": 12.0,
+        "test_seconds": 3.0,
+    }
+    (tmp_path / "runs" / "bert-0.json").write_text(json.dumps(alike))
     assert plan._seconds_left(tmp_path, run) == pytest.approx(15.0)
     (tmp_path / "checkpoints/bert-1").mkdir(parents=True)
     (tmp_path / "checkpoints/bert-1/progress.json").write_text('{"step": 3}')

@@ -120,16 +120,17 @@ def work(
 
 
 def _seconds_left(folder: Path, run: Run) -> float:
-    """What a run will take, by the finished ones of its model and length; 0 where nothing is known."""
-    alike = [
+    """What a run will take, by the finished ones of its model, those of its length if any; 0 where nothing is known."""
+    own = [
         one for one in results(folder).values()
-        if (one["run"]["model"], one["run"]["steps"]) == (run.model, run.total) and one["diverged"] is None
+        if (one["run"]["model"], one["run"]["tuning"]) == (run.model, run.tuning) and one["diverged"] is None
     ]  # fmt: skip
+    alike = [one for one in own if one["run"]["steps"] == run.total] or own
     if not alike:
         return 0.0
     progress = folder / "checkpoints" / run.name / "progress.json"
     done = json.loads(progress.read_text())["step"] if progress.is_file() else 0
-    a_step = statistics.mean(one["seconds"] / run.total for one in alike)
+    a_step = statistics.mean(one["seconds"] / one["run"]["steps"] for one in alike)
     return (run.total - done) * a_step + statistics.mean(one.get("test_seconds", 0.0) for one in alike)
 
 
