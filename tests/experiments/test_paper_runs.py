@@ -214,21 +214,16 @@ def test_what_is_left_of_a_run_is_known_from_others_alike(tmp_path: Path) -> Non
     run = Run("bert-1", "bert", 1e-3, 1, SMOKE)
     assert plan._seconds_left(tmp_path, run) == 0.0
     (tmp_path / "runs").mkdir()
-    for name, model, steps, seconds in (
-        ("bert-0", "bert", 6, 12.0),
-        ("tune", "bert", 3, 60.0),
-        ("other", "mgam", 6, 9.0),
-    ):
-        done = {"run": {"model": model, "steps": steps}, "diverged": None, "seconds": seconds, "test_seconds": 3.0}
-        (tmp_path / "runs" / f"{name}.json").write_text(json.dumps(done))
+
+    def done(name: str, model: str, steps: int, seconds: float) -> None:
+        told = {"model": model, "steps": steps, "tuning": name.startswith("tune")}
+        found = {"run": told, "diverged": None, "seconds": seconds, "test_seconds": 3.0}
+        (tmp_path / "runs" / f"{name}.json").write_text(json.dumps(found))
+
+    for known in (("tune-bert", "bert", 6, 60.0), ("mgam-0", "mgam", 6, 9.0), ("ablation", "bert", 3, 12.0)):
+        done(*known)
     assert plan._seconds_left(tmp_path, run) == pytest.approx(27.0)
-    alike = {
-        "run": {"model": "bert", "steps": 6, "tuning": False},
-        "diverged": None,
-        "seconds": 12.0,
-        "test_seconds": 3.0,
-    }
-    (tmp_path / "runs" / "bert-0.json").write_text(json.dumps(alike))
+    done("bert-0", "bert", 6, 12.0)
     assert plan._seconds_left(tmp_path, run) == pytest.approx(15.0)
     (tmp_path / "checkpoints/bert-1").mkdir(parents=True)
     (tmp_path / "checkpoints/bert-1/progress.json").write_text('{"step": 3}')
