@@ -16,7 +16,7 @@ import torch
 from papertable import growth, plan, tables, train
 from papertable.figures import figure, margin, scores
 from papertable.library import TASKS, Library
-from papertable.measure import baselines, evaluate
+from papertable.measure import baselines, evaluate, wide_open
 from papertable.models import ABLATIONS, MODELS, REMEDIES, Reader, loss_of, parameters
 from papertable.sample import Batch, collate
 from papertable.sizes import SIZES, Size
@@ -97,6 +97,23 @@ def test_a_taught_policy_learns_besides(library: Library) -> None:
     angles = [torch.cosine_similarity(a.flatten(), b.flatten(), dim=0) for a, b in zip(*found, strict=True)][1:]
     assert angles[0] > 0.9999
     assert angles[1] < 0.99
+
+
+def test_wide_open_is_full_attention(library: Library) -> None:
+    """With everything opened nothing is read as a summary: all chunks but those of window and first are tokens."""
+    torch.manual_seed(0)
+    reader, batch = Reader("mgam", SMOKE), batch_of(library)
+    attention = reader.layers[0].attention
+    before = reader(batch)[0]
+    attention.seen_covers = []
+    with wide_open(reader):
+        reader(batch)
+    for part, cover in attention.seen_covers:
+        assert not any(read.any() for read in cover.read)
+        read = (part.right.clamp_max(part.tokens) - part.left) // part.chunk + (part.left >= part.chunk).long()
+        assert ((cover.opened >= 0).sum(-1) == part.tokens // part.chunk - read).all()
+    attention.seen_covers = None
+    assert torch.equal(reader(batch)[0], before)
 
 
 def test_a_killed_run_comes_to_the_same_result(library: Library, tmp_path: Path) -> None:

@@ -6,8 +6,9 @@ import resource
 import statistics
 import time
 from collections import defaultdict
-from collections.abc import Sequence
-from contextlib import nullcontext
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager, nullcontext
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -22,6 +23,8 @@ from papertable.shelf import Part
 
 SEED = 0
 """Of test and dev samples: the same for all."""
+EVERYTHING = 1 << 30
+"""A budget that opens all."""
 
 
 class Clock:
@@ -99,6 +102,20 @@ def evaluate(
         names = counted[0]
         reading[str(length)] = {name: round(statistics.mean(one[name] for one in counted), 4) for name in names}
     return {"scores": found, "entries": reading}
+
+
+@contextmanager
+def wide_open(model: nn.Module) -> Iterator[None]:
+    """MGAM reads every token as such: full attention with the weights that it learned."""
+    layers: list[Any] = [layer.attention for layer in model.layers]  # type: ignore[union-attr]
+    choosers = [layer.chooser for layer in layers]
+    for layer in layers:
+        layer.chooser = replace(layer.chooser, budget=EVERYTHING, share=None)
+    try:
+        yield
+    finally:
+        for layer, chooser in zip(layers, choosers, strict=True):
+            layer.chooser = chooser
 
 
 def baselines(library: Library, tasks: Sequence[str], part: Part, cells: Sequence[tuple[int, int]]) -> dict[str, Any]:

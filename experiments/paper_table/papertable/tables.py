@@ -15,6 +15,7 @@ from papertable.models import ABLATIONS, FULL, MODELS, REMEDIES
 from papertable.plan import ABLATION_SEEDS, chosen_rate, dev_score, pooled, results
 from papertable.score import ROUGES
 from papertable.sizes import SIZES, Size
+from papertable.train import WIDE
 
 NONE = "not measured"
 LONG = 16384
@@ -39,6 +40,7 @@ def write(folder: Path) -> list[Path]:
         *_cells(found, size, json.loads((folder / "baselines.json").read_text())),
         *_tuning(found, size),
         *_ablations(found),
+        *_wide(found),
         *_growth(points, growth.read(folder, replayed=True)),
     ]
     path = folder / "table.md"
@@ -192,6 +194,19 @@ def _ablations(found: Results) -> Iterator[str]:
     head = ["MGAM both ways, hop alone", "seeds", "accuracy of each", "F1 of each", "entries a query, longest",
             "far gold units that <answer> reads as tokens, % of heads"]  # fmt: skip
     yield "## Ablations and remedies\n\n" + _table(head, rows)
+
+
+def _wide(found: Results) -> Iterator[str]:
+    rows = []
+    for name, result in found.items():
+        for length, wide in result.get("wide open", {}).get("scores", {}).get(WIDE, {}).items():
+            own = result["test"]["scores"][WIDE][length]
+            figures = (one[figure] for figure in ("accuracy", "f1") for one in (own, wide))
+            rows.append([name, f"{int(length):,}", *(_number(value, 1) for value in figures)])
+    if rows:
+        yield f"## MGAM with everything opened in the test, {WIDE}\n\n" + _table(
+            ["run", "tokens", "accuracy", "opened", "F1", "opened"], rows
+        )
 
 
 def _growth(points: list[dict[str, Any]], replayed: list[dict[str, Any]]) -> Iterator[str]:

@@ -19,11 +19,14 @@ from torch.utils.data import DataLoader, Dataset
 
 from mgam.evaluation.machine import conditions
 from papertable.library import TASKS, Library
-from papertable.measure import evaluate
+from papertable.measure import evaluate, wide_open
 from papertable.models import Reader, kernels, loss_of, parameters
 from papertable.sample import Batch, collate
 from papertable.shelf import Part
 from papertable.sizes import Size
+
+WIDE = "hop"
+"""The task on which MGAM is tested once more, with everything opened."""
 
 
 @dataclass(frozen=True)
@@ -139,12 +142,20 @@ def train(
             found["test"] = evaluate(model, library, run.tasks, part, cells, run.size.tokens, device)
         found["test_seconds"] = round(time.perf_counter() - began, 1)
     found |= {"library": library.name, "conditions": conditions(device)}
+    _write(result, found)
+    if run.model.startswith("mgam") and run.seed == 0 and not run.changes and progress.diverged is None:
+        with kernels(run.model, device), wide_open(model):
+            found["wide open"] = evaluate(model, library, (WIDE,), "test", run.size.wide, run.size.tokens, device)
+        _write(result, found)
+    shutil.rmtree(kept, ignore_errors=True)
+    return found
+
+
+def _write(result: Path, found: dict[str, Any]) -> None:
     result.parent.mkdir(parents=True, exist_ok=True)
     partial = result.with_suffix(".part")
     partial.write_text(json.dumps(found))
     partial.rename(result)
-    shutil.rmtree(kept, ignore_errors=True)
-    return found
 
 
 def _steps(
