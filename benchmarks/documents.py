@@ -47,6 +47,7 @@ Eight = Annotated[bool, typer.Option("--eight-bits", help="Pages in 8 bits.")]
 Again = Annotated[bool, typer.Option("--again", help="Make the cell anew.")]
 Budget = Annotated[int, typer.Option(help="Tokens that a query may read in full.")]
 Sources = Annotated[str, typer.Option(help="Text sources, one after the other, with commas; see mgam data list.")]
+Asking = Annotated[int | None, typer.Option(help="The same for questions and answers; the budget where not given.")]
 Host = Annotated[bool, typer.Option("--host", help="Pages wait in main memory, not on disk.")]
 
 
@@ -63,6 +64,7 @@ class Cell:
     budget: int = 1024
     sources: str = ""
     host: bool = False
+    question_budget: int | None = None
 
     @property
     def path(self) -> Path:
@@ -86,13 +88,14 @@ def digest(
 def ask(
     tokens: Tokens = 32_000, memory: Memory = None, model: Model = None, device: Device = "auto",
     folder: Folder = Path("digests"), eight_bits: Eight = False, budget: Budget = 1024, sources: Sources = "",
-    host: Host = False, again: Again = False,
+    host: Host = False, question_budget: Asking = None, again: Again = False,
 ) -> None:  # fmt: skip
     """Opening (with cold and warm file caches), first token of 20 questions, hits by depth, peak memory."""
-    cell = Cell(tokens, memory, model, device, folder, eight_bits, budget, sources, host)
+    cell = Cell(tokens, memory, model, device, folder, eight_bits, budget, sources, host, question_budget)
     if not (cell.path / "manifest.json").exists():
         _keep("digest", cell, True, lambda: _apart("digest", cell))  # also where its figures are known already
     kind = "ask, host tier" if host else "ask"
+    kind += f", question budget {question_budget}" if question_budget else ""
     _keep(kind, cell, again, lambda: {"cold": _apart("ask cold", cell), "warm": _apart("ask", cell)})
 
 
@@ -253,17 +256,20 @@ def _ask(cell: Cell, questions: int = 2 * NEEDLES) -> dict[str, Any]:
     model, tokenizer = _load(cell)
     began = time.perf_counter()
     tier: Tier = "host" if cell.host else "disk"
-    document = Document.open(cell.path, model, tokenizer, memory=cell.memory, tier=tier)
+    document = Document.open(
+        cell.path, model, tokenizer, memory=cell.memory, tier=tier, question_budget=cell.question_budget
+    )
     opened = time.perf_counter() - began
     rows = []
     for trial in range(questions):
         number = trial % NEEDLES
         before = document.counts.fetched
-        answer = document.ask(f"What is the pass key of {CITIES[number]}?", max_new_tokens=12)
+        answer = document.ask(f"What is the pass key of {CITIES[number]}?", max_new_tokens=24)
         rows.append(
             {
                 "depth": round((number + 0.5) / NEEDLES, 2),
                 "hit": str(_pass_key(number)) in answer.answer,
+                "answer": answer.answer,
                 "seconds_to_first_token": answer.seconds["to the first token"],
                 "seconds": answer.seconds["answering"],
                 "pages_fetched": document.counts.fetched - before,
