@@ -116,6 +116,7 @@ def test_few_voters_choose_alike(short: bool) -> None:
 
     levels, pyramid, blocks, voters = made(300, 1, 64, "none", group=4)
     assert pyramid.search is not None
+    blocks, voters = blocks[-6:], Voters(voters.queries[-6:], voters.live[-6:])
     search = pyramid.search.to(DEVICE, KEPT)
     queries, live, row = voters.queries.to(DEVICE, KEPT), voters.live.to(DEVICE), blocks.row.to(DEVICE)
     start = window_start(blocks.decide, 16, levels).to(DEVICE)

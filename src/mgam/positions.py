@@ -89,12 +89,6 @@ class Rotary:
             self._speed = (speed, float(torch.where(apart < 0.02 * length, length, 0.0)))
         return self._speed[1] > 0
 
-    @property
-    def length(self) -> float:
-        """How much longer a rotated vector is, where tables `compose`: 1 but for models that scale their tables."""
-        assert self._speed is not None
-        return self._speed[1]
-
     def half_table(self, device: torch.device, limit: int) -> tuple[Tensor, Tensor]:
         """The same, worked out in float32 and kept in float16, for kernels that rotate half-precision states."""
         key = (device, torch.float16)

@@ -1,9 +1,9 @@
-"""Search kernels: the mass that voting queries give each chunk, without writing a logit to memory.
+"""Search kernels: the mass that voting queries give each chunk.
 
-Pass 1 finds each voter's normaliser over all chunks it may judge; pass 2 sums the voters' masses chunk by chunk. A
-chunk's logit
-is that of its best search key. Both walk the search keys in the order they are kept, by place in the chunk first, so
-that the best of a chunk is an element-wise maximum over products of whole tiles.
+`ask_kernel` takes every product once and leaves two bytes for a voter and a chunk: a power of two, relative to the
+highest of its tile, so that sixteen bits lose nothing that could matter. `mass_kernel` sums these over the voters. A
+chunk's logit is that of its best search key; search keys are walked in the order they are kept, by place in the chunk
+first, so that the best of a chunk is an element-wise maximum over products of whole tiles.
 """
 
 from __future__ import annotations
@@ -38,16 +38,22 @@ def _queries(base, m, count, D: tl.constexpr, BLOCK_D: tl.constexpr):
 
 
 @triton.jit(
-    do_not_specialize=["blocks", "heads", "tiles", "chunks"], do_not_specialize_on_alignment=["row_ptr", "visible_ptr"]
+    do_not_specialize=["blocks", "heads", "tiles", "chunks", "cuts"],
+    do_not_specialize_on_alignment=["row_ptr", "visible_ptr", "live_ptr"],
 )
-def normaliser_kernel(
-    q_ptr, factor_ptr, lse_ptr, search_ptr, row_ptr, visible_ptr, blocks, heads, tiles, chunks,
-    step_row, step_head, step_place, step_chunk, desc,
-    M: tl.constexpr, S: tl.constexpr, D: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_C: tl.constexpr,
-    BLOCK_D: tl.constexpr,
-    COPY: tl.constexpr,
+def ask_kernel(
+    q_ptr, factor_ptr, power_ptr, share_ptr, search_ptr, row_ptr, visible_ptr, live_ptr, blocks, heads, tiles, chunks,
+    cuts, step_row, step_head, step_place, step_chunk, desc,
+    M: tl.constexpr, V: tl.constexpr, S: tl.constexpr, D: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_C: tl.constexpr,
+    BLOCK_D: tl.constexpr, COPY: tl.constexpr,
 ):  # fmt: skip
-    """Pass 1. Shapes: q (N, H, M, D), factor and lse (N, H, M) in base 2, row and visible (N,); search by strides."""
+    """One program: BLOCK_M voters of one block and KV head, over all chunks they may judge, BLOCK_C at a time.
+
+    Shapes: q (N, H, M, D), factor (N, H, M) in base 2, row and visible (N,), live (N, V) uint8; search by strides.
+    Gives power (N, H, M, chunks) float16: two to the power of a chunk's logit over the highest of its tile; and share
+    (N, H, M, cuts) float32: what each tile's highest weighs in the voter's softmax, 0 for voters that do not count.
+    What lies beyond the last tile with a visible chunk is not written.
+    """
     pid = tl.program_id(0)
     block = pid // tiles % blocks
     head = pid // tiles // blocks
@@ -62,6 +68,8 @@ def normaliser_kernel(
     total = tl.zeros((BLOCK_M,), tl.float32)
     best = tl.full((BLOCK_M, BLOCK_C), -float("inf"), tl.float32)
     chunk = tl.arange(0, BLOCK_C)
+    power_ptr += (pair * M + m)[:, None] * chunks + chunk[None, :]
+    share_ptr += (pair * M + m) * cuts
     for step in tl.range(0, tl.cdiv(visible, BLOCK_C) * S):
         first = step // S * BLOCK_C
         if COPY:
@@ -71,52 +79,44 @@ def normaliser_kernel(
         best = tl.maximum(best, tl.dot(q, tl.trans(k), input_precision="ieee"))
         if step % S == S - 1:
             logits = tl.where((first + chunk < visible)[None, :], best * factor[:, None], -float("inf"))
-            highest = tl.maximum(peak, tl.max(logits, 1))
-            total = total * tl.exp2(peak - highest) + tl.sum(tl.exp2(logits - highest[:, None]), 1)
+            own = tl.max(logits, 1)
+            power = tl.exp2(logits - own[:, None])
+            there = (m < M)[:, None] & (first + chunk < chunks)[None, :]
+            tl.store(power_ptr + first, power.to(tl.float16), mask=there)
+            tl.store(share_ptr + first // BLOCK_C, own, mask=m < M)
+            highest = tl.maximum(peak, own)
+            total = total * tl.exp2(peak - highest) + tl.sum(power, 1) * tl.exp2(own - highest)
             peak = highest
             best = tl.full((BLOCK_M, BLOCK_C), -float("inf"), tl.float32)
-    lse = tl.where(total > 0, peak + tl.log2(tl.where(total > 0, total, 1.0)), float("inf"))
-    tl.store(lse_ptr + pair * M + m, lse, mask=m < M)
+    live = tl.load(live_ptr + block.to(tl.int64) * V + m % V, mask=m < M, other=0)
+    weight = tl.where((live > 0) & (total > 0), 1.0 / tl.where(total > 0, total, 1.0), 0.0)
+    tl.debug_barrier()  # what other threads of this program have stored is read from here on
+    for cut in tl.range(0, tl.cdiv(visible, BLOCK_C)):
+        own = tl.load(share_ptr + cut, mask=m < M, other=0.0)
+        tl.store(share_ptr + cut, tl.exp2(own - peak) * weight, mask=m < M)
 
 
-@triton.jit(
-    do_not_specialize=["blocks", "heads", "tiles", "chunks"],
-    do_not_specialize_on_alignment=["row_ptr", "visible_ptr", "live_ptr"],
-)
+@triton.jit(do_not_specialize=["heads", "tiles", "chunks", "cuts"], do_not_specialize_on_alignment=["visible_ptr"])
 def mass_kernel(
-    q_ptr, factor_ptr, lse_ptr, search_ptr, row_ptr, visible_ptr, live_ptr, score_ptr, blocks, heads, tiles, chunks,
-    step_row, step_head, step_place, step_chunk, desc,
-    M: tl.constexpr, V: tl.constexpr, S: tl.constexpr, D: tl.constexpr,
-    BLOCK_M: tl.constexpr, BLOCK_C: tl.constexpr, BLOCK_D: tl.constexpr, COPY: tl.constexpr,
+    power_ptr, share_ptr, visible_ptr, score_ptr, heads, tiles, chunks, cuts,
+    M: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_C: tl.constexpr, CUT: tl.constexpr,
 ):  # fmt: skip
-    """Pass 2. Shapes as in pass 1; live (N, V) uint8; score (N, H, C) float32, 0 where a chunk may not be judged."""
-    pid = tl.program_id(0)
-    first = pid % tiles * BLOCK_C
-    block = pid // tiles % blocks
-    head = pid // tiles // blocks
-    row = tl.load(row_ptr + block)
-    visible = tl.load(visible_ptr + block).to(tl.int32)
-    pair = block.to(tl.int64) * heads + head
-    base = search_ptr + row * step_row + head.to(tl.int64) * step_head
-    chunk = first + tl.arange(0, BLOCK_C)
+    """One program: mass of BLOCK_C chunks of a block and head, from what `ask_kernel` leaves with tiles of CUT chunks.
+
+    score (N, H, chunks) float32, 0 where a chunk may not be judged.
+    """
+    pair = (tl.program_id(0) // tiles).to(tl.int64)
+    chunk = tl.program_id(0) % tiles * BLOCK_C + tl.arange(0, BLOCK_C)
+    visible = tl.load(visible_ptr + pair // heads).to(tl.int32)
     score = tl.zeros((BLOCK_C,), tl.float32)
-    if first < visible:
-        for start in tl.range(0, M, BLOCK_M, num_stages=1):
+    if tl.program_id(0) % tiles * BLOCK_C < visible:
+        for start in tl.range(0, M, BLOCK_M):
             m = start + tl.arange(0, BLOCK_M)
-            q = _queries(q_ptr + pair * M * D, m, M, D, BLOCK_D)
-            best = tl.full((BLOCK_M, BLOCK_C), -float("inf"), tl.float32)
-            for place in tl.range(0, S):
-                if COPY:
-                    k = desc.load([row.to(tl.int32), head, place, first, 0]).reshape(BLOCK_C, BLOCK_D)
-                else:
-                    k = _keys(base, place, first, step_place, step_chunk, chunks, D, BLOCK_C, BLOCK_D)
-                best = tl.maximum(best, tl.dot(q, tl.trans(k), input_precision="ieee"))
-            factor = tl.load(factor_ptr + pair * M + m, mask=m < M, other=0.0)
-            lse = tl.load(lse_ptr + pair * M + m, mask=m < M, other=float("inf"))
-            live = tl.load(live_ptr + block.to(tl.int64) * V + m % V, mask=m < M, other=0)
-            mass = tl.exp2(best * factor[:, None] - lse[:, None])
-            score += tl.sum(tl.where((live > 0)[:, None], mass, 0.0), 0)
-    score = tl.where(chunk < visible, score, 0.0)
+            there = (m < M)[:, None] & (chunk < visible)[None, :]
+            line = (pair * M + m)[:, None]
+            power = tl.load(power_ptr + line * chunks + chunk[None, :], mask=there, other=0.0)
+            share = tl.load(share_ptr + line * cuts + (chunk // CUT)[None, :], mask=there, other=0.0)
+            score += tl.sum(power.to(tl.float32) * share, 0)
     tl.store(score_ptr + pair * chunks + chunk, score, mask=chunk < chunks)
 
 

@@ -1,6 +1,6 @@
-"""The search of `Scored` on the device: scores by two passes over the search keys, covers by sorted lists.
+"""The search of `Scored` on the device: scores by one pass over the search keys, covers by sorted lists.
 
-Nothing here waits for the device, and no logit of a prefill is written to memory.
+Nothing here waits for the device, and what is kept of all logits at a time is bounded.
 """
 
 from __future__ import annotations
@@ -17,23 +17,25 @@ from mgam.levels import Levels
 from mgam.policies.asked import Asked
 from mgam.policies.cover_kernels import cover_kernel
 from mgam.policies.search_kernels import (
+    ask_kernel,
     few_kernel,
     logits_kernel,
     mass_kernel,
-    normaliser_kernel,
     project_kernel,
     split_kernel,
 )
 
 SELECT_AT_MOST = 1 << 15
 """Chunks that one program can rank."""
+POWERS = 1 << 28
+"""Powers kept at a time, of two bytes."""
 FEW = 16
 """Voters that one program can hear at once, as in decode."""
 
 
 @dataclass(frozen=True)
 class SearchTiles:
-    """Rows and chunks of a tile, warps and pipeline stages, for each of the two passes."""
+    """Rows and chunks of a tile, warps and pipeline stages."""
 
     rows: int = 128
     chunks: int = 128
@@ -68,20 +70,25 @@ def scores(asked: Asked, chunks: int, tiles: SearchTiles | None = None) -> Tenso
     if copies:
         shape = [1, 1, 1, tiles.chunks, width]
         desc = TensorDescriptor(asked.search, list(asked.search.shape), list(asked.search.stride()), shape)
-    normaliser = torch.empty(count, heads, voters, dtype=torch.float32, device=found.device)
-    row_tiles, chunk_tiles = triton.cdiv(voters, tiles.rows), triton.cdiv(chunks, tiles.chunks)
-    normaliser_kernel[(row_tiles * count * heads,)](
-        asked.queries, asked.factor, normaliser, asked.search, asked.row, asked.visible, count, heads, row_tiles,
-        chunks, *steps,
-        desc, M=voters, S=places, D=dim, BLOCK_M=tiles.rows, BLOCK_C=tiles.chunks, BLOCK_D=width, COPY=copies,
-        num_warps=tiles.warps, num_stages=tiles.stages, maxnreg=tiles.registers,
-    )  # fmt: skip
-    mass_kernel[(chunk_tiles * count * heads,)](
-        asked.queries, asked.factor, normaliser, asked.search, asked.row, asked.visible, live, found, count, heads,
-        chunk_tiles,
-        chunks, *steps, desc, M=voters, V=live.shape[1], S=places, D=dim, BLOCK_M=tiles.rows, BLOCK_C=tiles.chunks,
-        BLOCK_D=width, COPY=copies, num_warps=tiles.warps, num_stages=tiles.stages, maxnreg=tiles.registers,
-    )  # fmt: skip
+    row_tiles, cuts = triton.cdiv(voters, tiles.rows), triton.cdiv(chunks, tiles.chunks)
+    step = max(1, POWERS // (heads * voters * chunks))
+    powers = torch.empty(min(step, count), heads, voters, chunks, dtype=torch.float16, device=found.device)
+    shares = torch.empty(min(step, count), heads, voters, cuts, dtype=torch.float32, device=found.device)
+    for first in range(0, count, step):
+        some = slice(first, min(first + step, count))
+        blocks = some.stop - first
+        visible = asked.visible[some]
+        ask_kernel[(row_tiles * blocks * heads,)](
+            asked.queries[some], asked.factor[some], powers, shares, asked.search, asked.row[some], visible, live[some],
+            blocks, heads, row_tiles, chunks, cuts, *steps, desc,
+            M=voters, V=live.shape[1], S=places, D=dim, BLOCK_M=tiles.rows, BLOCK_C=tiles.chunks, BLOCK_D=width,
+            COPY=copies, num_warps=tiles.warps, num_stages=tiles.stages, maxnreg=tiles.registers,
+        )  # fmt: skip
+        wide = triton.cdiv(chunks, 512)
+        mass_kernel[(wide * blocks * heads,)](
+            powers, shares, visible, found[some], heads, wide, chunks, cuts,
+            M=voters, BLOCK_M=8, BLOCK_C=512, CUT=tiles.chunks, num_warps=4,
+        )  # fmt: skip
     return found
 
 

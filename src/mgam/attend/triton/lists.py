@@ -37,6 +37,8 @@ class Lists:
     mass: float = 1.0
     even: int = 1
     """Tokens that divide where blocks and windows begin, and how long blocks are, as far as that is known."""
+    where: Tensor | None = None
+    """(2, N) on the CPU: start and window start of blocks, where that is known without asking the device."""
 
     @classmethod
     def of(cls, cover: Cover, blocks: Blocks, device: torch.device, positions: Positions | None = None) -> Lists:
@@ -50,13 +52,13 @@ class Lists:
             counts, ranks = cover.placed
         else:
             counts, ranks = places(index, cover.levels, granular)
-        return cls(cover.levels, table, blocks.size, index, counts, ranks, cover.mass, _even(blocks, cover))
+        return cls(cover.levels, table, blocks.size, index, counts, ranks, cover.mass, *_even(blocks, cover))
 
     def __getitem__(self, part: slice) -> Lists:
         index, ranks = (tuple(level[part] for level in levels) for levels in (self.index, self.ranks))
-        return replace(
-            self, blocks=self.blocks[:, part].contiguous(), index=index, counts=self.counts[part], ranks=ranks
-        )
+        where = None if self.where is None else self.where[:, part]
+        blocks = self.blocks[:, part].contiguous()
+        return replace(self, blocks=blocks, index=index, counts=self.counts[part], ranks=ranks, where=where)
 
     @property
     def bare(self) -> bool:
@@ -68,17 +70,19 @@ class Lists:
         return [self.levels.chunk, *self.levels.sizes[1:]]
 
 
-def _even(blocks: Blocks, cover: Cover) -> int:
-    """What divides the starts of blocks and windows; 1 where blocks are shorter than their room or nothing is known."""
+def _even(blocks: Blocks, cover: Cover) -> tuple[int, Tensor | None]:
+    """What divides the starts of blocks and windows (1 where blocks are shorter than their room), and these; 1 and
+    nothing where they are not known."""
     if cover.known is None:
-        return 1
+        return 1, None
     begin = cover.known.start
-    kept: dict[str, tuple[Tensor, int]] = blocks.once("even", dict)
+    kept: dict[str, tuple[Tensor, int, Tensor]] = blocks.once("even", dict)
     if "even" not in kept or kept["even"][0] is not begin:
         full = bool((blocks.length == blocks.size).all())
-        border = math.gcd(blocks.size, *torch.cat((blocks.start, begin)).unique().tolist()) if full else 1
-        kept["even"] = begin, border
-    return kept["even"][1]
+        where = torch.stack((blocks.start, begin))
+        border = math.gcd(blocks.size, *where.unique().tolist()) if full else 1
+        kept["even"] = begin, border, where
+    return kept["even"][1:]
 
 
 def _table(blocks: Blocks, there: Blocks, window: Tensor) -> Tensor:

@@ -14,7 +14,7 @@ from mgam.attend.triton.tables import STEP, Turn, biases, copyable, described, p
 from mgam.attend.triton.whole import gather_kernel, open_kernel, turn_kernel, whole_kernel
 from mgam.merge import Part
 
-FAR_BYTES = 1 << 30
+FAR_BYTES = 1 << 29
 """Gathered keys and values kept at a time."""
 
 
@@ -65,29 +65,33 @@ def read_whole(
     count, query_heads, size, dim = queries.shape
     heads = keys[0].shape[1]
     lse = torch.empty(count, query_heads, size, dtype=torch.float32, device=queries.device)
-    placed, far = keys[0], (turn.cos, turn.sin)
+    placed, lowest, far = keys[0], 0, (turn.cos, turn.sin)
     if turn.pairs:
         far = turn.far(keys[0].shape[2])
-        placed = _turned(keys[0], turn, far, tiles.entries)
     opened = lists.index[0].shape[-1] * lists.levels.chunk
     few = opened if turn.pairs else 0
     rest = sum(part.shape[-1] for part in lists.index[1:])
     room = triton.cdiv(rest, tiles.entries) * tiles.entries
     each = heads * (few + 2 * room) * dim * queries.element_size()
     step = max(1, FAR_BYTES // each) if each else count
-    key_desc, value_desc = (described(states, tiles.entries, dim) for states in (placed, values[0]))
+    value_desc = described(values[0], tiles.entries, dim)
     group, row_tiles = query_heads // heads, query_heads // heads * size // tiles.rows
     for first in range(0, count, step):
         some = slice(first, min(first + step, count))
         part, asked, told = lists[some] if step < count else lists, queries[some], out[some]
         far_keys, far_values, bias = _gathered(part, keys, values, turn, far, few, room, tiles.entries)
         blocks = asked.shape[0]
+        if turn.pairs:
+            assert part.where is not None
+            lowest, highest = int(part.where[1].min()), int(part.where[0].max()) + size
+            placed = _turned(keys[0], turn, far, tiles.entries, lowest, highest)
+        key_desc = described(placed, tiles.entries, dim)
         whole_kernel[(row_tiles * blocks * heads,)](
             asked, told, lse[some], part.blocks, part.counts, part.index[0], bias, key_desc, value_desc,
             described(far_keys, tiles.entries, dim) if far_keys.numel() else key_desc,
             described(far_values, tiles.entries, dim) if far_values.numel() else value_desc,
             turn.cos, turn.sin, *far, scale, softcap or 1.0, blocks, heads, row_tiles, few, part.index[0].shape[-1],
-            room, *asked.stride()[:3], *told.stride()[:3],
+            room, lowest, *asked.stride()[:3], *told.stride()[:3],
             G=group, Q=size, CHUNK=lists.levels.chunk, TOP=lists.levels.top, D=dim, R=turn.pairs, STEP=STEP,
             BLOCK_M=tiles.rows, BLOCK_N=tiles.entries, OPENED=opened > 0, SUMMARIES=room > 0, CAP=softcap is not None,
             PRECISION=precision(queries.dtype), num_warps=tiles.warps, num_stages=tiles.stages,
@@ -96,13 +100,13 @@ def read_whole(
     return Part(out, lse)
 
 
-def _turned(keys: Tensor, turn: Turn, far: tuple[Tensor, Tensor], entries: int) -> Tensor:
-    """Keys (B, H, n, D) turned by their true positions, in whole tiles."""
+def _turned(keys: Tensor, turn: Turn, far: tuple[Tensor, Tensor], entries: int, lowest: int, highest: int) -> Tensor:
+    """Tokens `lowest` to `highest`, a whole number of tiles, of keys (B, H, n, D), turned by their true positions."""
     batch, heads, tokens, dim = keys.shape
-    room = triton.cdiv(tokens, entries) * entries
+    room = highest - lowest
     turned = torch.empty(batch, heads, room, dim, dtype=keys.dtype, device=keys.device)
     turn_kernel[(room // entries, batch * heads)](
-        turned, keys, keys.stride()[:3], turn.cos, turn.sin, *far, heads, tokens, room,
+        turned, keys, keys.stride()[:3], turn.cos, turn.sin, *far, heads, tokens, room, lowest,
         R=turn.pairs, STEP=STEP, BLOCK_N=entries, num_warps=4,
     )  # fmt: skip
     return turned

@@ -1,11 +1,9 @@
-"""Reading in whole tiles, for prefill: what is read comes by the copy engine alone, in a loop that leaves the tensor
-cores no wait.
+"""Reading in whole tiles, for prefill: what is read comes by the copy engine alone.
 
-A general kernel that gathers entries one by one holds so many addresses that its products are run one at a time
-("wgmma serialized", says the assembler). Here entries that are not neighbours are gathered beforehand: summaries of all
-levels into one list per block and head, with the logarithm of their mass, and, where positions are granular, opened
-chunks. Positions are true ones: a window's keys are turned once for all blocks, and what lies before a window is turned
-to stand right before it, rank by rank.
+A kernel that gathers entries one by one spends its registers and its instructions on addresses. Here entries that are
+not neighbours are gathered beforehand: summaries of all levels into one list per block and head, with the logarithm of
+their mass, and, where positions are granular, opened chunks. Positions are true ones: a window's keys are turned once
+for all blocks, and what lies before a window is turned to stand right before it, rank by rank.
 """
 
 from __future__ import annotations
@@ -16,21 +14,22 @@ import triton.language as tl
 from mgam.attend.triton.tiles import FLOOR, LN2, capped, placed
 
 
-@triton.jit(do_not_specialize=["heads", "tokens", "room"])
+@triton.jit(do_not_specialize=["heads", "tokens", "room", "first"])
 def turn_kernel(
-    turned_ptr, key_ptr, key_strides, cos_ptr, sin_ptr, far_cos_ptr, far_sin_ptr, heads, tokens, room,
+    turned_ptr, key_ptr, key_strides, cos_ptr, sin_ptr, far_cos_ptr, far_sin_ptr, heads, tokens, room, first,
     R: tl.constexpr, STEP: tl.constexpr, BLOCK_N: tl.constexpr,
 ):  # fmt: skip
     """One program: BLOCK_N tokens of one row and KV head, turned by their true positions into turned_ptr
-    (B, H, room, 2 R), zeros beyond `tokens`."""
+    (B, H, room, 2 R), which holds the tokens from `first` on; zeros from token `tokens` on."""
     pair = tl.program_id(1).to(tl.int64)
-    place = tl.program_id(0) * BLOCK_N + tl.arange(0, BLOCK_N)
+    spot = tl.program_id(0) * BLOCK_N + tl.arange(0, BLOCK_N)
+    place = first + spot
     base = key_ptr + pair // heads * key_strides[0] + pair % heads * key_strides[1]
     k0, k1 = placed(
         base, place.to(tl.int64) * key_strides[2], place < tokens, tl.minimum(place, tokens - 1), cos_ptr, sin_ptr,
         far_cos_ptr, far_sin_ptr, R, STEP,
     )  # fmt: skip
-    target = (pair * room + place)[:, None] * (2 * R) + tl.arange(0, R)[None, :]
+    target = (pair * room + spot)[:, None] * (2 * R) + tl.arange(0, R)[None, :]
     tl.store(turned_ptr + target, k0)
     tl.store(turned_ptr + target + R, k1)
 
@@ -151,13 +150,13 @@ def _step(
 
 
 @triton.jit(
-    do_not_specialize=["blocks", "heads", "tiles", "few", "width"],
+    do_not_specialize=["blocks", "heads", "tiles", "few", "width", "lowest"],
     do_not_specialize_on_alignment=["block_ptr", "count_ptr"],
 )
 def whole_kernel(
     q_ptr, out_ptr, lse_ptr, block_ptr, count_ptr, list_ptr, bias_ptr, key_desc, value_desc, far_desc, far_value_desc,
     cos_ptr, sin_ptr, far_cos_ptr, far_sin_ptr, scale, cap, blocks, heads, tiles, few, width, room,
-    q_block, q_head, q_row, out_block, out_head, out_row,
+    lowest, q_block, q_head, q_row, out_block, out_head, out_row,
     G: tl.constexpr, Q: tl.constexpr, CHUNK: tl.constexpr, TOP: tl.constexpr, D: tl.constexpr, R: tl.constexpr,
     STEP: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, OPENED: tl.constexpr, SUMMARIES: tl.constexpr,
     CAP: tl.constexpr, PRECISION: tl.constexpr,
@@ -165,7 +164,8 @@ def whole_kernel(
     """One program: BLOCK_M rows (query heads of one group x queries of one block) over the block's cover.
 
     Shapes: queries and out (N, H*G, Q, D) by strides, lse (N, H*G, Q); block_ptr (4, N); count_ptr (N, H, 1+TOP);
-    list_ptr (N, H, width) opened chunks. key_desc and value_desc (B, H, n, D) hold tokens; far_desc (N, H, ., D):
+    list_ptr (N, H, width) opened chunks. key_desc and value_desc (B, H, n, D) hold tokens, key_desc
+    those from `lowest` on; far_desc (N, H, ., D):
     `few` lines of opened keys where R > 0, then keys of summaries; far_value_desc and bias_ptr as `gather_kernel` makes
     them, `room` long.
     """
@@ -223,13 +223,13 @@ def whole_kernel(
                 acc, peak, total, q, key, value, bias, own[:, None] >= 0, scale, cap, True, False, CAP, PRECISION
             )
     for j in tl.range(window, start, BLOCK_N):
-        key = key_desc.load([row, head, j, 0]).reshape(BLOCK_N, D)
+        key = key_desc.load([row, head, j - lowest, 0]).reshape(BLOCK_N, D)
         value = value_desc.load([row, head, j, 0]).reshape(BLOCK_N, D)
         acc, peak, total = _step(
             acc, peak, total, q, key, value, none, own[:, None] >= 0, scale, cap, False, False, CAP, PRECISION
         )
     for j in tl.range(start, start + Q, BLOCK_N):
-        key = key_desc.load([row, head, j, 0]).reshape(BLOCK_N, D)
+        key = key_desc.load([row, head, j - lowest, 0]).reshape(BLOCK_N, D)
         value = value_desc.load([row, head, j, 0]).reshape(BLOCK_N, D)
         seen = (j + tl.arange(0, BLOCK_N))[None, :] <= own[:, None]
         acc, peak, total = _step(acc, peak, total, q, key, value, none, seen, scale, cap, False, True, CAP, PRECISION)
