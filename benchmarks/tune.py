@@ -19,7 +19,7 @@ from mgam.attend.triton.tables import Turn
 from mgam.benchmarks.machine import graphed, here, timed
 from mgam.benchmarks.setting import Setting, blocks_of, built, in_blocks, states
 from mgam.cover import Known, window_start
-from mgam.device import _asked
+from mgam.policies.compact import CompactKeys
 from mgam.policies.search_triton import SearchTiles, cover, most_entries, scores
 
 TOKENS = 131072
@@ -27,7 +27,7 @@ READ = [WholeTiles(), WholeTiles(warps=4, registers=None), Tiles(128, 64, 8, 2, 
 TURNED = [WholeTiles(), WholeTiles(warps=4, registers=None), Tiles(128, 64, 8, 2, registers=128)]
 SEARCH = [
     SearchTiles(128, 64, 4, 4), SearchTiles(64, 64, 4, 4), SearchTiles(64, 128, 4, 4), SearchTiles(64, 64, 4, 6),
-    SearchTiles(64, 128, 8, 4),
+    SearchTiles(64, 64, 4, 4, registers=168), SearchTiles(64, 64, 4, 4, registers=128),
 ]  # fmt: skip
 
 
@@ -87,17 +87,19 @@ def jobs() -> list[tuple[str, Callable[[], object], float]]:
             found.append((f"read {kind} {tiles}", call, flop))
     for name, each, widths in (("8 bits", setting, 64), ("8 bits, every 8", replace(setting, every=8), 64)):
         policy = each.policy
+        assert policy.compact is not None
         votes = cut[-128:][:, :, (127 % policy.every) :: policy.every]
         live = torch.ones(votes.shape[0], votes.shape[2], dtype=torch.bool, device="cuda")
         last = blocks[-128:]
-        asked = _asked(votes, live, last.row.cuda(), (last.decide // 64).cuda(), pyramid, policy, True)
-        flop = 4 * 128 * 32 * votes.shape[2] * float(last.decide.double().mean()) / 4 * widths
+        short = CompactKeys.of(pyramid, pyramid.levels, policy.compact)
+        asked = short.asked(votes, live, last.row.cuda(), (last.decide // 64).cuda(), 128**-0.5)
+        flop = 2 * 128 * 32 * votes.shape[2] * float(last.decide.double().mean()) / 4 * widths
         for shape in SEARCH:
 
             def search(asked=asked, shape=shape):  # type: ignore[no-untyped-def]
                 return scores(asked, TOKENS // 64, shape)
 
-            found.append((f"search {name} {shape}, last 128 blocks, both passes", search, flop))
+            found.append((f"search {name} {shape}, last 128 blocks", search, flop))
     return found + decoding(1) + decoding(16)
 
 

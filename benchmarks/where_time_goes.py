@@ -12,8 +12,9 @@ import torch
 import typer
 from torch.profiler import ProfilerActivity, profile
 
-from mgam.benchmarks.setting import Setting, built, states
-from mgam.device import decode, prefill
+from mgam import engine
+from mgam.benchmarks.setting import Setting, built, plan_of, reading_of, states
+from mgam.device import decode
 from mgam.policies.compact import CompactKeys
 
 CALLS = 3
@@ -29,9 +30,10 @@ def main(
     setting = Setting(every=every, dims=dims, bits=bits)
     queries, keys, values = states(setting, tokens)
     policy, positions, scale = setting.policy, setting.placed, setting.dim**-0.5
+    plan, reading = plan_of(setting, tokens), reading_of(setting)
     table(
         f"prefill, {tokens} tokens",
-        lambda: prefill(queries, built(setting, keys, values), policy, positions, scale, block=setting.block),
+        lambda: engine.read(queries, built(setting, keys, values), plan, reading, scale),
     )
     for batch in (1, 16):
         some = states(setting, min(tokens, 32768) if batch > 1 else tokens, batch, 1)

@@ -8,6 +8,7 @@ from __future__ import annotations
 from collections import defaultdict
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from functools import cached_property
 from itertools import groupby
 
 import torch
@@ -25,7 +26,9 @@ from mgam.segments import Segment, padded
 
 CPU_ELEMENTS = 1 << 22
 GPU_ELEMENTS = 1 << 27
-"""Elements of one gathered tensor at a time: bounds working memory whatever the length of a call."""
+KERNEL_ELEMENTS = 1 << 29
+"""Elements of one gathered tensor at a time: bounds working memory whatever the length of a call. Kernels read in place
+and take queries and votes as views where blocks are whole."""
 
 
 @dataclass(frozen=True)
@@ -92,6 +95,15 @@ class Plan:
         places = (torch.tensor(list(numbers), dtype=torch.int64) for numbers in (first, before, dense_to))
         first_column, held, dense_end = places
         return cls(groups, first_column, held, columns, dense_end)
+
+    def fills(self, queries: Tensor) -> bool:
+        """Whether every column of a call (B, Hq, L, D) belongs to a block."""
+        return self.held == queries.shape[0] * queries.shape[2]
+
+    @cached_property
+    def held(self) -> int:
+        """Queries of all blocks."""
+        return sum(int(blocks.length.sum()) for _, blocks in self.groups)
 
     def begin(self, groups: Sequence[tuple[bool, Blocks]]) -> list[int]:
         """Where the first block of each row was decided, among those that are not dense; -1 for a row without any."""
@@ -202,11 +214,11 @@ def read(
                 taken = part.take(queries)
                 cover = _choose(taken, queries, recent, part, plan, pyramid, reading)
                 there = part.blocks.moved(pyramid.gone)
-                got = attend(taken, there, cover, pyramid, reading.positions, scale, softcap, reading.backend)
-                if part.fills(queries):
-                    out = got.transpose(0, 1).reshape(queries.shape)
-                else:
-                    out = torch.zeros_like(queries) if out is None else out
+                if out is None:
+                    out = torch.empty_like(queries) if plan.fills(queries) else torch.zeros_like(queries)
+                place = None if torch.is_grad_enabled() else part.place(out)
+                got = attend(taken, there, cover, pyramid, reading.positions, scale, softcap, reading.backend, place)
+                if got is not place:
                     part.put(out, got)
                 if record is not None:
                     _watch(record, taken, there, cover, pyramid, reading, scale, softcap, layer)
@@ -258,9 +270,11 @@ def _segments(
     tokens = sized.once("tokens", lambda: int(sized.stop.max()) if len(sized) else 0)
     if kernels:
         per_block = _kernel_elements(sized, tokens, reading, heads, queries)
+        limit = KERNEL_ELEMENTS if queries.is_cuda else CPU_ELEMENTS
     else:
         per_block = _elements(dense, sized, tokens, reading, heads, queries, written)
-    step = max(1, (GPU_ELEMENTS if queries.is_cuda else CPU_ELEMENTS) // max(per_block, 1))
+        limit = GPU_ELEMENTS if queries.is_cuda else CPU_ELEMENTS
+    step = max(1, limit // max(per_block, 1))
 
     def cut() -> list[Segment]:
         parts = [sized[first : first + step] for first in range(0, len(sized), step)]

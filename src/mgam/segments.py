@@ -89,9 +89,9 @@ class Segment:
         """The blocks' queries (N, Hq, size, D) of a call (B, Hq, L, D)."""
         return self.own.take(queries) if self.span is None else _cut(queries, self.span, self.blocks.size)
 
-    def fills(self, queries: Tensor) -> bool:
-        """Whether the blocks are all that a call holds."""
-        return queries.shape[0] == 1 and self.span == (0, 0, queries.shape[2])
+    def place(self, out: Tensor) -> Tensor | None:
+        """Where the blocks stand in `out` (B, Hq, L, D), as a view; None where they do not stand together."""
+        return None if self.span is None else _cut(out, self.span, self.blocks.size)
 
     def voters(self, taken: Tensor, queries: Tensor, recent: Tensor | None, before: Tensor) -> Voters:
         """The voting queries of each block: those of this call, and `recent` ones (B, Hq, R, D) from before it.
@@ -117,8 +117,9 @@ class Segment:
 
     def put(self, out: Tensor, got: Tensor) -> None:
         """Writes pieces (N, Hq, size, D) into their columns of `out` (B, Hq, L, D)."""
-        if self.span is not None:
-            _cut(out, self.span, self.blocks.size).copy_(got)
+        place = self.place(out)
+        if place is not None:
+            place.copy_(got)
             return
         pieces = got.transpose(1, 2).flatten(0, 1)
         chosen = pieces if self.source is None else pieces.index_select(0, self.source)

@@ -16,7 +16,8 @@ from mgam.positions import Positions
 from mgam.pyramid import Pyramid
 from mgam.schedule import Blocks
 
-Attend = Callable[[Tensor, Blocks, Cover, Pyramid, Positions, float, float | None], Tensor]
+Attend = Callable[..., Tensor]
+"""As `attend`, less the choice; a backend may write its result to `out` or not, and returns what holds it."""
 
 
 @dataclass(frozen=True)
@@ -39,10 +40,14 @@ class Backend:
     """Whether it may be picked when nobody asked for it."""
 
 
-def _triton(*args: object) -> Tensor:
+def _triton(*args: object, out: Tensor | None) -> Tensor:
     from mgam.attend.triton import backend
 
-    return backend.attend(*args)  # type: ignore[arg-type]
+    return backend.attend(*args, out=out)  # type: ignore[arg-type, misc]
+
+
+def _torch(*args: object, out: Tensor | None) -> Tensor:
+    return blockwise.attend(*args)  # type: ignore[arg-type]
 
 
 def _refuse_triton(queries: Tensor) -> list[str]:
@@ -51,13 +56,13 @@ def _refuse_triton(queries: Tensor) -> list[str]:
     return backend.refuse(queries)
 
 
-def _oracle(*args: object) -> Tensor:
+def _oracle(*args: object, out: Tensor | None) -> Tensor:
     return reference.attend(*args).out  # type: ignore[arg-type]
 
 
 BACKENDS: dict[str, Backend] = {
     "triton": Backend("triton", _triton, _refuse_triton, automatic=True),
-    "torch": Backend("torch", blockwise.attend, lambda queries: [], automatic=True),
+    "torch": Backend("torch", _torch, lambda queries: [], automatic=True),
     "reference": Backend("reference", _oracle, lambda queries: [], automatic=False),
 }
 """All backends, best first."""
@@ -105,8 +110,13 @@ def attend(
     scale: float,
     softcap: float | None = None,
     backend: str | None = None,
+    out: Tensor | None = None,
 ) -> Tensor:
-    """Attention of N query blocks over their covers. Shapes: queries and result (N, Hq, Q, D)."""
+    """Attention of N query blocks over their covers. Shapes: queries and result (N, Hq, Q, D).
+
+    `out`, of the result's shape and any strides but the last, is where the result may be written, without gradients;
+    it is returned where that was done.
+    """
     if not pyramid.in_memory:
         if backend not in (None, "torch"):
             raise SettingError(f"backend {backend!r} cannot read a digest; choose 'torch', or leave it out")
@@ -118,7 +128,7 @@ def attend(
                 "choose 'torch', or leave it out"
             )
         backend = backend or "torch"
-    return choose(queries, backend).run(queries, blocks, cover, pyramid, positions, scale, softcap)
+    return choose(queries, backend).run(queries, blocks, cover, pyramid, positions, scale, softcap, out=out)
 
 
 def _refused(name: str, queries: Tensor) -> list[str]:

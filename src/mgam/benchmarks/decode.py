@@ -11,13 +11,13 @@ from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from mgam.attend.triton.forward import read
-from mgam.attend.triton.lists import Lists
+from mgam.attend.triton.lists import Lists, now
 from mgam.attend.triton.tables import Turn
 from mgam.benchmarks.dense import PEERS
 from mgam.benchmarks.machine import Machine, graphed, timed
 from mgam.benchmarks.setting import Row, Setting, built, rated, row_of, states
 from mgam.cover import Cover, dense_cover
-from mgam.device import decode
+from mgam.device import choose, decode
 from mgam.policies import Scored
 from mgam.policies.compact import CompactKeys
 from mgam.positions import Positions
@@ -95,12 +95,4 @@ def decode_rows(setting: Setting, machine: Machine, tokens: int, batch: int) -> 
 def _decode_cover(
     queries: Tensor, lengths: Tensor, blocks: Blocks, pyramid: Pyramid, policy: Scored, chunks: int
 ) -> Cover:
-    from mgam.cover import window_start
-    from mgam.device import _asked
-    from mgam.policies.search_triton import cover, scores
-
-    start = window_start(lengths - 1, policy.window, pyramid.levels)
-    rows = torch.arange(len(blocks), device=queries.device)
-    live = torch.ones(len(blocks), 1, dtype=torch.bool, device=queries.device)
-    asked = _asked(queries, live, rows, (lengths - 1) // pyramid.levels.chunk, pyramid, policy, short=True)
-    return cover(scores(asked, chunks), start, pyramid.levels, policy.budget // pyramid.levels.chunk)
+    return choose(queries, now(lengths, policy.window, pyramid.levels), pyramid, policy, chunks)

@@ -12,8 +12,7 @@ from mgam.attend.triton.lists import Lists
 from mgam.attend.triton.tables import Turn
 from mgam.benchmarks.machine import Machine, graphed, timed
 from mgam.benchmarks.prefill import read_row
-from mgam.benchmarks.setting import Row, Setting, blocks_of, built, in_blocks, rated, row_of, states
-from mgam.device import choose
+from mgam.benchmarks.setting import Row, Setting, blocks_of, built, chosen, in_blocks, rated, row_of, states
 from mgam.levels import Levels
 from mgam.positions import Positions
 from mgam.pyramid import Pyramid
@@ -27,7 +26,7 @@ def flex_row(setting: Setting, machine: Machine, tokens: int) -> Row:
     pyramid = built(setting, keys, values)
     blocks, cut = blocks_of(tokens, setting.block), in_blocks(queries, setting.block)
     policy = replace(setting.policy, rest="drop")
-    cover = choose(cut, blocks, pyramid, policy)
+    cover = chosen(cut, blocks, pyramid, policy)
     chunk = setting.sizes[1]
     first, last = cover.window_start // chunk, ((blocks.stop - 1) // chunk).to(queries.device)
     near = first[:, None] + torch.arange(int((last - first).max()) + 1, device=queries.device)
@@ -61,10 +60,10 @@ def same_blocks_row(setting: Setting, machine: Machine, tokens: int) -> Row:
     queries, keys, values = states(setting, tokens)
     pyramid = built(setting, keys, values)
     blocks, cut = blocks_of(tokens, setting.block), in_blocks(queries, setting.block)
-    cover = choose(cut, blocks, pyramid, replace(setting.policy, rest="drop"))
+    cover = chosen(cut, blocks, pyramid, replace(setting.policy, rest="drop"))
     plain = replace(setting, positions="absolute")
     part = "read, same blocks, rest dropped"
-    return read_row(plain, machine, tokens, cut, pyramid, blocks, [(slice(0, len(blocks)), cover)], part)
+    return read_row(plain, machine, tokens, cut, pyramid, [(slice(0, len(blocks)), blocks, cover)], part)
 
 
 def quest_row(setting: Setting, machine: Machine, tokens: int, batch: int, page: int = 16) -> Row:

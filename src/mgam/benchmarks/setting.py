@@ -9,12 +9,14 @@ import torch
 from torch import Tensor
 
 from mgam.benchmarks.machine import Machine, Timing
+from mgam.cover import Cover
+from mgam.engine import Plan, Reading
 from mgam.levels import Levels
-from mgam.policies import Scored
+from mgam.policies import Scored, Voters
 from mgam.policies.compact import Compact
 from mgam.positions import Positions, Rotary
 from mgam.pyramid import Pyramid
-from mgam.schedule import Blocks
+from mgam.schedule import Blocks, Schedule
 
 
 @dataclass(frozen=True)
@@ -123,6 +125,22 @@ def blocks_of(tokens: int, block: int) -> Blocks:
     start = torch.arange(count) * block
     zero, length = torch.zeros(count, dtype=torch.int64), torch.full((count,), block)
     return Blocks(zero, start, length, start, start, start + block, block, block)
+
+
+def plan_of(setting: Setting, tokens: int) -> Plan:
+    """The plan of a text of whole blocks that is read for the first time, each block choosing by its own votes."""
+    return Plan.of([Schedule.uniform(setting.block, "block")], [0], [tokens], tokens, 0)
+
+
+def reading_of(setting: Setting) -> Reading:
+    """How a layer reads, as the engine takes it."""
+    return Reading(setting.policy, setting.levels, setting.placed)
+
+
+def chosen(cut: Tensor, blocks: Blocks, pyramid: Pyramid, policy: Scored) -> Cover:
+    """Covers of blocks that all their queries (N, Hq, Q, D) vote on, as the engine asks for them."""
+    live = blocks.once(("live", cut.device), lambda: torch.ones(cut.shape[0], cut.shape[2], device=cut.device).bool())
+    return policy.choose(Voters(cut, live), blocks, pyramid, pyramid.levels)
 
 
 def in_blocks(queries: Tensor, block: int) -> Tensor:

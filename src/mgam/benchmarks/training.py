@@ -11,8 +11,7 @@ from mgam.attend.triton.autograd import Read
 from mgam.attend.triton.lists import Lists
 from mgam.attend.triton.tables import Turn
 from mgam.benchmarks.machine import Machine, timed
-from mgam.benchmarks.setting import Row, Setting, blocks_of, in_blocks, row_of, states
-from mgam.device import choose
+from mgam.benchmarks.setting import Row, Setting, blocks_of, chosen, in_blocks, row_of, states
 from mgam.pyramid import Pyramid
 
 
@@ -31,7 +30,7 @@ def training_rows(setting: Setting, machine: Machine, tokens: int) -> Iterator[R
         pyramid = Pyramid.of(keys, values, setting.levels)
         cut = in_blocks(queries, setting.block)
         with torch.no_grad():
-            cover = choose(cut, blocks, pyramid, policy)
+            cover = chosen(cut, blocks, pyramid, policy)
             lists = Lists.of(cover, blocks, cut.device, positions)
         turn = Turn.of(positions, lists, tokens, cut.device)
         out = Read.apply(cut, lists, turn, scale, None, *pyramid.keys, *pyramid.values)

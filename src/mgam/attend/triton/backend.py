@@ -48,8 +48,10 @@ def attend(
     positions: Positions,
     scale: float,
     softcap: float | None = None,
+    out: Tensor | None = None,
 ) -> Tensor:
-    """One softmax over each block's cover. Shapes: queries (N, H*G, Q, D); returns the same shape. Differentiable.
+    """One softmax over each block's cover. Shapes: queries (N, H*G, Q, D); returns the same shape. Differentiable,
+    unless it is written to `out`.
 
     Raises:
         SettingError: when shapes, dtypes, devices or indices do not fit one another, before anything is launched.
@@ -72,7 +74,7 @@ def attend(
     if not torch.is_grad_enabled() or not any(
         states.requires_grad for states in (queries, *pyramid.keys, *pyramid.values)
     ):
-        return read(queries, lists, pyramid.keys, pyramid.values, scale, turn=turn, softcap=softcap).out
+        return read(queries, lists, pyramid.keys, pyramid.values, scale, turn=turn, softcap=softcap, out=out).out
     return Read.apply(queries, lists, turn, scale, softcap, *pyramid.keys, *pyramid.values)
 
 
