@@ -13,6 +13,7 @@ from mgam.attend.triton.tables import Turn
 from mgam.benchmarks.machine import Machine, graphed, timed
 from mgam.benchmarks.prefill import read_row
 from mgam.benchmarks.setting import Row, Setting, blocks_of, built, chosen, in_blocks, rated, row_of, states
+from mgam.errors import SettingError
 from mgam.levels import Levels
 from mgam.positions import Positions
 from mgam.pyramid import Pyramid
@@ -64,6 +65,31 @@ def same_blocks_row(setting: Setting, machine: Machine, tokens: int) -> Row:
     plain = replace(setting, positions="absolute")
     part = "read, same blocks, rest dropped"
     return read_row(plain, machine, tokens, cut, pyramid, [(slice(0, len(blocks)), blocks, cover)], part)
+
+
+def nsa_row(setting: Setting, machine: Machine, tokens: int) -> Row:
+    """Native Sparse Attention (Yuan et al. 2025, arXiv 2502.11089) by the kernels of flash-linear-attention.
+
+    Its means of blocks, its choice of as many blocks as our budget holds, no window (which would need flash-attn).
+
+    Raises:
+        SettingError: for groups that it does not serve.
+    """
+    if setting.query_heads // setting.kv_heads < 16:
+        raise SettingError("its kernels need 16 query heads to a KV head; run with --heads 64,4")
+    from fla.ops.nsa import parallel_nsa
+
+    queries, keys, values = (part.transpose(1, 2).contiguous() for part in states(setting, tokens))
+    gate = torch.ones(1, tokens, setting.query_heads, device="cuda", dtype=setting.dtype)
+    chunk, count = setting.sizes[1], setting.budget // setting.sizes[1]
+
+    def call() -> Tensor:
+        with torch.no_grad():
+            return parallel_nsa(queries, keys, values, gate, gate, None, None, count, chunk, 0)
+
+    row = row_of("prefill", "search + read", "NSA of flash-linear-attention, no window", tokens, 1, timed(call))
+    entries = setting.budget + tokens / 2 / chunk
+    return rated(row, machine, 4 * setting.dim * setting.query_heads * tokens * entries, 0, entries)
 
 
 def quest_row(setting: Setting, machine: Machine, tokens: int, batch: int, page: int = 16) -> Row:

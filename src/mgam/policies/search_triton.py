@@ -159,7 +159,7 @@ def _block(width: int) -> int:
 def tiles_for(voters: int, bytes_each: int) -> SearchTiles:
     """Tiles found on an H100."""
     if voters <= 64:
-        return SearchTiles(64, 64, 4, 4)
+        return SearchTiles(64, 64, 4, 4, registers=168)
     return SearchTiles(128, 64, 4, 4 if bytes_each == 1 else 3)
 
 
