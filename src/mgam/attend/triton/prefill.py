@@ -73,9 +73,10 @@ def read_whole(
     rest = sum(part.shape[-1] for part in lists.index[1:])
     room = triton.cdiv(rest, tiles.entries) * tiles.entries
     each = heads * (few + 2 * room) * dim * queries.element_size()
-    step = max(1, FAR_BYTES // each) if each else count
+    row_tiles = query_heads // heads * size // tiles.rows
+    step = _at_once(count, max(1, FAR_BYTES // each), heads * row_tiles, queries.device) if each else count
     value_desc = described(values[0], tiles.entries, dim)
-    group, row_tiles = query_heads // heads, query_heads // heads * size // tiles.rows
+    group = query_heads // heads
     for first in range(0, count, step):
         some = slice(first, min(first + step, count))
         part, asked, told = lists[some] if step < count else lists, queries[some], out[some]
@@ -98,6 +99,21 @@ def read_whole(
             maxnreg=tiles.registers,
         )  # fmt: skip
     return Part(out, lse)
+
+
+def _at_once(count: int, most: int, programs: int, device: torch.device) -> int:
+    """How many of `count` blocks, of so many programs each, are read at a time: at most `most`, and such that the last
+    programs of the launches leave the device idle least, where two run on a multiprocessor at a time."""
+    if count <= most or device.type != "cuda":
+        return min(count, most)
+    places = 2 * torch.cuda.get_device_properties(device).multi_processor_count
+
+    def rounds(step: int) -> int:
+        whole, left = divmod(count, step)
+        return whole * -(-step * programs // places) + -(-left * programs // places)
+
+    launches = -(-count // most)
+    return min((-(-count // number) for number in range(launches, launches + 4)), key=rounds)
 
 
 def _turned(keys: Tensor, turn: Turn, far: tuple[Tensor, Tensor], entries: int, lowest: int, highest: int) -> Tensor:
