@@ -55,6 +55,24 @@ def test_engine_with_kernels_equals_reference(kind: str, dense_until: int) -> No
         assert error.max() < 1e-3
 
 
+@pytest.mark.skipif(DEVICE != "cpu", reason="on a GPU the search runs in half precision, where ties may flip")
+@pytest.mark.parametrize(("every", "before"), [(1, 0), (2, 0), (2, 150)])
+def test_search_by_kernels_equals_search_in_torch(every: int, before: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The engine with all kernels, the search's too, in single precision: a prefill, and tokens after it."""
+    from mgam import kernels
+
+    policy = Scored(budget=24, window=16, every=every)
+    queries, keys, values = made(160, 1, torch.float32)
+    schedule = Schedule.uniform(1) if before else Schedule.uniform(16, "block")
+    plan = Plan.of([schedule], [before], [160 - before], 160 - before, 0)
+    with torch.no_grad():
+        reading = Reading(policy, LEVELS, Positions(), 0, "reference")
+        want = read(queries[:, :, before:], pyramid_of(keys, values), plan, reading, 0.125)
+        monkeypatch.setattr(kernels, "serve", lambda states: True)
+        got = read(queries[:, :, before:], pyramid_of(keys, values), plan, replace(reading, backend="triton"), 0.125)
+    assert (got - want).norm() / want.norm() < 1e-5
+
+
 @pytest.mark.parametrize("compact", [None, Compact(dims=64, bits=16, calibrate=40)])
 def test_decode_equals_engine(compact: Compact | None) -> None:
     from mgam.device import decode

@@ -176,6 +176,7 @@ def _check_shapes(weights: SearchWeights, shape: tuple[int, int, int], width: in
         "key_bias": (heads, width - 1),
         "voice": (heads, group * dim),
         "voice_bias": (heads,),
+        "seek": (heads, dim, width - 1),
         "content": (heads,),
     }
     wanted["prior"] = (heads, weights.prior.shape[-1])

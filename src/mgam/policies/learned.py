@@ -1,17 +1,21 @@
 """The learned policy: small projections of queries and keys, fitted to a model, decide what is read at which level.
 
-Each layer and KV head has a few search dimensions. The G query heads of a group are projected together into one (or a
-few) short search queries, the means of about four keys into short search keys; a chunk's logit is that of its best
-search key. One more dimension holds a query's pull towards what is near: it competes in the same softmax, so that the
-mass of a chunk is a share of all attention, and a voter that looks nearby has little to say about the far past. What
-distance alone tells is learned apart, since keys are searched before rotation. The predicted masses decide three
-things: which chunks are opened as tokens, which regions of the rest are read as fine summaries, and, with `recall`, how
-many tokens a block deserves.
+Each layer and KV head has a few search dimensions: the principal directions of its keys, as its queries weigh them. The
+means of about four keys become short search keys; a chunk's logit is that of its best search key. Two kinds of short
+queries search among them. Those of the first kind are fitted: the G query heads of a group are projected together into
+one (or a few), and what they find is expected attention. One more dimension holds a query's pull towards what is near:
+it competes in the same softmax, so that the mass of a chunk is a share of all attention, and a voter that looks nearby
+has little to say about the far past. What distance alone tells is learned apart, since keys are searched before
+rotation. The predicted masses decide three things: which chunks are opened as tokens, which regions of the rest are
+read as fine summaries, and, with `recall`, how many tokens a block deserves.
 
-A single fact far back never wins against what is near and likely. So a part of the budget (`content`) goes to what the
-search finds whatever the distance, and the rest to what is expected with distance weighed; both come from one search.
-Few heads look facts up, and what these need differs from what the others read: each KV head has its own part, which is
-measured on texts with questions (`mgam.training.content`).
+A single fact far back never wins against what is near and likely, and full attention itself, near the end of the window
+that it was trained for, does not point at it. So there are short queries of a second kind, one for each query head: the
+query itself in the same dimensions, which finds what whole queries and keys would find, whatever the distance. What is
+fitted to texts in which facts are hidden learns how such facts look rather than to find them. A part of the budget
+(`content`) goes to these finds, and the rest to what is expected. Few heads look facts up, and what these need differs
+from what the others read: each KV head has its own part, which is measured on texts with questions
+(`mgam.training.content`).
 
 The lightning indexer of DeepSeek-V3.2 and the gates of SeerAttention (arXiv 2410.13276) are fitted by distillation too;
 they choose tokens or blocks of one level, and do not predict a budget.
@@ -37,15 +41,19 @@ from mgam.policies.asked import Asked
 from mgam.policies.base import Rest, Voters
 from mgam.policies.scored import TILE
 from mgam.pyramid import Pyramid
-from mgam.schedule import Blocks
+from mgam.schedule import Blocks, sent
 
+WHOLE = 32
+"""Blocks of so many voters are heard in full: those of questions, which are few and look things up."""
 FEWEST = 8
-"""Voters of a block that are always heard, however few of them are to be."""
+"""Voters of a larger block that are always heard, however few of them are to be."""
 ELEMENTS = 1 << 22
 """Logits worked out at a time without kernels."""
+NEVER = -1e4
+"""Pull of what is near where there is none."""
 EXPECTED = 0.1
 """Weight of what is expected in the list of what is found: it decides where nothing stands out."""
-PARTS = ("query", "query_bias", "key", "key_bias", "voice", "voice_bias", "prior", "content")
+PARTS = ("query", "query_bias", "key", "key_bias", "seek", "voice", "voice_bias", "prior", "content")
 """The tensors of a search."""
 
 
@@ -55,7 +63,7 @@ class SearchWeights:
 
     Shapes (H KV heads of G query heads each, D head dim, s search queries per position, r search dimensions, of which
     the last is the pull of what is near): query (H, G*D, s*r), query_bias (H, s*r), key (H, D, r-1), key_bias (H, r-1),
-    voice (H, G*D), voice_bias (H,), prior (H, K), content (H,).
+    seek (H, D, r-1), voice (H, G*D), voice_bias (H,), prior (H, K), content (H,).
     """
 
     name: str
@@ -65,6 +73,8 @@ class SearchWeights:
     query_bias: Tensor
     key: Tensor
     key_bias: Tensor
+    seek: Tensor
+    """Turns each query head's own query into the dimensions of the search, scaled as its logits are."""
     voice: Tensor
     voice_bias: Tensor
     prior: Tensor
@@ -95,6 +105,12 @@ class SearchWeights:
         there = self.on(queries.device, queries.dtype)
         asked = torch.einsum("nhvx,hxr->nhvr", self.joined(queries), there.query) + there.query_bias[:, None]
         return asked.unflatten(-1, (self.slots, self.width)).movedim(3, 2)
+
+    def look(self, queries: Tensor) -> Tensor:
+        """Search queries (N, H, G, V, r) of each query head itself, which what is near does not pull."""
+        there = self.on(queries.device, queries.dtype)
+        own = queries.to(there.seek.dtype).unflatten(1, (there.seek.shape[0], -1))
+        return torch.nn.functional.pad(torch.einsum("nhgvd,hdr->nhgvr", own, there.seek), (0, 1), value=NEVER)
 
     def voices(self, queries: Tensor) -> Tensor:
         """How much each voter is expected to care for the far past (N, H, V): a logit."""
@@ -179,7 +195,7 @@ class Learned:
     """Part of the budget, from 0 to 1, for what the search finds whatever the distance; the rest is for the attention
     which is expected, of which distance is a part. None: each KV head has the part that was fitted."""
     thin: int = 8
-    """One of so many voters is heard: those that care most for the far past."""
+    """One of so many voters of a large block is heard: those that care most for the far past."""
     middle: int = 0
     """Entries of the budget that go to regions which are read as fine summaries instead of coarse ones."""
 
@@ -225,10 +241,10 @@ class Learned:
         self, voters: Voters, blocks: Blocks, pyramid: Pyramid, levels: Levels, chunks: int
     ) -> tuple[Tensor, Tensor]:
         """Share of all attention that each chunk before the window is expected to get, and the share that it would
-        get were distance nothing; both (N, H, chunks), in float32 or finer, and what is missing to 1 is expected for
-        the window.
+        get by what it holds, wherever it stood; both (N, H, chunks), in float32 or finer, and what is missing to 1 is
+        expected for the window.
         """
-        queries, live = self._heard(voters)
+        queries, live = self._heard(voters, blocks)
         asked = self.weights.ask(queries)  # (N, H, s, V, r)
         kept = LearnedKeys.of(pyramid, levels, self.weights)
         visible = 1 + windows(blocks, self.window, levels, queries.device)[1] // levels.chunk
@@ -241,24 +257,37 @@ class Learned:
         )
         expected = self.weights.by_distance(far.to(found.device)).to(found.dtype).exp() * found
         tiny, whole = torch.finfo(found.dtype).tiny, expected.sum(-1, keepdim=True)
-        wherever = found * (whole / found.sum(-1, keepdim=True).clamp_min(tiny))
+        every = blocks.once(
+            ("every", levels, found.device), lambda: sent(1 + blocks.decide.cpu() // levels.chunk, found.device)
+        )
+        wherever = search_masses(self.weights.look(queries), live, kept.search, blocks.row, every, 1 + chunks)[..., 1:]
+        before = torch.arange(1, 1 + chunks, device=found.device) < visible.to(found.device)[:, None]
+        wherever = wherever * before[:, None]
+        wherever = wherever * (whole / wherever.sum(-1, keepdim=True).clamp_min(tiny))
         return expected / (near + whole).clamp_min(tiny), wherever / (near + whole).clamp_min(tiny)
 
-    def _heard(self, voters: Voters) -> tuple[Tensor, Tensor]:
+    def _heard(self, voters: Voters, blocks: Blocks) -> tuple[Tensor, Tensor]:
         """The voters that are heard: queries (N, H*G, V', D), and (N, V') which of them are there.
 
         Each KV head hears those that it expects to care most for the far past.
         """
         queries, live = voters.queries, voters.live
-        votes = live.shape[1]
-        few = min(votes, max(FEWEST, -(-votes // self.thin)))
-        if few == votes:
+        most, few = blocks.once(("heard", self.thin, live.device), lambda: self._limits(blocks, live.device))
+        if few >= live.shape[1]:
             return queries, live
         voices = self.weights.voices(queries).masked_fill(~live[:, None], -torch.inf)
         chosen = voices.sort(dim=-1, descending=True, stable=True).indices[..., :few]
         group = queries.shape[1] // chosen.shape[1]
         place = chosen.repeat_interleave(group, 1)[..., None].expand(-1, -1, -1, queries.shape[3])
-        return queries.gather(2, place), torch.arange(few, device=live.device) < live.sum(1)[:, None]
+        there = torch.minimum(live.sum(1), most)[:, None]
+        return queries.gather(2, place), torch.arange(few, device=live.device) < there
+
+    def _limits(self, blocks: Blocks, device: torch.device) -> tuple[Tensor, int]:
+        """How many voters of each block are heard at most (N,), and the largest of these numbers."""
+        count = (blocks.vote_to - blocks.vote_from).cpu()
+        some = (-(-count // self.thin)).clamp_min(FEWEST)
+        most = torch.where(count <= WHOLE, count, torch.minimum(some, count))
+        return sent(most, device), int(most.max()) if len(blocks) else 0
 
     def open(self, shares: Tensor, wherever: Tensor, allowed: Tensor, most: int) -> Tensor:
         """The best chunks (N, H, C) bool: `most` of them, or with `recall` as few as hold the wanted share."""

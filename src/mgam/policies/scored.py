@@ -74,19 +74,28 @@ class Scored:
         begin, start = windows(blocks, self.window, levels, states.device)
         most = self.budget // levels.chunk
 
-        def made(scores: Tensor, few: int) -> Cover:
-            cover = search_triton.cover(scores, start, levels, few, rest=self.rest, mass=self.mass)
+        def known(cover: Cover, few: int) -> Cover:
             return replace(cover, known=Known(begin, search_triton.most_entries(chunks, few, levels, self.rest)))
+
+        def made(scores: Tensor, few: int) -> Cover:
+            return known(search_triton.cover(scores, start, levels, few, rest=self.rest, mass=self.mass), few)
 
         if not chunks:
             return dense_cover(blocks, states.shape[1], levels, states.device)
-        if chunks - 1 > most:
-            return made(self.scores(voters, blocks, pyramid, levels)[..., :chunks], most)
         heads = states.shape[1]
-        every = ("every", self.rest, self.mass, self.window, levels, heads, states.device)
-        return blocks.once(
-            every, lambda: made(states.new_zeros(len(blocks), heads, chunks, dtype=torch.float32), chunks)
-        )
+        if chunks - 1 <= most:
+            every = ("every", self.rest, self.mass, self.window, levels, heads, states.device)
+            return blocks.once(
+                every, lambda: made(states.new_zeros(len(blocks), heads, chunks, dtype=torch.float32), chunks)
+            )
+        late = self.compact is not None and bool((blocks.decide >= self.compact.calibrate).all())
+        if self.compact is not None and not late:
+            return made(self.scores(voters, blocks, pyramid, levels)[..., :chunks], most)
+        keys = CompactKeys.of(pyramid, levels, self.compact) if self.compact is not None else None
+        asked = self._asked(*_thin(voters, blocks, self.every), blocks, pyramid, levels, keys)
+        judged = int(blocks.decide.max()) // levels.chunk
+        found = search_triton.cover_of(asked, judged, start, levels, most, rest=self.rest, mass=self.mass)
+        return known(found, most)
 
     def read_at_most(self, tokens: int, levels: Levels) -> int:
         """Sink, budget, and the summaries around what is opened."""
@@ -118,6 +127,25 @@ class Scored:
                 return found
         return self._scores(queries, live, blocks, pyramid, levels, chunks, None)
 
+    def _asked(
+        self,
+        queries: Tensor,
+        live: Tensor,
+        blocks: Blocks,
+        pyramid: Pyramid,
+        levels: Levels,
+        short: CompactKeys | None,
+    ) -> Asked:
+        """The search over compact keys, or over full ones."""
+        scale = self.scale if self.scale is not None else queries.shape[-1] ** -0.5
+        there = blocks.on(queries.device)
+        row = there.row
+        visible = blocks.once(("visible", levels, row.device), lambda: there.decide // levels.chunk)
+        assert pyramid.search is not None
+        if short is None:
+            return flat(queries, live, pyramid.search, row, visible, scale)
+        return short.asked(queries, live, row, visible, scale)
+
     def _scores(
         self,
         queries: Tensor,
@@ -130,14 +158,7 @@ class Scored:
     ) -> Tensor:
         scale = self.scale if self.scale is not None else queries.shape[-1] ** -0.5
         if short is not None or kernels.serve(queries):
-            there = blocks.on(queries.device)
-            row = there.row
-            visible = blocks.once(("visible", levels, row.device), lambda: there.decide // levels.chunk)
-            assert pyramid.search is not None
-            if short is None:
-                asked = flat(queries, live, pyramid.search, row, visible, scale)
-            else:
-                asked = short.asked(queries, live, row, visible, scale)
+            asked = self._asked(queries, live, blocks, pyramid, levels, short)
             return _device_scores(asked, chunks) if kernels.serve(queries) else plain_scores(asked, chunks)
         logits = chunk_logits(queries, blocks, pyramid, chunks)
         ends = (torch.arange(1, chunks + 1, device=logits.device) * levels.chunk)[None]

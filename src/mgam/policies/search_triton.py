@@ -46,7 +46,10 @@ class SearchTiles:
 
 
 def scores(asked: Asked, chunks: int, tiles: SearchTiles | None = None) -> Tensor:
-    """Mass (N, H, chunks) that the voters give each chunk, float32; 0 for chunks that may not be judged."""
+    """Mass (N, H, chunks) that the voters give each chunk, float32; 0 for chunks that may not be judged.
+
+    `chunks` are all that any voter may judge, or more.
+    """
     count, heads, voters, dim = asked.queries.shape
     found = torch.empty(count, heads, chunks, dtype=torch.float32, device=asked.queries.device)
     if not found.numel():
@@ -189,7 +192,8 @@ def cover(
 def cover_of(
     asked: Asked, chunks: int, start: Tensor, levels: Levels, most: int, *, rest: str = "summaries", mass: float = 1.0
 ) -> Cover:
-    """`cover` of what `scores` finds in the first `chunks` chunks; for few voters without writing it down."""
+    """`cover` of what `scores` finds in the first `chunks` chunks, all that any voter may judge; for few voters without
+    writing it down."""
     few = min(most, max(chunks - 1, 0))
     if asked.queries.shape[2] <= FEW and _at_once_serves(chunks, few, levels):
         logits, parts = _logits(asked, chunks)
