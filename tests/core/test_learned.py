@@ -10,7 +10,7 @@ import torch
 from mgam.errors import SettingError
 from mgam.levels import Levels
 from mgam.policies.base import Voters
-from mgam.policies.learned import Learned, SearchWeights, search_masses
+from mgam.policies.learned import WHOLE, Learned, SearchWeights, search_masses
 from mgam.pyramid import Pyramid
 from mgam.schedule import Blocks, Piece
 
@@ -29,7 +29,7 @@ def weights(fade: float = 0.0, content: float = 0.5) -> SearchWeights:
     prior = -fade * torch.arange(6.0)[None]
     voice, part = torch.zeros(1, DIM), torch.tensor([content])
     return SearchWeights(
-        "test", 1, query, torch.zeros(1, 3), key, torch.zeros(1, 2), voice, torch.zeros(1), prior, part
+        "test", 1, query, torch.zeros(1, 3), key, torch.zeros(1, 2), key.clone(), voice, torch.zeros(1), prior, part
     )
 
 
@@ -63,6 +63,21 @@ def test_a_head_has_the_part_that_was_fitted_unless_one_is_given() -> None:
     mine, none = Learned(weights(6.0, content=0.5), 128, WINDOW), Learned(weights(6.0, content=0.0), 128, WINDOW)
     assert opened(mine, HARD) == opened(replace(none, content=0.5), HARD)
     assert opened(none, HARD) == opened(replace(mine, content=0.0), HARD) == list(range(29, 37))
+
+
+@pytest.mark.parametrize(("votes", "heard"), [(8, True), (WHOLE, True), (4 * WHOLE, False)])
+def test_small_blocks_are_heard_in_full(votes: int, heard: bool) -> None:
+    """The last voter asks for the needle, and none sounds as if it cared: of a large block the first few are heard."""
+    end = CHUNKS * 16
+    blocks = Blocks.of([(0, Piece(end - votes, end, end - votes, end - votes, end, False))])
+    asked = torch.tensor(EASY).expand(1, 1, votes, DIM).clone()
+    asked[..., -1, :] = torch.tensor([3.0, -6.0, 0.0, 0.0])
+    policy = Learned(weights(), 16, WINDOW, content=1.0)
+    for padded in (votes, 2 * votes):
+        queries = torch.nn.functional.pad(asked, (0, 0, 0, padded - votes))
+        live = torch.arange(padded)[None] < votes
+        cover = policy.choose(Voters(queries, live), blocks, pyramid(), LEVELS)
+        assert (NEEDLE in cover.opened[0, 0].tolist()) is heard
 
 
 @pytest.mark.parametrize("content", [0.25, 0.5, 0.75])

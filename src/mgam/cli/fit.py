@@ -34,7 +34,7 @@ def fit(
     minutes: Annotated[float, typer.Option(help="It ends sooner after so long; 0: it does not.")] = 0.0,
     batch: Annotated[int, typer.Option(help="Texts of a step, over all devices.")] = 4,
     rate: Annotated[float, typer.Option(help="Learning rate.")] = 2e-3,
-    width: Annotated[int, typer.Option(help="Search dimensions.")] = 16,
+    width: Annotated[int, typer.Option(help="Search dimensions.")] = 32,
     slots: Annotated[
         int, typer.Option(help="Search queries of a position and KV head; 0: one for each query head.")
     ] = 0,

@@ -50,7 +50,7 @@ class Fitting:
     """Ends sooner after so long, with the rate falling to nothing by then; 0: no limit. A fit with a limit does not
     give the same weights again."""
     rate: float = 2e-3
-    width: int = 16
+    width: int = 32
     """Search dimensions, the pull of what is near among them."""
     slots: int = 0
     """Search queries of a position and KV head; 0: one for each query head of a group."""
@@ -58,7 +58,7 @@ class Fitting:
     """Tokens of the texts with questions that every second text is, at most those of a text; 0: there are none. Prose
     alone hardly ever asks for one place far back."""
     blocks: int = 12
-    voters: int = 32
+    voters: int = 16
     window: int = 512
     block: int = 128
     levels: tuple[int, ...] = (1, 64, 1024)

@@ -44,7 +44,7 @@ class Kept:
 def equal_search(learned: Learned, group: int, block: int) -> dict[str, Any]:
     """The stride and dimensions with which the training-free search costs what a learned one does, or a little more."""
     votes = min(block, max(FEWEST, -(-block // learned.thin)))
-    cost = learned.weights.slots * learned.weights.width * votes
+    cost = (learned.weights.slots + group) * learned.weights.width * votes
     dims = max(16, learned.weights.width // 16 * 16)
     return {"every": max(1, group * dims * block // cost), "compact": Compact(dims=dims, bits=16, calibrate=1024)}
 

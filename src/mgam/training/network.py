@@ -16,12 +16,10 @@ FADE = 0.5
 """Before fitting, a chunk at n times the distance is expected to hold n**-FADE of the mass."""
 QUICK = 4.0
 """How much quicker than other numbers the prior of distance is learned."""
-CONTENT = 1.0
-"""Weight of what the flat search finds, beside what full attention looks at."""
 TOGETHER = 64
 """KV heads, of any layers, whose losses are worked out at once."""
-PARTS = ("query", "query_bias", "key", "voice", "voice_bias", "prior")
-MEASURES = ("query_mean", "query_scale", "key_mean", "key_scale", "content")
+PARTS = ("query", "query_bias", "voice", "voice_bias", "prior")
+MEASURES = ("query_mean", "query_scale", "key_mean", "key_scale", "key", "seek", "content")
 HALF = 0.5
 """Part of a head's budget for what is found whatever the distance, before it is measured."""
 
@@ -51,6 +49,8 @@ class LayerSearch(nn.Module):
     query_scale: Tensor
     key_mean: Tensor
     key_scale: Tensor
+    key: Tensor
+    seek: Tensor
     content: Tensor
     """Part of each KV head's budget for what is found whatever the distance (H,): measured, not trained."""
 
@@ -61,10 +61,11 @@ class LayerSearch(nn.Module):
         self.register_buffer("query_scale", torch.ones(heads, group * dim))
         self.register_buffer("key_mean", torch.zeros(heads, dim))
         self.register_buffer("key_scale", torch.ones(heads, dim))
+        self.register_buffer("key", torch.randn(heads, dim, width - 1) * dim**-0.5)
+        self.register_buffer("seek", torch.zeros(heads, dim, width - 1))
         self.register_buffer("content", torch.full((heads,), HALF))
         self.query = nn.Parameter(torch.randn(heads, group * dim, slots * width) * (group * dim) ** -0.5)
         self.query_bias = nn.Parameter(torch.zeros(heads, slots * width))
-        self.key = nn.Parameter(torch.randn(heads, dim, width - 1) * dim**-0.5)
         self.voice = nn.Parameter(torch.zeros(heads, group * dim))
         self.voice_bias = nn.Parameter(torch.zeros(heads))
         fade = -FADE * math.log(2) * torch.arange(reach)
@@ -91,6 +92,7 @@ class LayerSearch(nn.Module):
         basis = basis[..., -(self.width - 1) :]  # (H, D, r-1)
         self.key.copy_(weight[..., None] * basis)
         turned = (self.key_scale / weight)[..., None] * basis * scale  # query head -> coordinates
+        self.seek.copy_(turned)
         self.query.zero_()
         for slot in range(self.slots):
             mine = [head for head in range(self.group) if head % self.slots == slot] or [slot % self.group]
@@ -114,6 +116,7 @@ class LayerSearch(nn.Module):
         self.query.copy_(query * self.query_scale[..., None])
         self.query_bias.copy_(bias + (self.query_mean[..., None] * query).sum(1))
         self.key.copy_(there.key * self.key_scale[..., None])
+        self.seek.copy_(there.seek)
         self.voice.copy_(there.voice * self.query_scale)
         self.voice_bias.copy_(there.voice_bias + (self.query_mean * there.voice).sum(1))
         self.prior.copy_(there.prior / QUICK)
@@ -137,11 +140,12 @@ def plain(parts: Mapping[str, Tensor], name: str, slots: int, *, short: bool = F
     query = parts["query"] / parts["query_scale"][..., None]
     key = parts["key"] / parts["key_scale"][..., None]
     voice = parts["voice"] / parts["query_scale"]
-    bias = parts["query_bias"]
+    bias, seek = parts["query_bias"], parts["seek"]
     if short:  # means are taken off with the rounded numbers, so that rounding moves no logit as a whole
         size = nn.functional.pad(key.norm(dim=1).clamp_min(TINY), (0, 1), value=1.0)
         wide = size.repeat(1, slots)
         query, key, bias = query * wide[:, None], key / size[:, None, :-1], bias * wide
+        seek = (seek * size[:, None, :-1]).half().float()
         query, key, voice = query.half().float(), key.half().float(), voice.half().float()
     return SearchWeights(
         name=name,
@@ -150,6 +154,7 @@ def plain(parts: Mapping[str, Tensor], name: str, slots: int, *, short: bool = F
         query_bias=bias - (parts["query_mean"][..., None] * query).sum(1),
         key=key,
         key_bias=(parts["key_mean"][..., None] * key).sum(1),
+        seek=seek,
         voice=voice,
         voice_bias=parts["voice_bias"] - (parts["query_mean"] * voice).sum(1),
         prior=parts["prior"] * QUICK,
@@ -178,35 +183,8 @@ def lesson_loss(weights: SearchWeights, lesson: Lesson) -> tuple[Tensor, dict[st
     voice = weights.voices(lesson.queries)
     heard = nn.functional.binary_cross_entropy_with_logits(voice, 1 - near[..., 0].clamp(0, 1), reduction="none")
     heard = heard.mean((0, 2))
-    found = torch.softmax(logits[..., 1:], -1).mean(2)  # (N, H, V, C - 1)
-    flat = flat_search(lesson)[..., 1:]
-    content = -(flat * found.clamp_min(1e-9).log()).sum(-1)
-    content = (content * (flat.sum(-1) > 0)).mean((0, 2))
-    parts = {"query": single, "block": listed, "voice": heard, "content": content}
-    loss = single + listed + heard + CONTENT * content
-    return loss, {name: part.detach() for name, part in parts.items()}
-
-
-@torch.no_grad()
-def flat_search(lesson: Lesson) -> Tensor:
-    """What a search by whole queries and keys gives each chunk that is far (N, H, V, C): mean over a group's heads.
-
-    The sink is left out, and distance plays no part: full attention itself loses a rare fact far back, at positions
-    near the end of what it was trained for, but its queries and keys still find it.
-    """
-    heads, _, chunks, dim = lesson.search.shape
-    count, _, votes, _ = lesson.queries.shape
-    asked = lesson.queries.float().unflatten(1, (heads, -1)).transpose(0, 1).reshape(heads, -1, dim)
-    asked = asked * lesson.scale[:, None, None]
-    best: Tensor | None = None
-    for keys in lesson.search.float().unbind(1):
-        logits = asked @ keys.transpose(1, 2)
-        best = logits if best is None else torch.maximum(best, logits)
-    assert best is not None
-    number = torch.arange(chunks, device=best.device)
-    hidden = (number >= lesson.visible[:, None]) | (number == 0)  # (N, C)
-    best = best.view(heads, count, -1, votes, chunks).transpose(0, 1)
-    return torch.softmax(best.masked_fill(hidden[:, None, None, None], -torch.inf), -1).nan_to_num(0.0).mean(2)
+    parts = {"query": single, "block": listed, "voice": heard}
+    return single + listed + heard, {name: part.detach() for name, part in parts.items()}
 
 
 def far_logits(weights: SearchWeights, queries: Tensor, search: Tensor, visible: Tensor) -> tuple[Tensor, Tensor]:

@@ -2,8 +2,8 @@
 
 The model reads long texts through its covers, just as it does when it is used: a document in blocks that are decided by
 what came before them, then questions in small blocks and answers token by token. Two losses: of the next token (of
-answers, and of stretches of the text), through the covers; and of the search, which must rank the chunk that holds an
-answer first. The second reaches the queries and keys of the model too, so that these become easier to search.
+answers, and of stretches of the text), through the covers; and of the search by content, which must rank the chunk that
+holds an answer first. The second makes queries and keys of the model easier to search; the search itself stays.
 """
 
 from __future__ import annotations
@@ -59,7 +59,6 @@ class Reading:
     """Texts of a step, over all devices."""
     questions: int = 8
     rate: float = 4e-4
-    search_rate: float = 1e-3
     rank: int = 16
     prose: float = 0.3
     """Weight of the loss on text, beside that on answers."""
@@ -218,7 +217,7 @@ def evidence_loss(search: LayerSearch, queries: Tensor, keys: Tensor, voters: _V
     those of a question decide together. Distance plays no part: what is asked for stands anywhere.
     """
     weights = search.weights("lesson")
-    asked = weights.ask(queries[:, :, voters.place])[0]  # (H, s, P, r)
+    asked = weights.look(queries[:, :, voters.place])[0]  # (H, G, P, r)
     chunks = keys.shape[2] // levels.chunk
     fine = keys[0, :, : chunks * levels.chunk].unflatten(1, (chunks, -1, levels.search)).mean(3)
     short = weights.keys(fine.transpose(1, 2))  # (H, S, C, r)
@@ -227,12 +226,12 @@ def evidence_loss(search: LayerSearch, queries: Tensor, keys: Tensor, voters: _V
     number = torch.arange(chunks, device=logits.device)
     far = (number >= 1) & (number < voters.visible[:, None])  # (P, C)
     there = (number >= voters.evidence[:, :1]) & (number <= voters.evidence[:, 1:])
-    logits = logits.masked_fill(~far, -torch.inf)
-    alone = torch.softmax(logits, -1).mean(1)  # (H, P, C)
+    alone = torch.softmax(logits.masked_fill(~far, -torch.inf), -1).mean(1)  # (H, P, C)
     right = (alone * there).sum(-1)
     single = -(right.clamp(1e-6, ENOUGH) / ENOUGH).log()
     single = (single * voters.answering).sum(-1) / voters.answering.sum().clamp_min(1)
-    shares = torch.softmax(torch.cat((asked[..., -1:], logits), -1), -1)[..., 1:].mean(1)
+    seen = number < (voters.place // levels.chunk)[:, None]
+    shares = torch.softmax(logits.masked_fill(~seen, -torch.inf), -1).masked_fill(~far, 0.0).mean(1)
     shares = shares * ~voters.answering[:, None]
     index = voters.question[None, :, None].expand_as(shares)
     together = shares.new_zeros(heads, voters.questions, chunks).scatter_add(1, index, shares)
@@ -292,20 +291,6 @@ class _Trainer(Trainer):
         """Adds the parts of the loss."""
         super().log({**logs, **(self.parts if "loss" in logs else {})}, *args, **kwargs)
 
-    def create_optimizer(self, model: Any = None) -> Any:
-        """Two rates: of the adapter, and of the searches."""
-        pupil: Any = self.model
-        if self.optimizer is None:
-            groups = [
-                {
-                    "params": [one for one in pupil.model.parameters() if one.requires_grad],
-                    "lr": self.args.learning_rate,
-                },
-                {"params": list(pupil.network.parameters()), "lr": pupil.reading.search_rate},
-            ]
-            self.optimizer = torch.optim.AdamW(groups, weight_decay=0.0, betas=(0.9, 0.98))
-        return self.optimizer
-
 
 def fit_reading(
     model: Any,
@@ -338,7 +323,7 @@ def fit_reading(
     shapes = {int(layer): sizes for layer, sizes in start.model.layers.items()}
     reach = next(iter(start.layers.values())).prior.shape[1]
     network = SearchNetwork(shapes, start.width, start.slots, reach)
-    network.to(model.device)
+    network.to(model.device).requires_grad_(False)
     example = maker.make(0, min(reading.lengths), reading.questions)
 
     def visit(seen: Seen) -> None:
