@@ -86,7 +86,7 @@ class Rotary:
             apart = torch.maximum(
                 (angles.cos() * length - cos).abs().amax(), (angles.sin() * length - sin).abs().amax()
             )
-            self._speed = (speed, float(torch.where(apart < 0.02 * length, length, 0.0)))
+            self._speed = (speed, float(torch.where(apart < 0.01 * length, length, 0.0)))
         return self._speed[1] > 0
 
     def half_table(self, device: torch.device, limit: int) -> tuple[Tensor, Tensor]:

@@ -69,3 +69,38 @@ def test_covers_must_fit_the_trained_window() -> None:
 def test_a_window_that_begins_with_the_text_stands_at_true_positions() -> None:
     positions = Positions.granular(Rotary.plain(4, 100), window=30)
     assert positions.base(torch.tensor([0, 8])).tolist() == [0, 70]
+
+
+@pytest.mark.parametrize("length", [1.0, 1.25])
+def test_turns_by_steps_compose(length: float) -> None:
+    """A far turn of length one and a near one from the table make the turn to a position, at a million tokens too."""
+    plain = Rotary.plain(64, 4096)
+    rotary = Rotary(lambda positions: tuple(length * part for part in plain.tables(positions)), 4096)
+    assert rotary.compose(torch.device("cpu"))
+    far_cos, far_sin = rotary.turns(torch.device("cpu"), 64, (1 << 20) // 64 + 1)
+    cos, sin = rotary.table(torch.device("cpu"), torch.float32)
+    for place in (3, 4095, 1_000_003):
+        whole, left = place // 64, place % 64
+        made = cos[left] * far_cos[whole] - sin[left] * far_sin[whole]
+        frequencies = 10000.0 ** (-torch.arange(0, 64, 2, dtype=torch.float64) / 64)
+        assert (made.double() - length * (place * frequencies).cos()).abs().max() < (1e-3 if place < 5000 else 0.1)
+    # What a rotation is for, the angle between neighbours, is exact wherever they stand.
+    first, second = (
+        torch.complex(
+            far_cos[-1] * cos[left] - far_sin[-1] * sin[left], far_sin[-1] * cos[left] + far_cos[-1] * sin[left]
+        )
+        for left in (5, 60)
+    )
+    angle = (second / first).angle().double()
+    assert (torch.exp(1j * angle) - torch.exp(1j * 55 * frequencies)).abs().max() < 1e-4
+
+
+def test_tables_without_fixed_frequencies_do_not_compose() -> None:
+    def tables(positions: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        angles = positions.double().sqrt()[:, None].expand(-1, 4)
+        return angles.cos(), angles.sin()
+
+    rotary = Rotary(tables, 512)
+    assert not rotary.compose(torch.device("cpu"))
+    with pytest.raises(SettingError, match="step by step"):
+        rotary.turns(torch.device("cpu"), 64, 4)
