@@ -173,7 +173,7 @@ def entry_grad_kernel(
     SUBS: tl.constexpr,
     D: tl.constexpr, R: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr,
     BLOCK_R: tl.constexpr,
-    BLOCK_P: tl.constexpr, CAP: tl.constexpr, BARE: tl.constexpr, PRECISION: tl.constexpr,
+    BLOCK_P: tl.constexpr, CAP: tl.constexpr, BARE: tl.constexpr, RELATIVE: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     """Gradients of keys and values of one level, one program per (row, KV head, unit, part of the unit).
 
@@ -182,7 +182,8 @@ def entry_grad_kernel(
     place (block, head, slot) in a list (N, H, width) that reads the unit, for p in [begin, end) of the unit. Slots
     of an
     opened list from OPENED_WIDTH on are window chunks. rank_ptr, of the list's shape, gives the rank of each slot's
-    first entry.
+    first entry. RELATIVE, for tokens: keys are turned by their place in the chunk alone, and queries by their distance
+    to its first token, so that keys are turned once, and gradients turned back once.
     """
     pid = tl.program_id(0)
     sub = pid % SUBS
@@ -205,6 +206,10 @@ def entry_grad_kernel(
         d1 = tl.zeros((BLOCK_N, BLOCK_R), tl.float32)
         d2 = tl.zeros((BLOCK_N, BLOCK_P), tl.float32)
         dv = tl.zeros((BLOCK_N, BLOCK_D), tl.float32)
+        if RELATIVE:
+            k0, k1, k2 = states(
+                key_ptr, key_offset, live, inside, cos_ptr, sin_ptr, D, R, BLOCK_D, BLOCK_R, BLOCK_P, True
+            )
         for p in tl.range(begin, end):
             spot = tl.load(order_ptr + p)
             slot = spot % width
@@ -218,7 +223,9 @@ def entry_grad_kernel(
             there = live
             rank = inside
             if KIND == OPENED:
-                if R > 0:
+                if RELATIVE:
+                    base = -tl.load(rank_ptr + spot).to(tl.int32)
+                elif R > 0:
                     rank = base + tl.load(rank_ptr + spot).to(tl.int32) + inside
                 there = live & ((slot < OPENED_WIDTH) | (index >= window))
             else:
@@ -229,11 +236,12 @@ def entry_grad_kernel(
                 if R > 0:
                     placed = tl.load(rank_ptr + spot + near, mask=slot + near < width, other=0).to(tl.int32)
                     rank = base + tl.sum(tl.where(same, placed[:, None], 0), 0)
-            if R > 0:
-                rank = tl.minimum(tl.maximum(rank, 0), limit)
-            k0, k1, k2 = states(
-                key_ptr, key_offset, live, rank, cos_ptr, sin_ptr, D, R, BLOCK_D, BLOCK_R, BLOCK_P, True
-            )
+            if not RELATIVE:
+                if R > 0:
+                    rank = tl.minimum(tl.maximum(rank, 0), limit)
+                k0, k1, k2 = states(
+                    key_ptr, key_offset, live, rank, cos_ptr, sin_ptr, D, R, BLOCK_D, BLOCK_R, BLOCK_P, True
+                )
             pair = block * heads + head
             for first in tl.range(0, G * Q, BLOCK_M):
                 m = first + tl.arange(0, BLOCK_M)
@@ -242,7 +250,7 @@ def entry_grad_kernel(
                 own = start + query
                 place = base + (own - window).to(tl.int32)
                 if R > 0:
-                    place = tl.minimum(place, limit)
+                    place = tl.minimum(tl.maximum(place, 0), limit)
                 line = pair * (G * Q) + m
                 q_offset = block * q_block + (head * G + m // Q).to(tl.int64) * q_head + query * q_row
                 q0, q1, q2 = states(
@@ -260,6 +268,11 @@ def entry_grad_kernel(
                 slope_t = tl.trans(slope.to(q0.dtype))
                 if R == 0:
                     d0 = tl.dot(slope_t, q0, d0, input_precision=PRECISION)
+                elif RELATIVE:
+                    d0 = tl.dot(slope_t, q0, d0, input_precision=PRECISION)
+                    d1 = tl.dot(slope_t, q1, d1, input_precision=PRECISION)
+                    if 2 * R < D:
+                        d2 = tl.dot(slope_t, q2, d2, input_precision=PRECISION)
                 else:
                     cos, sin = half_tables(cos_ptr, sin_ptr, rank, R, BLOCK_R)
                     back0, back1 = _turned_back(
@@ -276,6 +289,8 @@ def entry_grad_kernel(
         _store_columns(dv_ptr, offset, live, dv, 0, D, BLOCK_D)
         if R == 0:
             _store_columns(dk_ptr, offset, live, d0, 0, D, BLOCK_D)
+        elif RELATIVE:
+            _store_parts(dk_ptr, offset, live, d0, d1, d2, inside, cos_ptr, sin_ptr, D, R, BLOCK_D, BLOCK_R, BLOCK_P)
         else:
             _store_columns(dk_ptr, offset, live, d0, 0, R, BLOCK_R)
             _store_columns(dk_ptr, offset, live, d1, R, R, BLOCK_R)

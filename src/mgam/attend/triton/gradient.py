@@ -191,6 +191,7 @@ def _entry_grads(
         D=dim, R=turn.pairs, BLOCK_M=_row_tile(group * size, dim, 64), BLOCK_N=across, BLOCK_D=block(dim),
         BLOCK_R=block(turn.pairs),
         BLOCK_P=block(dim - 2 * turn.pairs), CAP=softcap is not None, BARE=lists.bare,
+        RELATIVE=level == 0 and turn.rotary is not None and turn.rotary.compose(queries.device),
         PRECISION=precision(queries.dtype),
         num_warps=8 if across == 64 else 4, num_stages=2,
     )  # fmt: skip
