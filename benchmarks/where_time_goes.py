@@ -1,6 +1,7 @@
 """Which kernels take the time of one layer: `python benchmarks/where_time_goes.py --tokens 131072 --every 8`.
 
-Prints a table of the profiler for a prefill (build, search and read) and for a token of decode, heaviest kernels first.
+Prints a table of the profiler for a prefill (build, search and read), for a step of training and for a token of decode,
+heaviest kernels first.
 """
 
 from __future__ import annotations
@@ -14,6 +15,7 @@ from torch.profiler import ProfilerActivity, profile
 
 from mgam import engine
 from mgam.benchmarks.setting import Setting, built, plan_of, reading_of, states
+from mgam.benchmarks.training import training_step
 from mgam.device import decode
 from mgam.policies.compact import CompactKeys
 
@@ -35,6 +37,7 @@ def main(
         f"prefill, {tokens} tokens",
         lambda: engine.read(queries, built(setting, keys, values), plan, reading, scale),
     )
+    table(f"forward + backward, {min(tokens, 32768)} tokens", training_step(setting, min(tokens, 32768)))
     for batch in (1, 16):
         some = states(setting, min(tokens, 32768) if batch > 1 else tokens, batch, 1)
         pyramid = built(setting, *some[1:])

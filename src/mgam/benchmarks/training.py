@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import replace
 
 import torch
@@ -17,14 +17,23 @@ from mgam.pyramid import Pyramid
 
 def training_rows(setting: Setting, machine: Machine, tokens: int) -> Iterator[Row]:
     """Build, search, read, and gradients of queries, keys and values."""
+    torch.cuda.reset_peak_memory_stats()
+    call = training_step(setting, tokens)
+    before = torch.cuda.memory_allocated()
+    call()
+    memory = (torch.cuda.max_memory_allocated() - before) / 1e9
+    row = row_of("forward + backward", "build + search + read", "mgam triton", tokens, 1, timed(call, least=3))
+    yield replace(row, memory_gb=memory)
+
+
+def training_step(setting: Setting, tokens: int) -> Callable[[], None]:
+    """A call that goes forward and back over one text."""
     queries, keys, values = states(setting, tokens)
     policy, positions, scale = setting.policy, setting.placed, setting.dim**-0.5
     blocks = blocks_of(tokens, setting.block)
     for states_ in (queries, keys, values):
         states_.requires_grad_(True)
     pull = torch.randn_like(in_blocks(queries, setting.block))
-    torch.cuda.reset_peak_memory_stats()
-    before = torch.cuda.memory_allocated()
 
     def call() -> None:
         pyramid = Pyramid.of(keys, values, setting.levels)
@@ -36,7 +45,4 @@ def training_rows(setting: Setting, machine: Machine, tokens: int) -> Iterator[R
         out = Read.apply(cut, lists, turn, scale, None, *pyramid.keys, *pyramid.values)
         torch.autograd.grad(out, (queries, keys, values), pull)
 
-    call()
-    memory = (torch.cuda.max_memory_allocated() - before) / 1e9
-    row = row_of("forward + backward", "build + search + read", "mgam triton", tokens, 1, timed(call, least=3))
-    yield replace(row, memory_gb=memory)
+    return call
