@@ -167,34 +167,40 @@ def _store_parts(
 @triton.jit
 def entry_grad_kernel(
     q_ptr, grad_ptr, lse_ptr, delta_ptr, key_ptr, value_ptr, dk_ptr, dv_ptr, block_ptr, begin_ptr, end_ptr, order_ptr,
-    list_ptr, rank_ptr, cos_ptr, sin_ptr, limit, anchor, scale, cap, bias, blocks, heads, units, count, width,
-    key_row, key_head, key_step, value_row, value_head, value_step, q_block, q_head, q_row,
+    list_ptr, rank_ptr, cos_ptr, sin_ptr, limit, anchor, scale, cap, bias, blocks, heads, pairs, units, first_unit,
+    count, kept, origin, width, key_row, key_head, key_step, value_row, value_head, value_step, q_block, q_head, q_row,
     G: tl.constexpr, Q: tl.constexpr, KIND: tl.constexpr, OPENED_WIDTH: tl.constexpr, UNIT: tl.constexpr,
-    SUBS: tl.constexpr,
+    SUBS: tl.constexpr, SPLITS: tl.constexpr,
     D: tl.constexpr, R: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr,
     BLOCK_R: tl.constexpr,
     BLOCK_P: tl.constexpr, CAP: tl.constexpr, BARE: tl.constexpr, RELATIVE: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """Gradients of keys and values of one level, one program per (row, KV head, unit, part of the unit).
+    """Gradients of keys and values of one level, one program per (unit, row and KV head, part of its readers, part of
+    the unit).
 
     A unit is UNIT neighbours: a chunk of tokens (KIND OPENED) or a tile of summaries (KIND SUMMARIES). order_ptr[p]
     names a
     place (block, head, slot) in a list (N, H, width) that reads the unit, for p in [begin, end) of the unit. Slots
     of an
     opened list from OPENED_WIDTH on are window chunks. rank_ptr, of the list's shape, gives the rank of each slot's
-    first entry. RELATIVE, for tokens: keys are turned by their place in the chunk alone, and queries by their distance
+    first entry. dk and dv (SPLITS, pairs, kept, D) hold entries from `origin` on, of the `count` that each of `pairs`
+    rows and heads has; the readers of a unit are divided among SPLITS programs, whose results are summed afterwards.
+    RELATIVE, for tokens: keys are turned by their place in the chunk alone, and queries by their distance
     to its first token, so that keys are turned once, and gradients turned back once.
     """
     pid = tl.program_id(0)
     sub = pid % SUBS
+    part = pid // SUBS % SPLITS
     # Low units first: they are read by the most blocks.
-    row_head = pid // SUBS % (tl.num_programs(0) // SUBS // units)
-    unit = pid // SUBS // (tl.num_programs(0) // SUBS // units)
+    row_head = pid // (SUBS * SPLITS) % pairs
+    unit = first_unit + pid // (SUBS * SPLITS) // pairs
     row = (row_head // heads).to(tl.int64)
     head = row_head % heads
     bucket = row_head.to(tl.int64) * units + unit
-    begin = tl.load(begin_ptr + bucket)
-    end = tl.load(end_ptr + bucket)
+    first_reader = tl.load(begin_ptr + bucket)
+    readers = tl.load(end_ptr + bucket) - first_reader
+    begin = first_reader + readers * part // SPLITS
+    end = first_reader + readers * (part + 1) // SPLITS
     inside = sub * BLOCK_N + tl.arange(0, BLOCK_N)
     index = unit.to(tl.int64) * UNIT + inside
     live = (inside < UNIT) & (index < count)
@@ -285,7 +291,7 @@ def entry_grad_kernel(
                     d1 += back1
                     if 2 * R < D:
                         d2 = tl.dot(slope_t, q2, d2, input_precision=PRECISION)
-        offset = (row_head.to(tl.int64) * count + index) * D
+        offset = ((part * pairs + row_head).to(tl.int64) * kept + index - origin) * D
         _store_columns(dv_ptr, offset, live, dv, 0, D, BLOCK_D)
         if R == 0:
             _store_columns(dk_ptr, offset, live, d0, 0, D, BLOCK_D)

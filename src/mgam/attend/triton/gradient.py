@@ -14,6 +14,10 @@ from mgam.attend.triton.lists import Lists
 from mgam.attend.triton.tables import Turn, biases, block, precision, strides
 from mgam.merge import Part
 
+PROGRAMS = 2048
+SUMMARY_PARTS = 32
+SINK_PARTS = 16
+"""Programs that share the readers of what nearly all blocks read: coarse summaries, and the first chunk."""
 TILE = 16
 """Summaries whose gradients one program sums: about the children that one parent has."""
 
@@ -180,21 +184,40 @@ def _entry_grads(
     inverse = Inverse.of(reads.unit, lists.blocks[0], rows, units)
     across = max(16, min(64 if dim <= 128 else 32, triton.next_power_of_2(reads.size)))
     subs = triton.cdiv(reads.size, across)
-    entry_grad_kernel[(subs * rows * heads * units,)](
-        queries, grad, lse, delta, keys, values, dk, dv, lists.blocks, inverse.begin, inverse.end, inverse.order,
-        reads.index, reads.ranks, turn.cos, turn.sin, turn.cos.shape[0] - 1, turn.anchor, scale, softcap or 1.0,
-        biases(lists)[level],
-        lists.blocks.shape[1], heads, units, count, reads.unit.shape[-1],
-        keys.stride(0), keys.stride(1), keys.stride(2), values.stride(0), values.stride(1), values.stride(2),
-        queries.stride(0), queries.stride(1), queries.stride(2),
-        G=group, Q=size, KIND=0 if level == 0 else 1, OPENED_WIDTH=lists.index[0].shape[-1], UNIT=reads.size, SUBS=subs,
-        D=dim, R=turn.pairs, BLOCK_M=_row_tile(group * size, dim, 64), BLOCK_N=across, BLOCK_D=block(dim),
-        BLOCK_R=block(turn.pairs),
-        BLOCK_P=block(dim - 2 * turn.pairs), CAP=softcap is not None, BARE=lists.bare,
-        RELATIVE=level == 0 and turn.rotary is not None and turn.rotary.compose(queries.device),
-        PRECISION=precision(queries.dtype),
-        num_warps=8 if across == 64 else 4, num_stages=2,
-    )  # fmt: skip
+    relative = level == 0 and turn.rotary is not None and turn.rotary.compose(queries.device)
+
+    def launch(first: int, last: int, splits: int) -> None:
+        """Units `first` to `last`, each by so many programs."""
+        span = slice(first * reads.size, min(last * reads.size, count))
+        kept, origin = (count, 0) if splits == 1 else (span.stop - span.start, span.start)
+        into_k, into_v = dk, dv
+        if splits > 1:
+            into_k, into_v = (
+                torch.zeros(splits, rows, heads, kept, dim, dtype=torch.float32, device=dk.device) for _ in range(2)
+            )
+        entry_grad_kernel[(subs * splits * rows * heads * (last - first),)](
+            queries, grad, lse, delta, keys, values, into_k, into_v, lists.blocks, inverse.begin, inverse.end,
+            inverse.order, reads.index, reads.ranks, turn.cos, turn.sin, turn.cos.shape[0] - 1, turn.anchor, scale,
+            softcap or 1.0, biases(lists)[level],
+            lists.blocks.shape[1], heads, rows * heads, units, first, count, kept, origin, reads.unit.shape[-1],
+            keys.stride(0), keys.stride(1), keys.stride(2), values.stride(0), values.stride(1), values.stride(2),
+            queries.stride(0), queries.stride(1), queries.stride(2),
+            G=group, Q=size, KIND=0 if level == 0 else 1, OPENED_WIDTH=lists.index[0].shape[-1], UNIT=reads.size,
+            SUBS=subs, SPLITS=splits, D=dim, R=turn.pairs, BLOCK_M=_row_tile(group * size, dim, 64), BLOCK_N=across,
+            BLOCK_D=block(dim), BLOCK_R=block(turn.pairs), BLOCK_P=block(dim - 2 * turn.pairs),
+            CAP=softcap is not None, BARE=lists.bare, RELATIVE=relative, PRECISION=precision(queries.dtype),
+            num_warps=8 if across == 64 else 4, num_stages=2,
+        )  # fmt: skip
+        if splits > 1:
+            dk[:, :, span] = into_k.sum(0).to(dk.dtype)
+            dv[:, :, span] = into_v.sum(0).to(dv.dtype)
+
+    if level == 0:  # every block opens the first chunk: alone it would take longer than all others together
+        launch(0, 1, SINK_PARTS)
+        if units > 1:
+            launch(1, units, 1)
+    else:
+        launch(0, units, max(1, min(SUMMARY_PARTS, PROGRAMS // (rows * heads * units))))
 
 
 def _row_tile(rows: int, dim: int, most: int = 128) -> int:
