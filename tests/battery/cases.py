@@ -206,7 +206,7 @@ CASES = [
     Case(
         "learned-drop", "mgam", {"budget": ENOUGH}, {"rest": "drop"}, within(2), nothing, cover="drops", make=learned()
     ),
-    Case("learned-thin", "mgam", {"budget": ENOUGH}, {"block": 20}, within(2), make=learned(thin=4)),
+    Case("learned-thin", "mgam", {"budget": ENOUGH}, {"block": 20}, within(2), make=learned(thin=4, whole=8)),
     Case("learned-content", "mgam", {"budget": ENOUGH}, opens=within(2), make=learned(content=1.0)),
     Case("learned-distance", "mgam", {"budget": ENOUGH}, opens=within(2), make=learned(content=0.0)),
     Case("learned-recall", "mgam", opens=within(2), make=learned(recall=0.6), fewer=True),

@@ -43,8 +43,6 @@ from mgam.policies.scored import TILE
 from mgam.pyramid import Pyramid
 from mgam.schedule import Blocks, sent
 
-WHOLE = 32
-"""Blocks of so many voters are heard in full: those of questions, which are few and look things up."""
 FEWEST = 8
 """Voters of a larger block that are always heard, however few of them are to be."""
 ELEMENTS = 1 << 22
@@ -196,6 +194,8 @@ class Learned:
     which is expected, of which distance is a part. None: each KV head has the part that was fitted."""
     thin: int = 8
     """One of so many voters of a large block is heard: those that care most for the far past."""
+    whole: int = 32
+    """Blocks of at most so many voters are heard in full: those of questions, which are few and look things up."""
     middle: int = 0
     """Entries of the budget that go to regions which are read as fine summaries instead of coarse ones."""
 
@@ -204,8 +204,10 @@ class Learned:
     def __post_init__(self) -> None:
         if self.recall is not None and not 0 < self.recall <= 1:
             raise SettingError(f"recall={self.recall} must lie above 0 and be at most 1 (all attention), or be None")
-        if self.thin < 1 or not 0 <= self.middle <= self.budget:
-            raise SettingError(f"thin={self.thin} starts at 1; middle={self.middle} lies between 0 and the budget")
+        if self.thin < 1 or self.whole < 0 or not 0 <= self.middle <= self.budget:
+            raise SettingError(
+                f"thin={self.thin} starts at 1, whole={self.whole} at 0; middle={self.middle} lies from 0 to the budget"
+            )
         if self.content is not None and not 0 <= self.content <= 1:
             raise SettingError(f"content={self.content} is a part of the budget, from 0 (attention alone) to 1")
 
@@ -272,7 +274,9 @@ class Learned:
         Each KV head hears those that it expects to care most for the far past.
         """
         queries, live = voters.queries, voters.live
-        most, few = blocks.once(("heard", self.thin, live.device), lambda: self._limits(blocks, live.device))
+        most, few = blocks.once(
+            ("heard", self.thin, self.whole, live.device), lambda: self._limits(blocks, live.device)
+        )
         if few >= live.shape[1]:
             return queries, live
         voices = self.weights.voices(queries).masked_fill(~live[:, None], -torch.inf)
@@ -286,7 +290,7 @@ class Learned:
         """How many voters of each block are heard at most (N,), and the largest of these numbers."""
         count = (blocks.vote_to - blocks.vote_from).cpu()
         some = (-(-count // self.thin)).clamp_min(FEWEST)
-        most = torch.where(count <= WHOLE, count, torch.minimum(some, count))
+        most = torch.where(count <= self.whole, count, torch.minimum(some, count))
         return sent(most, device), int(most.max()) if len(blocks) else 0
 
     def open(self, shares: Tensor, wherever: Tensor, allowed: Tensor, most: int) -> Tensor:
