@@ -178,7 +178,7 @@ def test_intervals_are_those_of_student() -> None:
 def test_the_plan_tells_most_first_and_waits_for_rates(tmp_path: Path) -> None:
     size = SIZES["paper"]
     names = [run.name for run in plan.plan(size)]
-    assert len(names) == len(set(names)) == 15 + 15 + 16 + 6
+    assert len(names) == len(set(names)) == 15 + 15 + 16 + 6 + 5
     assert sorted(names[15:20]) == sorted(f"{model}-0" for model in MODELS)
     able = [run.name for run, able in plan.ready(size, tmp_path, "*") if able]
     assert able == names[:15]
@@ -187,12 +187,24 @@ def test_the_plan_tells_most_first_and_waits_for_rates(tmp_path: Path) -> None:
         cell = {"hop": {"1024": {"accuracy": value, "f1": value}}}
         done = {"diverged": None, "test": {"scores": cell}}
         (tmp_path / "runs" / f"tune-mgam-{rate:g}.json").write_text(json.dumps(done))
+    ordered = [run.name for run, _ in plan.ready(size, tmp_path, "gpt2-1,bert-*,*-1")]
+    assert ordered[:5] == ["gpt2-1", "bert-0", "bert-1", "bert-2", "mgam-1"]
     rates = {run.name: run.rate for run, able in plan.ready(size, tmp_path, "mgam-*") if able}
     assert rates["mgam-0"] == size.rates[1]
     assert "mgam-causal-0" not in rates
     (tmp_path / "runs" / f"tune-mgam-{size.rates[1]:g}.json").unlink()
     assert plan.chosen_rate("mgam", size, plan.results(tmp_path)) is None
     assert plan.chosen_rate("mgam", size, plan.results(tmp_path), missing=1) == size.rates[2]
+
+
+def test_mixed_lengths_are_the_same_lengths() -> None:
+    plain = Run("bert-0", "bert", 1e-3, 0, SIZES["paper"])
+    mixed = replace(plain, mixed=True)
+    lengths = [[run.length(step) for step in range(run.total)] for run in (plain, mixed)]
+    assert lengths[0] != lengths[1]
+    assert lengths[0][:350] == lengths[1][:350] == [512] * 350
+    assert sorted(lengths[1]) == lengths[0] == sorted(lengths[0])
+    assert set(lengths[1][-100:]) == set(lengths[0][350:])
 
 
 def test_two_workers_do_not_make_one_run(tmp_path: Path) -> None:
@@ -239,12 +251,12 @@ def test_what_is_left_of_a_run_is_known_from_others_alike(tmp_path: Path) -> Non
 
     for known in (("tune-bert", "bert", 6, 60.0), ("mgam-0", "mgam", 6, 9.0), ("ablation", "bert", 3, 12.0)):
         done(*known)
-    assert plan._seconds_left(tmp_path, run) == pytest.approx(27.0)
+    assert plan._seconds_left(tmp_path, run) == pytest.approx(plan.HOPE * 27)
     done("bert-0", "bert", 6, 12.0)
-    assert plan._seconds_left(tmp_path, run) == pytest.approx(15.0)
+    assert plan._seconds_left(tmp_path, run) == pytest.approx(plan.HOPE * 15)
     (tmp_path / "checkpoints/bert-1").mkdir(parents=True)
     (tmp_path / "checkpoints/bert-1/progress.json").write_text('{"step": 3}')
-    assert plan._seconds_left(tmp_path, run) == pytest.approx(9.0)
+    assert plan._seconds_left(tmp_path, run) == pytest.approx(plan.HOPE * 9)
 
 
 def test_the_command_makes_runs_and_the_table(

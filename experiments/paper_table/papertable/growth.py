@@ -26,7 +26,7 @@ from papertable.vocabulary import END, SIZE
 
 ENOUGH_SECONDS = 40.0
 """A point that took so long is the last of its model."""
-LEAST, MOST, SECONDS = 3, 10, 3.0
+LEAST, MOST, SECONDS = 3, 7, 2.0
 
 
 def measure(

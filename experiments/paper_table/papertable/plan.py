@@ -19,12 +19,14 @@ from papertable.train import Run, train
 
 SEEDS, ABLATION_SEEDS, TUNING_SEED = 3, 2, 100
 ABLATED = "hop"
+HOPE = 0.7
+"""Of the time that others of its kind took, what a run may take where fewer share the device."""
 SLOWEST_FIRST = tuple(reversed(MODELS))
 """So that processes that share a machine end at about the same time."""
 
 
 def plan(size: Size) -> list[Run]:
-    """Rates for each model, one seed of all, other seeds, ablations, remedies. A rate of 0 is yet to be chosen."""
+    """Rates for each model, seeds of all, ablations, remedies, lengths mixed. A rate of 0 is yet to be chosen."""
     runs = [
         Run(f"tune-{model}-{rate:g}", model, rate, TUNING_SEED, size, tuning=True)
         for model in SLOWEST_FIRST for rate in size.rates
@@ -36,7 +38,7 @@ def plan(size: Size) -> list[Run]:
         for kind, every in (("ablation", ABLATIONS), ("remedy", REMEDIES))
         for seed in range(ABLATION_SEEDS) for name, changes in every.items()
     ]  # fmt: skip
-    return runs
+    return runs + [Run(f"mixed-{model}-0", model, 0.0, 0, size, mixed=True) for model in SLOWEST_FIRST]
 
 
 def results(folder: Path) -> dict[str, dict[str, Any]]:
@@ -72,10 +74,11 @@ def chosen_rate(model: str, size: Size, done: dict[str, dict[str, Any]], missing
 
 
 def ready(size: Size, folder: Path, only: str, missing: int = 0) -> Iterator[tuple[Run, bool]]:
-    """Runs that are not finished, each with whether it can begin: its rate is known."""
-    done = results(folder)
-    for run in plan(size):
-        if run.name in done or not any(fnmatch(run.name, one) for one in only.split(",")):
+    """Runs that are not finished, as `only` orders them, each with whether it can begin: its rate is known."""
+    done, every = results(folder), plan(size)
+    wanted = {run.name: run for one in only.split(",") for run in every if fnmatch(run.name, one)}
+    for run in wanted.values():
+        if run.name in done:
             continue
         rate = run.rate or chosen_rate(run.model, size, done, missing)
         yield (run if rate is None else replace(run, rate=rate)), rate is not None
@@ -93,7 +96,8 @@ def work(
 ) -> Iterator[dict[str, Any]]:
     """Makes runs until all are finished or time is up; several processes may work in one folder.
 
-    `only`: names with commas, * and ? for anything. `missing`: rates of a model that may be untried when one is chosen.
+    `only`: names with commas, * and ? for anything; the order counts. `missing`: rates of a model that may be untried
+    when one is chosen.
     """
     until = time.time() + 60 * minutes
     while time.time() < until:
@@ -131,7 +135,7 @@ def _seconds_left(folder: Path, run: Run) -> float:
     progress = folder / "checkpoints" / run.name / "progress.json"
     done = json.loads(progress.read_text())["step"] if progress.is_file() else 0
     a_step = statistics.mean(one["seconds"] / one["run"]["steps"] for one in alike)
-    return (run.total - done) * a_step + statistics.mean(one.get("test_seconds", 0.0) for one in alike)
+    return HOPE * ((run.total - done) * a_step + statistics.mean(one.get("test_seconds", 0.0) for one in alike))
 
 
 def _lock(folder: Path, name: str) -> Path:

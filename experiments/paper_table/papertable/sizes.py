@@ -26,7 +26,7 @@ class Size:
     test: tuple[tuple[int, int], ...] = ((2048, 200), (4096, 200), (8192, 100), (16384, 100))
     """Length, and samples a task."""
     dev: tuple[tuple[int, int], ...] = ((1024, 100),)
-    wide: tuple[tuple[int, int], ...] = ((4096, 200), (16384, 100))
+    wide: tuple[tuple[int, int], ...] = ((4096, 200),)
     """Of `test`, what MGAM is tested on with everything opened."""
     granular: dict[str, Any] = field(
         default_factory=lambda: {"levels": (1, 32, 256), "window": 256, "budget": 256, "block": 64, "every": 8}

@@ -33,13 +33,15 @@ def write(folder: Path) -> list[Path]:
         raise SettingError(f"{folder} holds no runs; make some with: run.py train --out {folder}")
     setting, found = json.loads((folder / "setting.json").read_text()), results(folder)
     size, points = SIZES[setting["size"]], growth.read(folder)
+    base = json.loads((folder / "baselines.json").read_text())
     parts = [
         _head(setting, found),
         *_main(found, points, size),
         *(_verdict(found, points) if setting["size"] == "paper" else ()),
-        *_cells(found, size, json.loads((folder / "baselines.json").read_text())),
+        *_cells(found, size, base),
         *_tuning(found, size),
         *_ablations(found),
+        *_mixed(found, points, size, base),
         *_wide(found),
         *_growth(points, growth.read(folder, replayed=True)),
     ]
@@ -194,6 +196,12 @@ def _ablations(found: Results) -> Iterator[str]:
     head = ["MGAM both ways, hop alone", "seeds", "accuracy of each", "F1 of each", "entries a query, longest",
             "far gold units that <answer> reads as tokens, % of heads"]  # fmt: skip
     yield "## Ablations and remedies\n\n" + _table(head, rows)
+
+
+def _mixed(found: Results, points: list[dict[str, Any]], size: Size, base: dict[str, Any]) -> Iterator[str]:
+    own = {name.removeprefix("mixed-"): result for name, result in found.items() if name.startswith("mixed-")}
+    for part in (*_main(own, points, size), *_cells(own, size, base)) if own else ():
+        yield part.replace("## ", "## Lengths mixed in training: ")
 
 
 def _wide(found: Results) -> Iterator[str]:

@@ -13,6 +13,7 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from safetensors.torch import load_file, save_file
 from torch.utils.data import DataLoader, Dataset
@@ -43,6 +44,8 @@ class Run:
     tuning: bool = False
     steps: int = 0
     """0: as many as the size says."""
+    mixed: bool = False
+    """Lengths after the first stage come in a drawn order, as often as otherwise: the run does not end with one."""
 
     @property
     def total(self) -> int:
@@ -52,6 +55,9 @@ class Run:
     def length(self, step: int) -> int:
         """Tokens of a document at a step."""
         stages, done = self.size.tuning if self.tuning else self.size.stages, 0.0
+        begin = round(stages[0][1] * self.total)
+        if self.mixed and step >= begin:
+            step = begin + int(np.random.default_rng(self.seed).permutation(self.total - begin)[step - begin])
         for length, share in stages:
             done += share
             if step < round(done * self.total):
@@ -68,7 +74,7 @@ class Run:
 
     def known(self) -> dict[str, Any]:
         """Plain values."""
-        names = ("name", "model", "rate", "seed", "tasks", "changes", "tuning")
+        names = ("name", "model", "rate", "seed", "tasks", "changes", "tuning", "mixed")
         return {**{name: getattr(self, name) for name in names}, "steps": self.total}
 
 
