@@ -47,7 +47,7 @@ Eight = Annotated[bool, typer.Option("--eight-bits", help="Pages in 8 bits.")]
 Again = Annotated[bool, typer.Option("--again", help="Make the cell anew.")]
 Budget = Annotated[int, typer.Option(help="Tokens that a query may read in full.")]
 Sources = Annotated[str, typer.Option(help="Text sources, one after the other, with commas; see mgam data list.")]
-Asking = Annotated[int | None, typer.Option(help="The same for questions and answers; the budget where not given.")]
+Asking = Annotated[int | None, typer.Option(help="The same for questions and answers.", show_default="mgam's own")]
 Host = Annotated[bool, typer.Option("--host", help="Pages wait in main memory, not on disk.")]
 
 

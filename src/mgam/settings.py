@@ -58,7 +58,7 @@ class Settings:
 
     question_budget: int | None = None
     """The same for what follows the text: the question and the answer, a few dozen queries that may read more than each
-    query of a long text. None: the budget."""
+    query of a long text. None: an eighth of the trained window, but at most 4,096 tokens and at least the budget."""
 
     window: int = 512
     """Last tokens before a query that are always read in full."""

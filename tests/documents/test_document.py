@@ -15,6 +15,7 @@ from mgam.documents.sources import Source
 from mgam.documents.tokens import Frame, encode
 from mgam.errors import DigestError, DocumentError, MemoryBudgetError
 from mgam.integrations.transformers import PyramidCache
+from mgam.integrations.transformers.apply import apply
 from mgam.schedule import Schedule, Span
 
 from . import tiny
@@ -76,6 +77,16 @@ def test_questions_may_read_more_than_the_text_was_read_with(model: Any, tokeniz
     assert contents(made.path) == before
     longer = digest(source(300, seed=1), model=model, append=True)  # the model reads as it was asked last
     assert len(longer.tokens) > len(document.tokens)
+
+
+@pytest.mark.parametrize(("window", "wanted"), [(512, 64), (2048, 256), (65536, 4096)])
+def test_questions_have_an_eighth_of_the_trained_window(window: int, wanted: int) -> None:
+    applied = apply(tiny.make_plain_model(window=window), **tiny.SETTINGS)._mgam_applied
+    asking = applied.reading_for(0, 1.0).asking
+    assert (64 if asking is None else asking.budget) == applied.question_budget == wanted
+    for method, more in (("mgam", {"question_budget": 64}), ("quest", {})):
+        plain = tiny.make_plain_model(window=window)
+        assert apply(plain, method, **{**tiny.SETTINGS, **more})._mgam_applied.reading_for(0, 1.0).asking is None
 
 
 @pytest.mark.parametrize("lookahead", ["block", "none"])

@@ -110,7 +110,7 @@ def ask(
             parser=whole_number,
             metavar="TOKENS",
             help="The same for the question and the answer, which are few and may read more.",
-            show_default="the budget",
+            show_default="an eighth of the model's window, from the budget up to 4096",
         ),
     ] = None,
     device: Annotated[str, typer.Option(help="auto, cpu, cuda, cuda:1, mps.")] = "auto",

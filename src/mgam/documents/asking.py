@@ -243,7 +243,11 @@ def settings_of(model: Any, applied: Applied | None) -> dict[str, Any]:
     """What an answer depends on, as plain values."""
     values: dict[str, Any] = {"method": "dense"}
     if applied is not None:
-        values = {**applied.settings.as_dict(), "dense_until": applied.reading.dense_until}
+        values = {
+            **applied.settings.as_dict(),
+            "dense_until": applied.reading.dense_until,
+            "question_budget": applied.question_budget,
+        }
     return {
         **values,
         "model": getattr(model, "name_or_path", ""),

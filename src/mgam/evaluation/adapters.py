@@ -66,7 +66,11 @@ class ModelReader:
         else:
             apply(self._model, self._method, **self._changes)
             applied = self._model._mgam_applied
-            kept = {**applied.settings.as_dict(), "dense_until": applied.reading.dense_until}
+            kept = {
+                **applied.settings.as_dict(),
+                "dense_until": applied.reading.dense_until,
+                "question_budget": applied.question_budget,
+            }
         config = self._model.config.get_text_config(decoder=True)
         kept["trained_window"] = getattr(config, "max_position_embeddings", None)
         kept["dtype"] = str(self._model.dtype).removeprefix("torch.")

@@ -26,6 +26,8 @@ from mgam.settings import Dials, Settings
 
 Model = TypeVar("Model", bound=nn.Module)
 
+QUESTION_SHARE, WIDEST_QUESTION = 8, 4096
+"""Questions may read an eighth of the trained window in full, and at most so many tokens, if nothing else is said."""
 STRETCHED = ("longrope", "dynamic")
 """Rotations that change with the length of the text."""
 
@@ -81,10 +83,18 @@ class Applied:
         """The policy, or those of the layers, for this attention scale."""
         return self.method.policy(self.settings, scale)
 
+    @property
+    def question_budget(self) -> int:
+        """Tokens that a query after the text may read in full."""
+        chosen = self.settings
+        if chosen.question_budget is not None or not self.method.searches:
+            return chosen.budget if chosen.question_budget is None else chosen.question_budget
+        return max(chosen.budget, min(WIDEST_QUESTION, self.trained_window // QUESTION_SHARE))
+
     def _asking(self, scale: float, layer: int) -> Policy | None:
         """The policy of questions and answers, where they have a budget of their own."""
-        budget = self.settings.question_budget
-        if budget is None or budget == self.settings.budget:
+        budget = self.question_budget
+        if budget == self.settings.budget:
             return None
         return of_layer(self.method.policy(replace(self.settings, budget=budget), scale), layer)
 
