@@ -109,7 +109,7 @@ class Settings:
     """A learned policy: a folder that `mgam fit` wrote, or a hub id. None: the training-free search."""
 
     recall: float | None = None
-    """Of a learned policy: the share of all attention that is to be read as tokens, as it predicts. Blocks that look
+    """Of a learned policy: the share of all attention that is read as tokens on average over texts. Blocks that look
     nearby then open less than the budget. None: every block spends its budget."""
 
     middle: int = 0

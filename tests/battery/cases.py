@@ -209,7 +209,7 @@ CASES = [
     Case("learned-thin", "mgam", {"budget": ENOUGH}, {"block": 20}, within(2), make=learned(thin=4, whole=8)),
     Case("learned-content", "mgam", {"budget": ENOUGH}, opens=within(2), make=learned(content=1.0)),
     Case("learned-distance", "mgam", {"budget": ENOUGH}, opens=within(2), make=learned(content=0.0)),
-    Case("learned-recall", "mgam", opens=within(2), make=learned(recall=0.6), fewer=True),
+    Case("learned-recall", "mgam", opens=within(2), make=learned(mark=0.03), fewer=True),
     Case("learned-middle", "mgam", {"budget": ENOUGH}, {"budget": 12, "middle": 4}, within(2), None, make=learned()),
     Case("quest", "quest", {"budget": ENOUGH}, {}, alone(2), nothing),
     Case("longheads", "longheads", {"budget": ENOUGH}, {}, within(2), nothing),

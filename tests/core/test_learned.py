@@ -98,16 +98,18 @@ def test_the_budget_is_spent_whatever_is_weighed(content: float) -> None:
 
 
 def test_easy_blocks_cost_less() -> None:
-    """With `recall` a block that looks nearby opens nothing, one that asks for one chunk that, a diffuse one all."""
-    policy = Learned(weights(), 128, WINDOW, recall=0.9)
+    """With a mark a block that looks nearby opens nothing, one that asks for one chunk that, a diffuse one all."""
+    policy = Learned(weights(), 128, WINDOW, mark=0.02)
     assert opened(policy, EASY) == []
     assert opened(policy, [3.0, -6.0, 0.0, 0.0]) == [NEEDLE]
     assert len(opened(policy, [0.0, -9.0, 0.0, 0.0])) == 8
     assert len(opened(Learned(weights(), 128, WINDOW), EASY)) == 8
 
 
-def test_a_higher_recall_never_opens_less() -> None:
-    costs = [len(opened(Learned(weights(1.0), 256, WINDOW, recall=part), [0.3, 2.0, 0, 0])) for part in (0.3, 0.6, 0.9)]
+def test_a_lower_mark_never_opens_less() -> None:
+    costs = [
+        len(opened(Learned(weights(1.0), 256, WINDOW, mark=part), [0.3, -2.0, 0, 0])) for part in (0.1, 0.03, 0.01)
+    ]
     assert costs == sorted(costs)
     assert costs[0] < costs[-1]
 

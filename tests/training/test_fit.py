@@ -8,6 +8,7 @@ import signal
 import subprocess
 import sys
 import time
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -17,13 +18,15 @@ from safetensors.torch import load_file
 
 import mgam
 from documents.tiny import make_plain_model, make_tokenizer
+from mgam.engine import Record
 from mgam.errors import DocumentError, SettingError
 from mgam.levels import Levels
-from mgam.policies.files import FittedPolicy
+from mgam.policies.files import FittedPolicy, ModelShape
 from mgam.policies.learned import Learned
 from mgam.schedule import Schedule
 from mgam.training.checkpoints import last_whole
 from mgam.training.fit import Fitting, FittingError, fit
+from mgam.training.marks import measure_marks
 from mgam.training.measure import mass_kept
 from mgam.training.network import SearchNetwork
 from mgam.training.runs import CHECKPOINTS
@@ -73,6 +76,46 @@ def test_what_is_saved_is_what_is_loaded(fitted: FittedPolicy) -> None:
     for layer, one in fitted.layers.items():
         for name in ("query", "query_bias", "key", "key_bias", "voice", "voice_bias"):
             assert torch.equal(getattr(one, name), getattr(there.layers[layer], name)), name
+
+
+def test_marks_say_what_a_share_of_attention_takes(fitted: FittedPolicy) -> None:
+    """The more is to be read, the less a chunk must be worth; and a text of the same kind gets about that share."""
+    shares, marks = zip(*fitted.marks, strict=True)
+    assert list(shares) == sorted(set(shares))
+    assert list(marks) == sorted(set(marks), reverse=True)
+    wanted = (shares[0] + shares[-1]) / 2
+    assert shares[0] < wanted < shares[-1]
+    model, texts = (
+        make_plain_model(window=512),
+        [Windows([document(seed=1)], 512, 4, 5)[n]["input_ids"] for n in range(4)],
+    )
+    network = SearchNetwork(
+        {int(layer): shape for layer, shape in fitted.model.layers.items()}, fitted.width, fitted.slots, 6
+    )
+    with torch.no_grad():
+        for layer, weights in fitted.layers.items():
+            network.layer(layer).adopt(weights)
+    other = FittedPolicy(fitted.model, 6, 2, 4, {}, measure_marks(model, network, texts, Fitting(**DIALS).sampling))
+    assert other.mark(wanted) == pytest.approx(fitted.mark(wanted), rel=0.5)
+    costs = []
+    for share in (shares[0], wanted, 1.0):
+        mgam.apply(model, policy=str(fitted.folder), recall=share, **{**READING, "budget": 256})
+        cache, record = mgam.PyramidCache(model), Record()
+        cache.watch(record)
+        with torch.no_grad():
+            model(texts[0][None], past_key_values=cache)
+        costs.append(record.entries[0])
+        mgam.remove(model)
+    assert costs == sorted(costs)
+    assert costs[0] < costs[-1]
+
+
+def test_a_policy_without_marks_is_asked_for_no_share() -> None:
+    plain = FittedPolicy(ModelShape("llama", 300, {}, {}), 6, 2, 4, {})
+    with pytest.raises(SettingError, match=r"recall=0.9: what it takes was not measured .* fit it again"):
+        plain.mark(0.9)
+    some = replace(plain, marks=((0.8, 0.02), (0.9, 0.01)))
+    assert [some.mark(share) for share in (0.5, 0.8, 0.85, 0.95)] == pytest.approx([0.02, 0.02, 0.015, 0.0])
 
 
 def test_streamed_reading_is_parallel_reading(fitted: FittedPolicy) -> None:

@@ -12,8 +12,9 @@ def policy(s: Settings, scale: float) -> Policy | PerLayer:
     if s.policy is None:
         return Scored(s.budget, s.window, s.rest, s.mass, scale, s.every, s.compact)
     fitted = FittedPolicy.load(resolve(s.policy))
+    mark = None if s.recall is None else fitted.mark(s.recall)
     return LearnedLayers.of(
-        fitted.layers, budget=s.budget, window=s.window, rest=s.rest, mass=s.mass, recall=s.recall, middle=s.middle,
+        fitted.layers, budget=s.budget, window=s.window, rest=s.rest, mass=s.mass, mark=mark, middle=s.middle,
         content=s.content,
     )  # fmt: skip
 

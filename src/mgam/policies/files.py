@@ -5,6 +5,7 @@ from __future__ import annotations
 import functools
 import hashlib
 import json
+from bisect import bisect_left
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -73,6 +74,8 @@ class FittedPolicy:
     search: int
     """Tokens per search key."""
     layers: dict[int, SearchWeights]
+    marks: tuple[tuple[float, float], ...] = ()
+    """Shares of all attention that are read as tokens, rising, and what a chunk must be worth for it; measured."""
     defaults: dict[str, Any] = field(default_factory=dict)
     """Settings that it was chosen for."""
     notes: dict[str, Any] = field(default_factory=dict)
@@ -83,6 +86,26 @@ class FittedPolicy:
     def parameters(self) -> int:
         """Numbers that it holds."""
         return sum(getattr(layer, part).numel() for layer in self.layers.values() for part in PARTS)
+
+    def mark(self, recall: float) -> float:
+        """What a chunk must be worth so that this share of all attention is read, on average over texts.
+
+        Raises:
+            SettingError: the policy was fitted without measuring it.
+        """
+        if not self.marks:
+            raise SettingError(
+                f"recall={recall}: what it takes was not measured for the policy in {self.folder or 'memory'}; fit it "
+                "again, or leave recall out"
+            )
+        shares, worths = zip(*self.marks, strict=True)
+        above = bisect_left(shares, recall)
+        if above == len(shares):
+            return 0.0
+        if not above:
+            return float(worths[0])
+        part = (recall - shares[above - 1]) / (shares[above] - shares[above - 1])
+        return float(worths[above - 1] * (1 - part) + worths[above] * part)
 
     def check(self, model: ModelShape, search: int) -> None:
         """Refuses a model that it was not fitted to.
@@ -112,7 +135,8 @@ class FittedPolicy:
         save_file(tensors, folder / WEIGHTS)
         body = {
             "format": FORMAT, "version": VERSION, "model": asdict(self.model), "width": self.width,
-            "slots": self.slots, "search": self.search, "defaults": self.defaults, "notes": self.notes,
+            "slots": self.slots, "search": self.search, "marks": self.marks, "defaults": self.defaults,
+            "notes": self.notes,
         }  # fmt: skip
         (folder / CONFIG).write_text(json.dumps(body, indent=1) + "\n", encoding="utf-8")
 
@@ -161,7 +185,15 @@ def _load(path: Path, stamp: tuple[int, ...]) -> FittedPolicy:
         for number, weights in layers.items():
             _check_shapes(weights, model.layers[str(number)], body["width"], body["slots"])
         return FittedPolicy(
-            model, body["width"], body["slots"], body["search"], layers, body["defaults"], body["notes"], path
+            model,
+            body["width"],
+            body["slots"],
+            body["search"],
+            layers,
+            tuple((float(share), float(worth)) for share, worth in body.get("marks", ())),
+            body["defaults"],
+            body["notes"],
+            path,
         )
     except Exception as error:
         raise SettingError(f"the policy in {path} is damaged or of another format ({error}); fit it again") from error

@@ -7,7 +7,7 @@ one (or a few), and what they find is expected attention. One more dimension hol
 it competes in the same softmax, so that the mass of a chunk is a share of all attention, and a voter that looks nearby
 has little to say about the far past. What distance alone tells is learned apart, since keys are searched before
 rotation. The predicted masses decide three things: which chunks are opened as tokens, which regions of the rest are
-read as fine summaries, and, with `recall`, how many tokens a block deserves.
+read as fine summaries, and, with a `mark`, how many tokens a block deserves.
 
 A single fact far back never wins against what is near and likely, and full attention itself, near the end of the window
 that it was trained for, does not point at it. So there are short queries of a second kind, one for each query head: the
@@ -186,9 +186,10 @@ class Learned:
     window: int = 512
     rest: Rest = "summaries"
     mass: float = 1.0
-    recall: float | None = None
-    """Share of all attention that is to be read as tokens, as predicted: blocks that look nearby open little. None:
-    every block spends its whole budget."""
+    mark: float | None = None
+    """Least share of all attention that an opened chunk is worth, as predicted: blocks that look nearby open little.
+    One mark for all blocks, heads and layers opens what keeps most attention at a mean cost. None: every block spends
+    its whole budget."""
     content: float | None = None
     """Part of the budget, from 0 to 1, for what the search finds whatever the distance; the rest is for the attention
     which is expected, of which distance is a part. None: each KV head has the part that was fitted."""
@@ -202,8 +203,8 @@ class Learned:
     votes = True
 
     def __post_init__(self) -> None:
-        if self.recall is not None and not 0 < self.recall <= 1:
-            raise SettingError(f"recall={self.recall} must lie above 0 and be at most 1 (all attention), or be None")
+        if self.mark is not None and not 0 <= self.mark <= 1:
+            raise SettingError(f"mark={self.mark} is a share of attention, from 0 to 1, or None")
         if self.thin < 1 or self.whole < 0 or not 0 <= self.middle <= self.budget:
             raise SettingError(
                 f"thin={self.thin} starts at 1, whole={self.whole} at 0; middle={self.middle} lies from 0 to the budget"
@@ -219,7 +220,7 @@ class Learned:
         chunks = int(blocks.decide.max()) // levels.chunk if len(blocks) else 0
         most = min((self.budget - self.middle) // levels.chunk, chunks)
         allowed = openable(start, chunks, levels)[:, None].expand(-1, heads, -1)
-        if chunks - 1 <= most and self.recall is None:
+        if chunks - 1 <= most and self.mark is None:
             shares, opened = None, allowed.clone()
         else:
             shares, wherever = self.shares(voters, blocks, pyramid, levels, chunks)
@@ -294,22 +295,19 @@ class Learned:
         return sent(most, device), int(most.max()) if len(blocks) else 0
 
     def open(self, shares: Tensor, wherever: Tensor, allowed: Tensor, most: int) -> Tensor:
-        """The best chunks (N, H, C) bool: `most` of them, or with `recall` as few as hold the wanted share."""
+        """The best chunks (N, H, C) bool: `most` of them, or with a `mark` those among them that are worth it."""
         opened = torch.zeros_like(allowed)
         if not most:
             return opened
-        best = self._turns(shares, wherever, allowed).sort(dim=-1, stable=True).indices[..., :most]
+        turns, worth = self._turns(shares, wherever, allowed)
+        best = turns.sort(dim=-1, stable=True).indices[..., :most]
         wanted = allowed.gather(-1, best)
-        if self.recall is not None:
-            gain = shares.gather(-1, best) * wanted
-            near = 1 - shares.sum(-1, keepdim=True)
-            if shares.shape[-1]:
-                near = near + shares[..., :1]  # the sink is always read
-            wanted &= near + gain.cumsum(-1) - gain < self.recall
+        if self.mark is not None:
+            wanted &= worth.gather(-1, best) >= self.mark
         return opened.scatter_(-1, best, wanted)
 
-    def _turns(self, shares: Tensor, wherever: Tensor, allowed: Tensor) -> Tensor:
-        """When each chunk's turn comes to be opened (N, H, C): the lower, the earlier.
+    def _turns(self, shares: Tensor, wherever: Tensor, allowed: Tensor) -> tuple[Tensor, Tensor]:
+        """When each chunk's turn comes to be opened, the lower the earlier, and what it is worth; both (N, H, C).
 
         Two lists are taken by turns, in the proportion of `content`: of n chunks about content * n are the first by
         what is found, and the others the first by what is expected. A chunk's turn is the earlier of its two. Where
@@ -319,12 +317,13 @@ class Learned:
             part = self.weights.on(shares.device, shares.dtype).content[:, None].to(shares.dtype)
         else:
             part = torch.full((), self.content, dtype=shares.dtype, device=shares.device)
-        turns = []
-        for values, share in ((torch.lerp(wherever, shares, EXPECTED), part), (shares, 1 - part)):
+        turns, finds = [], torch.lerp(wherever, shares, EXPECTED)
+        for values, share in ((finds, part), (shares, 1 - part)):
             order = values.masked_fill(~allowed, -1.0).sort(dim=-1, descending=True, stable=True).indices
             place = torch.arange(1, order.shape[-1] + 1, dtype=shares.dtype, device=shares.device).expand_as(shares)
             turns.append(torch.empty_like(shares).scatter_(-1, order, place) / share)
-        return torch.minimum(*turns).masked_fill(~allowed, torch.inf)
+        first, second = turns
+        return torch.minimum(first, second).masked_fill(~allowed, torch.inf), torch.where(first < second, finds, shares)
 
     def _middle(
         self, shares: Tensor | None, opened: Tensor, start: Tensor, levels: Levels

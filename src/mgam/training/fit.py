@@ -25,6 +25,8 @@ from mgam.training.checkpoints import last_whole
 from mgam.training.content import QUESTIONS, TEXTS, fit_content
 from mgam.training.lessons import Sampling, lessons_of
 from mgam.training.lookups import LookupMaker
+from mgam.training.marks import TEXTS as MARKED
+from mgam.training.marks import measure_marks
 from mgam.training.network import Lesson, SearchNetwork
 from mgam.training.runs import CHECKPOINTS, LOG, FittingError, NotANumberError, open_run, saying_why
 from mgam.training.teacher import Seen, watching
@@ -294,8 +296,10 @@ def fit(
             course.lookups.make(-1 - number, fitting.tokens, QUESTIONS) for number in range(min(TEXTS, fitting.steps))
         )
         counted = fit_content(model, network, texts, fitting.sampling)
+    more = Windows(documents, fitting.tokens, MARKED, fitting.seed + 1)
+    marks = measure_marks(model, network, (more[number]["input_ids"] for number in range(MARKED)), fitting.sampling)
     fitted = FittedPolicy(
-        shape, fitting.width, network.slots, fitting.search, network.exported(),
+        shape, fitting.width, network.slots, fitting.search, network.exported(), marks,
         notes={
             **(notes or {}), "fitting": asdict(fitting), "data": [document.name for document in documents],
             "data_fingerprint": fingerprint(documents),

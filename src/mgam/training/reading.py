@@ -362,7 +362,7 @@ def fit_reading(
         "reading_steps": trainer.state.global_step, "reading_seconds": round(time.perf_counter() - began, 1),
     }  # fmt: skip
     fitted = FittedPolicy(
-        start.model, start.width, start.slots, start.search, network.exported(), start.defaults, notes
+        start.model, start.width, start.slots, start.search, network.exported(), start.marks, start.defaults, notes
     )
     if trainer.is_world_process_zero():
         with saying_why(place, reading.rate):
