@@ -216,7 +216,7 @@ def read(
                 there = part.blocks.moved(pyramid.gone)
                 if out is None:
                     out = torch.empty_like(queries) if plan.fills(queries) else torch.zeros_like(queries)
-                place = None if torch.is_grad_enabled() else part.place(out)
+                place = None if _learns(queries, pyramid) else part.place(out)
                 got = attend(taken, there, cover, pyramid, reading.positions, scale, softcap, reading.backend, place)
                 if got is not place:
                     part.put(out, got)
@@ -226,6 +226,14 @@ def read(
             with torch.no_grad():
                 reading.policy.count(heard, plan.read_to(groups), pyramid)  # type: ignore[attr-defined]
     return torch.zeros_like(queries) if out is None else out
+
+
+def _learns(queries: Tensor, pyramid: Pyramid) -> bool:
+    """Whether gradients are wanted of anything that is read."""
+    if not torch.is_grad_enabled():
+        return False
+    states = (*pyramid.keys, *pyramid.values) if pyramid.in_memory else ()
+    return any(part.requires_grad for part in (queries, *states))
 
 
 def history(schedule: Schedule, position: int = 0) -> int:

@@ -6,6 +6,7 @@ import statistics
 import subprocess
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
+from itertools import pairwise
 from pathlib import Path
 
 import torch
@@ -40,19 +41,29 @@ class Machine:
 
 
 def timed(call: Callable[[], object], *, seconds: float = 0.3, most: int = 50, least: int = 3, warm: int = 1) -> Timing:
-    """Times a call on the device with events: at least `least` runs, then as many as fit in `seconds`."""
+    """Times calls on the device with events: at least `least` of them, then as many as take `seconds`.
+
+    Calls follow one another without a wait, as the layers of a model do: what the host does counts only where the
+    device has nothing left to do.
+    """
     for _ in range(warm):
         call()
     torch.cuda.synchronize()
-    found: list[float] = []
-    while len(found) < least or (sum(found) < seconds * 1000 and len(found) < most):
-        start, stop = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
-        start.record()
-        call()
-        stop.record()
-        stop.synchronize()
-        found.append(start.elapsed_time(stop))
+    first = _clocked(call, 1)
+    count = max(least, min(most, int(seconds * 1000 / max(first[0], 1e-3))))
+    found = _clocked(call, count)
     return Timing(statistics.median(found), min(found), max(found), len(found))
+
+
+def _clocked(call: Callable[[], object], count: int) -> list[float]:
+    """Milliseconds of each of some calls in a row."""
+    marks = [torch.cuda.Event(enable_timing=True) for _ in range(count + 1)]
+    marks[0].record()
+    for mark in marks[1:]:
+        call()
+        mark.record()
+    torch.cuda.synchronize()
+    return [start.elapsed_time(stop) for start, stop in pairwise(marks)]
 
 
 def graphed(call: Callable[[], object]) -> Callable[[], None]:

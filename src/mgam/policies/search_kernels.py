@@ -50,9 +50,9 @@ def ask_kernel(
     """One program: BLOCK_M voters of one block and KV head, over all chunks they may judge, BLOCK_C at a time.
 
     Shapes: q (N, H, M, D), factor (N, H, M) in base 2, row and visible (N,), live (N, V) uint8; search by strides.
-    Gives power (N, H, M, chunks) float16: two to the power of a chunk's logit over the highest of its tile; and share
-    (N, H, M, cuts) float32: what each tile's highest weighs in the voter's softmax, 0 for voters that do not count.
-    What lies beyond the last tile with a visible chunk is not written.
+    Gives power (N, H, M, cuts * BLOCK_C) float16: two to the power of a chunk's logit over the highest of its tile; and
+    share (N, H, M, cuts) float32: what each tile's highest weighs in the voter's softmax, 0 for voters that do not
+    count. What lies beyond the last tile with a visible chunk is not written.
     """
     pid = tl.program_id(0)
     block = pid // tiles % blocks
@@ -68,7 +68,7 @@ def ask_kernel(
     total = tl.zeros((BLOCK_M,), tl.float32)
     best = tl.full((BLOCK_M, BLOCK_C), -float("inf"), tl.float32)
     chunk = tl.arange(0, BLOCK_C)
-    power_ptr += (pair * M + m)[:, None] * chunks + chunk[None, :]
+    power_ptr += (pair * M + m)[:, None] * (cuts * BLOCK_C) + chunk[None, :]
     share_ptr += (pair * M + m) * cuts
     for step in tl.range(0, tl.cdiv(visible, BLOCK_C) * S):
         first = step // S * BLOCK_C
@@ -81,8 +81,7 @@ def ask_kernel(
             logits = tl.where((first + chunk < visible)[None, :], best * factor[:, None], -float("inf"))
             own = tl.max(logits, 1)
             power = tl.exp2(logits - own[:, None])
-            there = (m < M)[:, None] & (first + chunk < chunks)[None, :]
-            tl.store(power_ptr + first, power.to(tl.float16), mask=there)
+            tl.store(power_ptr + first, power.to(tl.float16), mask=(m < M)[:, None])
             tl.store(share_ptr + first // BLOCK_C, own, mask=m < M)
             highest = tl.maximum(peak, own)
             total = total * tl.exp2(peak - highest) + tl.sum(power, 1) * tl.exp2(own - highest)
@@ -99,24 +98,30 @@ def ask_kernel(
 @triton.jit(do_not_specialize=["heads", "tiles", "chunks", "cuts"], do_not_specialize_on_alignment=["visible_ptr"])
 def mass_kernel(
     power_ptr, share_ptr, visible_ptr, score_ptr, heads, tiles, chunks, cuts,
-    M: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_C: tl.constexpr, CUT: tl.constexpr,
+    M: tl.constexpr, BLOCK_M: tl.constexpr, CUTS: tl.constexpr, CUT: tl.constexpr,
 ):  # fmt: skip
-    """One program: mass of BLOCK_C chunks of a block and head, from what `ask_kernel` leaves with tiles of CUT chunks.
+    """One program: mass of CUTS tiles of CUT chunks of a block and head, from what `ask_kernel` leaves.
 
     score (N, H, chunks) float32, 0 where a chunk may not be judged.
     """
     pair = (tl.program_id(0) // tiles).to(tl.int64)
-    chunk = tl.program_id(0) % tiles * BLOCK_C + tl.arange(0, BLOCK_C)
+    cut = tl.program_id(0) % tiles * CUTS + tl.arange(0, CUTS)
+    chunk = cut[:, None] * CUT + tl.arange(0, CUT)[None, :]
     visible = tl.load(visible_ptr + pair // heads).to(tl.int32)
-    score = tl.zeros((BLOCK_C,), tl.float32)
-    if tl.program_id(0) % tiles * BLOCK_C < visible:
+    score = tl.zeros((CUTS, CUT), tl.float32)
+    if tl.program_id(0) % tiles * CUTS * CUT < visible:
         for start in tl.range(0, M, BLOCK_M):
             m = start + tl.arange(0, BLOCK_M)
-            there = (m < M)[:, None] & (chunk < visible)[None, :]
-            line = (pair * M + m)[:, None]
-            power = tl.load(power_ptr + line * chunks + chunk[None, :], mask=there, other=0.0)
-            share = tl.load(share_ptr + line * cuts + (chunk // CUT)[None, :], mask=there, other=0.0)
-            score += tl.sum(power.to(tl.float32) * share, 0)
+            line = pair * M + m
+            share = tl.load(
+                share_ptr + line[:, None] * cuts + cut[None, :],
+                mask=(m < M)[:, None] & (cut * CUT < visible)[None, :], other=0.0,
+            )  # fmt: skip
+            power = tl.load(
+                power_ptr + line[:, None, None] * (cuts * CUT) + chunk[None, :, :],
+                mask=(m < M)[:, None, None] & (cut * CUT < visible)[None, :, None], other=0.0,
+            )  # fmt: skip
+            score += tl.sum(power.to(tl.float32) * share[:, :, None], 0)
     tl.store(score_ptr + pair * chunks + chunk, score, mask=chunk < chunks)
 
 

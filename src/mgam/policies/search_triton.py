@@ -13,6 +13,7 @@ from torch import Tensor
 from triton.tools.tensor_descriptor import TensorDescriptor
 
 from mgam.cover import Cover, summaries_at_most
+from mgam.kernels import at_once
 from mgam.levels import Levels
 from mgam.policies.asked import Asked
 from mgam.policies.cover_kernels import cover_kernel
@@ -27,7 +28,7 @@ from mgam.policies.search_kernels import (
 
 SELECT_AT_MOST = 1 << 15
 """Chunks that one program can rank."""
-POWERS = 1 << 28
+POWERS = 1 << 29
 """Powers kept at a time, of two bytes."""
 FEW = 16
 """Voters that one program can hear at once, as in decode."""
@@ -74,9 +75,9 @@ def scores(asked: Asked, chunks: int, tiles: SearchTiles | None = None) -> Tenso
         shape = [1, 1, 1, tiles.chunks, width]
         desc = TensorDescriptor(asked.search, list(asked.search.shape), list(asked.search.stride()), shape)
     row_tiles, cuts = triton.cdiv(voters, tiles.rows), triton.cdiv(chunks, tiles.chunks)
-    step = max(1, POWERS // (heads * voters * chunks))
-    powers = torch.empty(min(step, count), heads, voters, chunks, dtype=torch.float16, device=found.device)
-    shares = torch.empty(min(step, count), heads, voters, cuts, dtype=torch.float32, device=found.device)
+    step = at_once(count, max(1, POWERS // (heads * voters * chunks)), heads * row_tiles, 2, found.device)
+    powers = torch.empty(step, heads, voters, cuts * tiles.chunks, dtype=torch.float16, device=found.device)
+    shares = torch.empty(step, heads, voters, cuts, dtype=torch.float32, device=found.device)
     for first in range(0, count, step):
         some = slice(first, min(first + step, count))
         blocks = some.stop - first
@@ -87,10 +88,10 @@ def scores(asked: Asked, chunks: int, tiles: SearchTiles | None = None) -> Tenso
             M=voters, V=live.shape[1], S=places, D=dim, BLOCK_M=tiles.rows, BLOCK_C=tiles.chunks, BLOCK_D=width,
             COPY=copies, num_warps=tiles.warps, num_stages=tiles.stages, maxnreg=tiles.registers,
         )  # fmt: skip
-        wide = triton.cdiv(chunks, 512)
+        wide = triton.cdiv(cuts, 4)
         mass_kernel[(wide * blocks * heads,)](
             powers, shares, visible, found[some], heads, wide, chunks, cuts,
-            M=voters, BLOCK_M=8, BLOCK_C=512, CUT=tiles.chunks, num_warps=4,
+            M=voters, BLOCK_M=8, CUTS=4, CUT=tiles.chunks, num_warps=4,
         )  # fmt: skip
     return found
 
@@ -160,10 +161,8 @@ def _block(width: int) -> int:
 
 
 def tiles_for(voters: int, bytes_each: int) -> SearchTiles:
-    """Tiles found on an H100."""
-    if voters <= 64:
-        return SearchTiles(64, 64, 4, 4, registers=168)
-    return SearchTiles(128, 64, 4, 4 if bytes_each == 1 else 3)
+    """Tiles found on an H200."""
+    return SearchTiles(64, 128, 4, 4 if bytes_each == 1 else 3)
 
 
 def cover(

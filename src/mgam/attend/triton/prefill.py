@@ -12,9 +12,10 @@ from torch import Tensor
 from mgam.attend.triton.lists import Lists
 from mgam.attend.triton.tables import STEP, Turn, biases, copyable, described, precision, strides
 from mgam.attend.triton.whole import gather_kernel, open_kernel, turn_kernel, whole_kernel
+from mgam.kernels import at_once
 from mgam.merge import Part
 
-FAR_BYTES = 1 << 29
+FAR_BYTES = 1 << 30
 """Gathered keys and values kept at a time."""
 
 
@@ -74,7 +75,7 @@ def read_whole(
     room = triton.cdiv(rest, tiles.entries) * tiles.entries
     each = heads * (few + 2 * room) * dim * queries.element_size()
     row_tiles = query_heads // heads * size // tiles.rows
-    step = _at_once(count, max(1, FAR_BYTES // each), heads * row_tiles, queries.device) if each else count
+    step = at_once(count, max(1, FAR_BYTES // each), heads * row_tiles, 2, queries.device) if each else count
     value_desc = described(values[0], tiles.entries, dim)
     group = query_heads // heads
     for first in range(0, count, step):
@@ -99,21 +100,6 @@ def read_whole(
             maxnreg=tiles.registers,
         )  # fmt: skip
     return Part(out, lse)
-
-
-def _at_once(count: int, most: int, programs: int, device: torch.device) -> int:
-    """How many of `count` blocks, of so many programs each, are read at a time: at most `most`, and such that the last
-    programs of the launches leave the device idle least, where two run on a multiprocessor at a time."""
-    if count <= most or device.type != "cuda":
-        return min(count, most)
-    places = 2 * torch.cuda.get_device_properties(device).multi_processor_count
-
-    def rounds(step: int) -> int:
-        whole, left = divmod(count, step)
-        return whole * -(-step * programs // places) + -(-left * programs // places)
-
-    launches = -(-count // most)
-    return min((-(-count // number) for number in range(launches, launches + 4)), key=rounds)
 
 
 def _turned(keys: Tensor, turn: Turn, far: tuple[Tensor, Tensor], entries: int, lowest: int, highest: int) -> Tensor:
