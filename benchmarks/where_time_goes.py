@@ -24,7 +24,7 @@ CALLS = 3
 
 def main(
     tokens: Annotated[int, typer.Option(help="Length of the text.")] = 131072,
-    every: Annotated[int, typer.Option(help="Every n-th query searches.")] = 2,
+    every: Annotated[int, typer.Option(help="Every n-th query searches.")] = 8,
     dims: Annotated[int, typer.Option(help="Dimensions of search keys.")] = 64,
     bits: Annotated[int, typer.Option(help="Bits of search keys.")] = 8,
 ) -> None:
