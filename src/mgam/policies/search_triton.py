@@ -55,7 +55,7 @@ def scores(asked: Asked, chunks: int, tiles: SearchTiles | None = None) -> Tenso
     found = torch.empty(count, heads, chunks, dtype=torch.float32, device=asked.queries.device)
     if not found.numel():
         return found
-    tiles = tiles or tiles_for(voters, asked.queries.element_size())
+    tiles = tiles or tiles_for(asked.queries.element_size())
     places = asked.search.shape[2]
     live = _bytes(asked.live)
     if voters <= FEW:
@@ -160,9 +160,9 @@ def _block(width: int) -> int:
     return max(16, triton.next_power_of_2(width))
 
 
-def tiles_for(voters: int, bytes_each: int) -> SearchTiles:
+def tiles_for(bytes_each: int) -> SearchTiles:
     """Tiles found on an H200."""
-    return SearchTiles(64, 128, 4, 4 if bytes_each == 1 else 3)
+    return SearchTiles(64, 128, 4, 4) if bytes_each == 1 else SearchTiles(64, 64, 4, 3)
 
 
 def cover(

@@ -144,6 +144,6 @@ def _gathered(
             far_keys, far_values, bias, lists.blocks, lists.counts, tuple(keys), tuple(values), strides(keys),
             strides(values), lists.index, lists.ranks, tuple(part.shape[-1] for part in lists.index), biases(lists),
             turn.cos, turn.sin, *far, count, heads, tiles, few + room, few,
-            TOP=lists.levels.top, D=dim, R=turn.pairs, STEP=STEP, BLOCK_N=entries, num_warps=4,
+            TOP=lists.levels.top, D=dim, R=turn.pairs, STEP=STEP, BLOCK_N=entries, num_warps=8,
         )  # fmt: skip
     return far_keys, far_values, bias
