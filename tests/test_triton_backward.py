@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 import torch
 
 from mgam.attend import reference
 from mgam.attend.triton import backend
+from mgam.cover import Known
 from test_triton_read import CASES as READ_CASES
+from test_triton_read import WHOLE as WHOLE_CASES
 from triton_cases import DTYPES, Case, Made, in_float64, needs_triton
 
 pytestmark = needs_triton
@@ -46,28 +50,47 @@ def leaves(made: Made) -> list[torch.Tensor]:
 @pytest.mark.parametrize("name", CASES)
 def test_gradients_equal_oracle(name: str) -> None:
     for dtype in DTYPES:
-        made = CASES[name].make(dtype)
-        wide = in_float64(made)
-        wide_leaves, made_leaves = leaves(wide), leaves(made)
-        want = reference.attend(
-            wide.queries, wide.blocks, wide.cover, wide.pyramid, wide.positions, wide.scale, wide.softcap
-        ).out
-        pull = torch.randn_like(want)
-        want.backward(pull)
-        got = backend.attend(
-            made.queries, made.blocks, made.cover, made.pyramid, made.positions, made.scale, made.softcap
+        compare(CASES[name].make(dtype))
+
+
+@pytest.mark.parametrize("name", WHOLE_CASES)
+def test_gradients_of_whole_tiles_equal_oracle(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Blocks that fill tiles: gradients of queries come by the copy engine, in one piece and in many."""
+    from mgam.attend.triton import gradient, prefill
+
+    monkeypatch.setattr(gradient, "WHOLE", prefill.WholeTiles(32, 16, registers=None))
+    monkeypatch.setattr(prefill, "FAR_BYTES", 1 << 16)
+    seen: list[bool] = []
+    monkeypatch.setattr(gradient, "fits", lambda *args: seen.append(prefill.fits(*args)) or seen[-1])
+    for dtype in DTYPES:
+        made = WHOLE_CASES[name].make(dtype)
+        made.cover = replace(made.cover, known=Known(made.cover.window_start.cpu(), 0))
+        compare(made)
+    assert seen
+    assert all(seen)
+
+
+def compare(made: Made) -> None:
+    """Gradients of all states against the oracle's."""
+    wide = in_float64(made)
+    wide_leaves, made_leaves = leaves(wide), leaves(made)
+    want = reference.attend(
+        wide.queries, wide.blocks, wide.cover, wide.pyramid, wide.positions, wide.scale, wide.softcap
+    ).out
+    pull = torch.randn_like(want)
+    want.backward(pull)
+    got = backend.attend(made.queries, made.blocks, made.cover, made.pyramid, made.positions, made.scale, made.softcap)
+    made.compare(got, want)
+    got.backward(pull.to(got))
+    scale = max(float(leaf.grad.nan_to_num().norm()) for leaf in wide_leaves if leaf.grad is not None)
+    for ours, theirs in zip(made_leaves, wide_leaves, strict=True):
+        expected = torch.zeros_like(theirs) if theirs.grad is None else theirs.grad.nan_to_num()
+        assert ours.grad is not None
+        assert torch.isfinite(ours.grad).all()
+        error = (ours.grad.cpu().double() - expected).norm()
+        assert error <= made.tolerance * max(float(expected.norm()), 1e-1 * scale), (
+            f"{error:.1e} of {expected.norm():.1e}"
         )
-        made.compare(got, want)
-        got.backward(pull.to(got))
-        scale = max(float(leaf.grad.nan_to_num().norm()) for leaf in wide_leaves if leaf.grad is not None)
-        for ours, theirs in zip(made_leaves, wide_leaves, strict=True):
-            expected = torch.zeros_like(theirs) if theirs.grad is None else theirs.grad.nan_to_num()
-            assert ours.grad is not None
-            assert torch.isfinite(ours.grad).all()
-            error = (ours.grad.cpu().double() - expected).norm()
-            assert error <= made.tolerance * max(float(expected.norm()), 1e-1 * scale), (
-                f"{error:.1e} of {expected.norm():.1e}"
-            )
 
 
 def test_same_bits_every_time() -> None:

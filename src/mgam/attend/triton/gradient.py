@@ -11,9 +11,12 @@ from torch import Tensor
 
 from mgam.attend.triton.backward import entry_grad_kernel, query_grad_kernel
 from mgam.attend.triton.lists import Lists
+from mgam.attend.triton.prefill import WholeTiles, fits, pieces
 from mgam.attend.triton.tables import Turn, biases, block, precision, strides
+from mgam.attend.triton.whole_backward import whole_query_grad_kernel
 from mgam.merge import Part
 
+WHOLE = WholeTiles(rows=128, entries=64, warps=8, stages=3, registers=None)
 PROGRAMS = 2048
 SUMMARY_PARTS = 32
 SINK_PARTS = 16
@@ -142,6 +145,21 @@ def _query_grads(
     heads = keys[0].shape[1]
     group = query_heads // heads
     dq = torch.empty(queries.shape, dtype=queries.dtype, device=queries.device)
+    if fits(queries, lists, keys, values, turn, WHOLE):
+        row_tiles = group * size // WHOLE.rows
+        for piece in pieces(queries, lists, keys, values, turn, WHOLE):
+            some, part = piece.some, piece.lists
+            asked = queries[some]
+            whole_query_grad_kernel[(row_tiles * asked.shape[0] * heads,)](
+                asked, grad[some], lse[some], delta[some], dq[some], part.blocks, part.counts, part.index[0],
+                piece.bias, *piece.descriptors, turn.cos, turn.sin, *piece.far, scale, softcap or 1.0, asked.shape[0],
+                heads, row_tiles, piece.few, part.index[0].shape[-1], piece.bias.shape[-1], piece.lowest,
+                *asked.stride()[:3],
+                G=group, Q=size, D=dim, BLOCK_M=WHOLE.rows, CAP=softcap is not None,
+                PRECISION=precision(queries.dtype), num_warps=WHOLE.warps, num_stages=WHOLE.stages,
+                maxnreg=WHOLE.registers, **piece.constants,
+            )  # fmt: skip
+        return dq
     tile = _row_tile(group * size, dim)
     tiles = triton.cdiv(group * size, tile)
     query_grad_kernel[(tiles * count * heads,)](

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 import torch
 import triton
 from torch import Tensor
+from triton.tools.tensor_descriptor import TensorDescriptor
 
 from mgam.attend.triton.lists import Lists
 from mgam.attend.triton.tables import STEP, Turn, biases, copyable, described, precision, strides
@@ -66,40 +67,72 @@ def read_whole(
     count, query_heads, size, dim = queries.shape
     heads = keys[0].shape[1]
     lse = torch.empty(count, query_heads, size, dtype=torch.float32, device=queries.device)
-    placed, lowest, far = keys[0], 0, (turn.cos, turn.sin)
-    if turn.pairs:
-        far = turn.far(keys[0].shape[2])
+    row_tiles = query_heads // heads * size // tiles.rows
+    for piece in pieces(queries, lists, keys, values, turn, tiles):
+        asked, told, part = queries[piece.some], out[piece.some], piece.lists
+        blocks = asked.shape[0]
+        whole_kernel[(row_tiles * blocks * heads,)](
+            asked, told, lse[piece.some], part.blocks, part.counts, part.index[0], piece.bias, *piece.descriptors,
+            turn.cos, turn.sin, *piece.far, scale, softcap or 1.0, blocks, heads, row_tiles, piece.few,
+            part.index[0].shape[-1], piece.bias.shape[-1], piece.lowest, *asked.stride()[:3], *told.stride()[:3],
+            G=query_heads // heads, Q=size, D=dim, BLOCK_M=tiles.rows, CAP=softcap is not None,
+            PRECISION=precision(queries.dtype), num_warps=tiles.warps, num_stages=tiles.stages,
+            maxnreg=tiles.registers, **piece.constants,
+        )  # fmt: skip
+    return Part(out, lse)
+
+
+@dataclass(frozen=True)
+class Piece:
+    """Some blocks of a call, with what lies before their windows gathered."""
+
+    some: slice
+    lists: Lists
+    descriptors: tuple[TensorDescriptor, ...]
+    """Keys of tokens from `lowest` on, values of tokens, gathered keys, gathered values of summaries."""
+    bias: Tensor
+    far: tuple[Tensor, Tensor]
+    few: int
+    """Gathered lines that opened chunks take."""
+    lowest: int
+    constants: dict[str, int | bool]
+
+
+def pieces(
+    queries: Tensor,
+    lists: Lists,
+    keys: Sequence[Tensor],
+    values: Sequence[Tensor],
+    turn: Turn,
+    tiles: WholeTiles,
+) -> Iterator[Piece]:
+    """Cuts a call so that what is gathered at a time is bounded."""
+    count, query_heads, size, dim = queries.shape
+    heads, entries = keys[0].shape[1], tiles.entries
+    far = turn.far(keys[0].shape[2]) if turn.pairs else (turn.cos, turn.sin)
     opened = lists.index[0].shape[-1] * lists.levels.chunk
     few = opened if turn.pairs else 0
-    rest = sum(part.shape[-1] for part in lists.index[1:])
-    room = triton.cdiv(rest, tiles.entries) * tiles.entries
+    room = triton.cdiv(sum(part.shape[-1] for part in lists.index[1:]), entries) * entries
     each = heads * (few + 2 * room) * dim * queries.element_size()
-    row_tiles = query_heads // heads * size // tiles.rows
-    step = at_once(count, max(1, FAR_BYTES // each), heads * row_tiles, 2, queries.device) if each else count
-    value_desc = described(values[0], tiles.entries, dim)
-    group = query_heads // heads
+    programs = query_heads * size // tiles.rows
+    step = at_once(count, max(1, FAR_BYTES // each), programs, 2, queries.device) if each else count
+    constants: dict[str, int | bool] = {
+        "CHUNK": lists.levels.chunk, "TOP": lists.levels.top, "R": turn.pairs, "STEP": STEP, "BLOCK_N": entries,
+        "OPENED": opened > 0, "SUMMARIES": room > 0,
+    }  # fmt: skip
+    value_desc = described(values[0], entries, dim)
     for first in range(0, count, step):
         some = slice(first, min(first + step, count))
-        part, asked, told = lists[some] if step < count else lists, queries[some], out[some]
-        far_keys, far_values, bias = _gathered(part, keys, values, turn, far, few, room, tiles.entries)
-        blocks = asked.shape[0]
+        part = lists[some] if step < count else lists
+        far_keys, far_values, bias = _gathered(part, keys, values, turn, far, few, room, entries)
+        placed, lowest = keys[0], 0
         if turn.pairs:
             assert part.where is not None
             lowest, highest = int(part.where[1].min()), int(part.where[0].max()) + size
-            placed = _turned(keys[0], turn, far, tiles.entries, lowest, highest)
-        key_desc = described(placed, tiles.entries, dim)
-        whole_kernel[(row_tiles * blocks * heads,)](
-            asked, told, lse[some], part.blocks, part.counts, part.index[0], bias, key_desc, value_desc,
-            described(far_keys, tiles.entries, dim) if far_keys.numel() else key_desc,
-            described(far_values, tiles.entries, dim) if far_values.numel() else value_desc,
-            turn.cos, turn.sin, *far, scale, softcap or 1.0, blocks, heads, row_tiles, few, part.index[0].shape[-1],
-            room, lowest, *asked.stride()[:3], *told.stride()[:3],
-            G=group, Q=size, CHUNK=lists.levels.chunk, TOP=lists.levels.top, D=dim, R=turn.pairs, STEP=STEP,
-            BLOCK_M=tiles.rows, BLOCK_N=tiles.entries, OPENED=opened > 0, SUMMARIES=room > 0, CAP=softcap is not None,
-            PRECISION=precision(queries.dtype), num_warps=tiles.warps, num_stages=tiles.stages,
-            maxnreg=tiles.registers,
-        )  # fmt: skip
-    return Part(out, lse)
+            placed = _turned(keys[0], turn, far, entries, lowest, highest)
+        key_desc = described(placed, entries, dim)
+        gathered = (described(made, entries, dim) if made.numel() else key_desc for made in (far_keys, far_values))
+        yield Piece(some, part, (key_desc, value_desc, *gathered), bias, far, few, lowest, constants)
 
 
 def _turned(keys: Tensor, turn: Turn, far: tuple[Tensor, Tensor], entries: int, lowest: int, highest: int) -> Tensor:
