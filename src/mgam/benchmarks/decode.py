@@ -10,19 +10,21 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
+from mgam import engine
 from mgam.attend.triton.forward import read
 from mgam.attend.triton.lists import Lists, now
 from mgam.attend.triton.tables import Turn
 from mgam.benchmarks.dense import PEERS
 from mgam.benchmarks.machine import Machine, graphed, timed
-from mgam.benchmarks.setting import Row, Setting, built, rated, row_of, states
+from mgam.benchmarks.setting import Row, Setting, built, rated, reading_of, row_of, states
 from mgam.cover import Cover, dense_cover
 from mgam.device import choose, decode
+from mgam.engine import Plan
 from mgam.policies import Scored
 from mgam.policies.compact import CompactKeys
 from mgam.positions import Positions
 from mgam.pyramid import Pyramid
-from mgam.schedule import Blocks
+from mgam.schedule import Blocks, Schedule
 
 
 def decode_rows(setting: Setting, machine: Machine, tokens: int, batch: int) -> Iterator[Row]:
@@ -40,7 +42,10 @@ def decode_rows(setting: Setting, machine: Machine, tokens: int, batch: int) -> 
         return decode(queries, lengths, pyramid, policy, positions, scale, chunks=chunks)
 
     time = timed(graphed(call), most=200)
-    yield row_of("decode", "search + read", "mgam triton, CUDA graph", tokens, batch, time)
+    yield row_of("decode", "search + read", "mgam.device.decode, CUDA graph", tokens, batch, time)
+    plan = Plan.of([Schedule.uniform(1)] * batch, [tokens - 1] * batch, [1] * batch, 1, 0)
+    time = timed(lambda: engine.read(queries, pyramid, plan, reading_of(setting), scale), most=200)
+    yield row_of("decode", "search + read", "mgam engine, launched one by one", tokens, batch, time)
     blocks = Blocks(
         torch.arange(batch),
         lengths.cpu() - 1,
