@@ -106,7 +106,8 @@ class Settings:
     """Attention backend; None picks the first that can serve."""
 
     policy: str | None = None
-    """A learned policy: a folder that `mgam fit` wrote, or a hub id. None: the training-free search."""
+    """A learned policy: a folder that `mgam fit` wrote, a hub id, or "default", the one that is shipped for the
+    default model. None: the training-free search."""
 
     recall: float | None = None
     """Of a learned policy: the share of all attention that is read as tokens on average over texts. Blocks that look

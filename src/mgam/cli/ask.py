@@ -151,7 +151,10 @@ def ask(
     ] = None,
     policy: Annotated[
         str | None,
-        typer.Option(metavar="FOLDER", help="A learned policy: what mgam fit wrote, or a hub id."),
+        typer.Option(
+            metavar="FOLDER",
+            help="A learned policy: what mgam fit wrote, a hub id, or `default`, the one that is shipped.",
+        ),
     ] = None,
     recall: Annotated[
         float | None,

@@ -242,4 +242,4 @@ def resolve(name: str | Path) -> Path:
             raise SettingError(
                 f"{name} is no folder, and no hub id that is on this machine; fetch it with: hf download {name}"
             ) from error
-    raise SettingError(f"there is no policy {name}: give a folder that mgam fit wrote, or a hub id")
+    raise SettingError(f"there is no policy {name}: give a folder that mgam fit wrote, a hub id, or default")
