@@ -1,6 +1,6 @@
 #!/bin/bash
-# Fits a policy to the default model, trains low-rank adapters that read by it, and measures both: what
-# benchmarks/results/learned.h200.json holds, in about half an hour on one GPU.
+# Fits a policy to the default model (src/mgam/adapters/default is one), trains low-rank adapters that read by it, and
+# measures both, in about half an hour on one GPU. benchmarks/results/adapter.h200.json holds the policy's figures.
 #   scripts/train_adapter.sh FOLDER
 # Texts: mgam data fetch novels speeches wikipedia essays factbook. Fitted on their TRAIN split; needles, facts and losses
 # are of the TEST split, what a policy keeps of the TUNE split.
@@ -8,14 +8,15 @@ set -euo pipefail
 out=${1:?give a folder}
 mkdir -p "$out"
 texts=(--data novels --data speeches --data wikipedia --data essays)
-needles=(--tasks needle_prose --prose novels --batch-size 10 --keep-out 64,768)
+needles=(--tasks needle_prose --prose novels --batch-size 20 --keep-out 64,768)
 
-mgam fit "${texts[@]}" -o "$out/policy" --tokens 8192 --steps 3000 --minutes 4.5 --lookup-tokens 4096 --check 6 --json | tee "$out/policy.out"
+mgam fit "${texts[@]}" -o "$out/policy" --tokens 8192 --steps 3000 --minutes 3 --lookup-tokens 4096 --check 3 --json | tee "$out/policy.out"
+mgam eval "${needles[@]}" --lengths 8k,16k,32k,64k --trials 60 --results "$out/needles.jsonl" --methods "mgam,mgam:policy=$out/policy"
+python "$(dirname "$0")/../benchmarks/learned.py" - "$out/policy" "$out/losses_policy.jsonl" inside far recall
+
 mgam fit "${texts[@]}" --data factbook -o "$out/adapter" --lora --policy "$out/policy" --lora-steps 9000 --lora-minutes 7 --lora-batch 2 \
   --questions 16 --lengths 6144,12288,24576 --seed 1 --json | tee "$out/adapter.out"
-python "$(dirname "$0")/../benchmarks/learned.py" - "$out/policy" "$out/losses_policy.jsonl" inside far recall
 python "$(dirname "$0")/../benchmarks/learned.py" - "$out/adapter" "$out/losses_adapter.jsonl" inside far
-mgam eval "${needles[@]}" --lengths 8k,16k,32k,64k,128k --trials 60 --results "$out/needles.jsonl" \
-  --methods "mgam,mgam:policy=$out/policy,mgam:policy=$out/adapter"
+mgam eval "${needles[@]}" --lengths 8k,16k,32k,64k --trials 60 --results "$out/needles_adapter.jsonl" --methods "mgam:policy=$out/adapter"
 mgam eval --tasks facts_by_name --lengths 1536,32k --trials 60 --batch-size 10 --results "$out/facts.jsonl" \
   --methods "mgam:policy=$out/adapter"
