@@ -27,10 +27,10 @@ def rank() -> int:
 
 
 def own_device(name: str) -> str:
-    """`auto` in one of several processes is a device of its own, where there are any."""
+    """`auto` or `cuda` in one of several processes is a device of its own, where there are any."""
     import torch
 
-    if name == "auto" and world() > 1 and torch.cuda.is_available():
+    if name in ("auto", "cuda") and world() > 1 and torch.cuda.is_available():
         return f"cuda:{os.environ.get('LOCAL_RANK', '0')}"
     return name
 
