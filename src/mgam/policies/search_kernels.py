@@ -98,30 +98,24 @@ def ask_kernel(
 @triton.jit(do_not_specialize=["heads", "tiles", "chunks", "cuts"], do_not_specialize_on_alignment=["visible_ptr"])
 def mass_kernel(
     power_ptr, share_ptr, visible_ptr, score_ptr, heads, tiles, chunks, cuts,
-    M: tl.constexpr, BLOCK_M: tl.constexpr, CUTS: tl.constexpr, CUT: tl.constexpr,
+    M: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_C: tl.constexpr, CUT: tl.constexpr,
 ):  # fmt: skip
-    """One program: mass of CUTS tiles of CUT chunks of a block and head, from what `ask_kernel` leaves.
+    """One program: mass of BLOCK_C chunks of a block and head, from what `ask_kernel` leaves with tiles of CUT chunks.
 
     score (N, H, chunks) float32, 0 where a chunk may not be judged.
     """
     pair = (tl.program_id(0) // tiles).to(tl.int64)
-    cut = tl.program_id(0) % tiles * CUTS + tl.arange(0, CUTS)
-    chunk = cut[:, None] * CUT + tl.arange(0, CUT)[None, :]
+    chunk = tl.program_id(0) % tiles * BLOCK_C + tl.arange(0, BLOCK_C)
     visible = tl.load(visible_ptr + pair // heads).to(tl.int32)
-    score = tl.zeros((CUTS, CUT), tl.float32)
-    if tl.program_id(0) % tiles * CUTS * CUT < visible:
+    score = tl.zeros((BLOCK_C,), tl.float32)
+    if tl.program_id(0) % tiles * BLOCK_C < visible:
         for start in tl.range(0, M, BLOCK_M):
             m = start + tl.arange(0, BLOCK_M)
-            line = pair * M + m
-            share = tl.load(
-                share_ptr + line[:, None] * cuts + cut[None, :],
-                mask=(m < M)[:, None] & (cut * CUT < visible)[None, :], other=0.0,
-            )  # fmt: skip
-            power = tl.load(
-                power_ptr + line[:, None, None] * (cuts * CUT) + chunk[None, :, :],
-                mask=(m < M)[:, None, None] & (cut * CUT < visible)[None, :, None], other=0.0,
-            )  # fmt: skip
-            score += tl.sum(power.to(tl.float32) * share[:, :, None], 0)
+            there = (m < M)[:, None] & (chunk < visible)[None, :]
+            line = (pair * M + m)[:, None]
+            power = tl.load(power_ptr + line * (cuts * CUT) + chunk[None, :], mask=there, other=0.0)
+            share = tl.load(share_ptr + line * cuts + (chunk // CUT)[None, :], mask=there, other=0.0)
+            score += tl.sum(power.to(tl.float32) * share, 0)
     tl.store(score_ptr + pair * chunks + chunk, score, mask=chunk < chunks)
 
 

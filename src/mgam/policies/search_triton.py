@@ -88,10 +88,10 @@ def scores(asked: Asked, chunks: int, tiles: SearchTiles | None = None) -> Tenso
             M=voters, V=live.shape[1], S=places, D=dim, BLOCK_M=tiles.rows, BLOCK_C=tiles.chunks, BLOCK_D=width,
             COPY=copies, num_warps=tiles.warps, num_stages=tiles.stages, maxnreg=tiles.registers,
         )  # fmt: skip
-        wide = triton.cdiv(cuts, 4)
+        wide = triton.cdiv(chunks, 512)
         mass_kernel[(wide * blocks * heads,)](
             powers, shares, visible, found[some], heads, wide, chunks, cuts,
-            M=voters, BLOCK_M=8, CUTS=4, CUT=tiles.chunks, num_warps=4,
+            M=voters, BLOCK_M=8, BLOCK_C=512, CUT=tiles.chunks, num_warps=4,
         )  # fmt: skip
     return found
 

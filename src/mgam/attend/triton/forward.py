@@ -12,12 +12,11 @@ from torch import Tensor
 from mgam.attend.triton.lists import Lists
 from mgam.attend.triton.prefill import WholeTiles, fits, read_whole
 from mgam.attend.triton.read import merge_kernel, read_kernel
-from mgam.attend.triton.step import step_kernel
-from mgam.attend.triton.tables import Turn, apart, biases, block, copyable, described, precision, strides
+from mgam.attend.triton.tables import Turn, biases, block, copyable, described, precision, strides
 from mgam.merge import Part
 
-STEP_PAIRS = 64
-"""Rows times KV heads up to which one new token is read about a tile a program."""
+MANY = 1 << 13
+"""Entries from which on reading for one token takes as many parts as there may be: dense reading of long texts."""
 
 
 @dataclass(frozen=True)
@@ -38,9 +37,9 @@ class Tiles:
 def tiles_for(rows: int, dim: int, turned: bool, entries: int, programs: int) -> Tiles:
     """Tile shapes for blocks of `rows` rows (heads of a group x queries), found on an H100."""
     if rows <= 32:
-        splits = max(1, min(entries // 64, 64, 512 // max(programs, 1)))
+        splits = max(1, min(entries // 64, 64 if entries > MANY else 32, 512 // max(programs, 1)))
         splits = 1 << (splits.bit_length() - 1)  # a kernel is compiled for each number of splits
-        return Tiles(16 if rows <= 16 else 32, 64, 4, 3, splits)
+        return Tiles(16 if rows <= 16 else 32, 64, 4, 3 if programs > 64 or entries > MANY else 2, splits)
     if dim > 128:
         return Tiles(64, 32 if turned else 64, 4, 2)
     if rows <= 64:
@@ -95,21 +94,17 @@ def read(
     if copies:
         key_desc = described(keys[0], tiles.entries, block(turn.pairs or dim))
         value_desc = described(values[0], tiles.entries, block(dim))
-    if size == 1 and tiles.splits > 1 and count * heads <= STEP_PAIRS and not lists.bare and group <= tiles.rows:
-        _step(queries, lists, keys, values, scale, turn, softcap, tiles, part_out, part_lse)
-    else:
-        read_kernel[(row_tiles * count * heads, tiles.splits)](
-            queries, part_out, part_lse, lists.blocks, lists.counts, key_desc, value_desc,
-            tuple(keys), tuple(values), strides(keys), strides(values),
-            lists.index, lists.ranks, tuple(part.shape[-1] for part in lists.index),
-            turn.cos, turn.sin, turn.cos.shape[0] - 1, turn.anchor, scale, softcap or 1.0, biases(lists),
-            count, heads, row_tiles, queries.stride(0), queries.stride(1), queries.stride(2), *part_out.stride()[:4],
-            G=group, Q=size, CHUNK=lists.levels.chunk, TOP=top, D=dim, R=turn.pairs,
-            BLOCK_M=tiles.rows, BLOCK_N=tiles.entries, BLOCK_D=block(dim), BLOCK_R=block(turn.pairs),
-            BLOCK_P=block(rest), CAP=softcap is not None, BARE=lists.bare, SPLITS=tiles.splits,
-            PRECISION=precision(queries.dtype), COPY=copies,
-            num_warps=tiles.warps, num_stages=tiles.stages, maxnreg=tiles.registers,
-        )  # fmt: skip
+    read_kernel[(row_tiles * count * heads, tiles.splits)](
+        queries, part_out, part_lse, lists.blocks, lists.counts, key_desc, value_desc,
+        tuple(keys), tuple(values), strides(keys), strides(values),
+        lists.index, lists.ranks, tuple(part.shape[-1] for part in lists.index),
+        turn.cos, turn.sin, turn.cos.shape[0] - 1, turn.anchor, scale, softcap or 1.0, biases(lists),
+        count, heads, row_tiles, queries.stride(0), queries.stride(1), queries.stride(2), *part_out.stride()[:4],
+        G=group, Q=size, CHUNK=lists.levels.chunk, TOP=top, D=dim, R=turn.pairs,
+        BLOCK_M=tiles.rows, BLOCK_N=tiles.entries, BLOCK_D=block(dim), BLOCK_R=block(turn.pairs), BLOCK_P=block(rest),
+        CAP=softcap is not None, BARE=lists.bare, SPLITS=tiles.splits, PRECISION=precision(queries.dtype),
+        COPY=copies, num_warps=tiles.warps, num_stages=tiles.stages, maxnreg=tiles.registers,
+    )  # fmt: skip
     if tiles.splits > 1:
         merged = out if out.is_contiguous() else torch.empty(out.shape, dtype=out.dtype, device=out.device)
         lines = count * query_heads * size
@@ -120,30 +115,3 @@ def read(
         if merged is not out:
             out.copy_(merged)
     return Part(out, lse)
-
-
-def _step(
-    queries: Tensor,
-    lists: Lists,
-    keys: Sequence[Tensor],
-    values: Sequence[Tensor],
-    scale: float,
-    turn: Turn,
-    softcap: float | None,
-    tiles: Tiles,
-    part_out: Tensor,
-    part_lse: Tensor,
-) -> None:
-    """One new token of few rows, in parts."""
-    count, query_heads, _, dim = queries.shape
-    heads = keys[0].shape[1]
-    step_kernel[(count * heads, tiles.splits)](
-        queries, part_out, part_lse, lists.blocks, lists.counts, keys[0], values[0], apart(keys), apart(values),
-        strides(keys), strides(values), lists.index, lists.ranks, tuple(part.shape[-1] for part in lists.index),
-        turn.cos, turn.sin, turn.cos.shape[0] - 1, turn.anchor, scale, softcap or 1.0, biases(lists), count, heads,
-        queries.stride(0), queries.stride(1),
-        G=query_heads // heads, CHUNK=lists.levels.chunk, TOP=lists.levels.top, D=dim, R=turn.pairs,
-        BLOCK_M=tiles.rows, BLOCK_N=tiles.entries, BLOCK_D=block(dim), BLOCK_R=block(turn.pairs),
-        BLOCK_P=block(dim - 2 * turn.pairs), CAP=softcap is not None, SPLITS=tiles.splits,
-        PRECISION=precision(queries.dtype), num_warps=4 if dim < 128 else 8,
-    )  # fmt: skip

@@ -79,12 +79,6 @@ def strides(states: Sequence[Tensor]) -> tuple[tuple[int, int, int], ...]:
     return tuple((level.stride(0), level.stride(1), level.stride(2)) for level in states)
 
 
-def apart(states: Sequence[Tensor]) -> tuple[int, ...]:
-    """How many elements after the first level's buffer each level's begins."""
-    size, first = states[0].element_size(), states[0].data_ptr()
-    return tuple((level.data_ptr() - first) // size if level.numel() else 0 for level in states)
-
-
 def biases(lists: Lists) -> tuple[float, ...]:
     """Log mass of an entry in base 2, per level."""
     return tuple(lists.mass * math.log2(size) for size in lists.levels.sizes)
