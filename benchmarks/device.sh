@@ -10,7 +10,7 @@ t tests
 timeout 90 python3 -m pytest -q -n 14 -p no:cacheprovider tests/test_triton_*.py > "$out/tests.log" 2>&1
 grep -E "^E  |FAILED|passed|failed" "$out/tests.log" | cut -c1-170 | tail -30
 t compile
-seq 0 25 | timeout 60 xargs -P 13 -I{} python3 benchmarks/tune.py compile {} > "$out/compile.log" 2>&1
+seq 0 45 | timeout 60 xargs -P 13 -I{} python3 benchmarks/tune.py compile {} > "$out/compile.log" 2>&1
 t tune
 timeout 40 python3 benchmarks/tune.py time 2>&1 | tee "$out/tune.log" | cut -c1-170
 t bench
