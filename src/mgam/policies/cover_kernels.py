@@ -50,7 +50,7 @@ def _list(list_ptr, rank_ptr, read, value, rank, room, BLOCK_K: tl.constexpr):
     number = read.to(tl.int32)
     place = tl.cumsum(number, 0) - 1
     count = tl.sum(number, 0)
-    there = read & (place < room)
+    there = (number != 0) & (place < room)
     tl.store(list_ptr + place, value.to(tl.int64), mask=there)
     tl.store(rank_ptr + place, rank.to(tl.int64), mask=there)
     slot = tl.arange(0, BLOCK_K)
