@@ -19,7 +19,7 @@ TRITON := triton==3.9.0
 OLDEST       := .venv-oldest
 OLDEST_READY := $(OLDEST)/.ready
 
-.PHONY: demo test test-oldest docs lint format types clean help
+.PHONY: demo test test-oldest kernels-reading kernels-others docs lint format types clean help
 .DEFAULT_GOAL := help
 
 help:
@@ -52,7 +52,17 @@ test: $(DEV_READY)
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 	$(BIN)/python -m pytest
-	TRITON_INTERPRET=1 $(BIN)/python -m pytest tests/test_triton_*.py
+	$(MAKE) -j 2 kernels-reading kernels-others
+
+# Kernels in Triton's interpreter, which uses one core: two halves side by side.
+READING := tests/test_triton_backward.py tests/test_triton_read.py
+INTERPRETED := OMP_NUM_THREADS=1 TRITON_INTERPRET=1 $(BIN)/python -m pytest -p no:cacheprovider
+
+kernels-reading: $(DEV_READY)
+	$(INTERPRETED) $(READING)
+
+kernels-others: $(DEV_READY)
+	$(INTERPRETED) $(filter-out $(READING),$(wildcard tests/test_triton_*.py))
 
 $(OLDEST_READY): pyproject.toml constraints-oldest.txt
 	$(PYTHON) -m venv --clear $(OLDEST)
