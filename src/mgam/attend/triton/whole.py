@@ -149,6 +149,21 @@ def _step(
     return acc, highest, total
 
 
+@triton.jit
+def program(block_ptr, blocks, heads, tiles, BLOCK_M: tl.constexpr):
+    """What one program of a walk in whole tiles reads for: block and KV head, row of the batch, first position of the
+    block and of its window, number of the pair of block and head, and the program's rows (BLOCK_M,)."""
+    pid = tl.program_id(0)
+    tile = pid % tiles
+    block = pid // tiles % blocks
+    head = pid // tiles // blocks
+    row = tl.load(block_ptr + block).to(tl.int32)
+    start = tl.load(block_ptr + blocks + block).to(tl.int32)
+    window = tl.load(block_ptr + 3 * blocks + block).to(tl.int32)
+    pair = block.to(tl.int64) * heads + head
+    return block, head, row, start, window, pair, tile * BLOCK_M + tl.arange(0, BLOCK_M)
+
+
 @triton.jit(
     do_not_specialize=["blocks", "heads", "tiles", "few", "width", "lowest"],
     do_not_specialize_on_alignment=["block_ptr", "count_ptr"],
@@ -169,15 +184,7 @@ def whole_kernel(
     `few` lines of opened keys where R > 0, then keys of summaries; far_value_desc and bias_ptr as `gather_kernel` makes
     them, `room` long.
     """
-    pid = tl.program_id(0)
-    tile = pid % tiles
-    block = pid // tiles % blocks
-    head = pid // tiles // blocks
-    row = tl.load(block_ptr + block).to(tl.int32)
-    start = tl.load(block_ptr + blocks + block).to(tl.int32)
-    window = tl.load(block_ptr + 3 * blocks + block).to(tl.int32)
-    pair = block.to(tl.int64) * heads + head
-    m = tile * BLOCK_M + tl.arange(0, BLOCK_M)
+    block, head, row, start, window, pair, m = program(block_ptr, blocks, heads, tiles, BLOCK_M)
     own = start + m % Q
     column = tl.arange(0, D)
     member = (head * G + m // Q).to(tl.int64)

@@ -6,6 +6,7 @@ import triton
 import triton.language as tl
 
 from mgam.attend.triton.tiles import angle, placed
+from mgam.attend.triton.whole import program
 
 
 @triton.jit
@@ -46,15 +47,7 @@ def whole_query_grad_kernel(
 
     grad and dq (N, H*G, Q, D), lse and delta (N, H*G, Q) contiguous; all else as `whole_kernel` takes it.
     """
-    pid = tl.program_id(0)
-    tile = pid % tiles
-    block = pid // tiles % blocks
-    head = pid // tiles // blocks
-    row = tl.load(block_ptr + block).to(tl.int32)
-    start = tl.load(block_ptr + blocks + block).to(tl.int32)
-    window = tl.load(block_ptr + 3 * blocks + block).to(tl.int32)
-    pair = block.to(tl.int64) * heads + head
-    m = tile * BLOCK_M + tl.arange(0, BLOCK_M)
+    block, head, row, start, window, pair, m = program(block_ptr, blocks, heads, tiles, BLOCK_M)
     own = start + m % Q
     column = tl.arange(0, D)
     line = pair * (G * Q) + m
