@@ -27,10 +27,10 @@ def write(folder: Path) -> None:
 
 def _decoders(folder: Path) -> str:
     files = [ResultsFile(path, print) for path in sorted(folder.glob("decoders.*.jsonl"))]
-    trials = [trial for file in files for trial in file.trials.values()]
+    trials = {key: trial for file in files for key, trial in file.trials.items()}
     if not trials:
         return ""
-    rows = summarise(trials)
+    rows = summarise(trials.values())
     (folder / "decoders.json").write_text(
         json.dumps([row.to_json() for row in rows], indent=1) + "\n", encoding="utf-8"
     )

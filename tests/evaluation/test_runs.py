@@ -97,6 +97,20 @@ def test_other_settings_are_not_taken_for_these(bench: Bench) -> None:
     assert other.reads == 16
 
 
+def test_other_samples_are_not_taken_for_these(bench: Bench) -> None:
+    """A generator, a split or a text changed since: what it changed is read again, and nothing else."""
+    run(PLAN, RuleReader("rule"), bench)
+    path = bench.results.path
+    lines = [json.loads(line) for line in path.read_text().splitlines()]
+    assert len({line["sample"] for line in lines}) == 16
+    lines[3]["sample"] = "of before"
+    del lines[5]["sample"]  # results of before samples were told
+    path.write_text("".join(json.dumps(line) + "\n" for line in lines))
+    later = RuleReader("rule")
+    run(PLAN, later, again(bench))
+    assert later.reads == 2
+
+
 def test_a_damaged_results_file_is_said_and_its_good_lines_are_kept(bench: Bench) -> None:
     run(PLAN, RuleReader("rule"), bench)
     path = bench.results.path

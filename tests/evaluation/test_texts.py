@@ -21,16 +21,19 @@ from .conftest import FIXTURES
 
 
 def test_splits_are_fixed_for_ever() -> None:
-    known = {"moby-dick": "test", "emma": "tune", "persuasion": "test", "sense-and-sensibility": "train"}
+    known = {"moby-dick": "tune", "emma": "tune", "persuasion": "test", "sense-and-sensibility": "train"}
     assert {name: split_of("novels", name) for name in known} == known
     drawn = [split_of("speeches", str(number)) for number in range(4000)]
     assert abs(drawn.count("test") - 2000) < 120
     assert abs(drawn.count("tune") - 1000) < 100
 
 
-def test_the_shipped_excerpt_is_test_text_and_prose_is_endless() -> None:
+def test_the_shipped_excerpt_is_tune_text_and_prose_is_endless() -> None:
+    """Defaults were chosen on it: tasks read it where nothing else is there, and no figure is told to be of TEST."""
     library = TextLibrary(Path("/nonexistent"))
-    assert [text.split for text in library.texts("shipped", None)] == ["test"]
+    assert [text.split for text in library.texts("shipped", None)] == ["tune"]
+    assert library.texts("shipped", "test") == ()
+    assert [text.name for text in library.for_tasks("shipped")] == ["moby-dick"]
     assert library.prose_source == "shipped"
     prose = library.prose(random.Random(1))
     assert len([next(prose) for _ in range(5000)]) == 5000

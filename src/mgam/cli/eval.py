@@ -149,7 +149,7 @@ def list_texts() -> None:
 
     library = TextLibrary()
     table = Table("source", "what", "licence", "documents", "characters")
-    table.add_row("shipped", "chapters of Moby-Dick", "public domain", "1", "170,000")
+    table.add_row("shipped", "chapters of Moby-Dick (TUNE: for trying)", "public domain", "1", "170,000")
     for name, (what, licence) in known_sources().items():
         manifest = library.manifest(name) if library.has(name) else {}
         size = [f"{manifest[key]:,}" for key in ("documents", "characters")] if manifest else ["not fetched", ""]

@@ -44,6 +44,7 @@ class Trial:
     reason: str = ""  # why it was not read
     settings: Mapping[str, Any] = field(default_factory=dict)  # of the method
     preprocess_seconds: float | None = None  # of the seconds, until the document was read
+    sample: str = ""  # fingerprint of what was read; "" where nothing was
 
     @property
     def key(self) -> Key:

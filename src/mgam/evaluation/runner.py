@@ -83,16 +83,32 @@ def run(plan: Plan, reader: Reader, bench: Bench) -> None:
 
 
 def _waiting(plan: Plan, task: Task, length: int, reader: Reader, bench: Bench) -> list[int]:
-    """Numbers of the trials that are this process's and not read with the same settings; what did not fit is tried
-    again, since a later run may have more memory."""
+    """Numbers of the trials that are this process's and were not read yet."""
     waiting = []
     for index in range(plan.rank, plan.trials, plan.world):
         done = bench.results.trials.get((task.name, reader.method, reader.model, length, plan.seed, index))
-        if done is not None and done.status == "ok" and dict(done.settings) == _settings(plan, reader):
+        if done is not None and _stands(done, plan, task, reader, bench):
             bench.progress(done)
         else:
             waiting.append(index)
     return waiting
+
+
+def _stands(done: Trial, plan: Plan, task: Task, reader: Reader, bench: Bench) -> bool:
+    """Whether a trial of before is the one that is wanted: the same settings, and the same sample to the byte.
+
+    What did not fit is tried again, since a later run may have more memory.
+    """
+    if done.status != "ok" or dict(done.settings) != _settings(plan, reader):
+        return False
+    try:
+        return done.sample == bench.samples.get(task, _request(plan, task, done.length, done.trial, bench)).fingerprint
+    except SettingError:  # it cannot be made here, which is told when it is read
+        return False
+
+
+def _request(plan: Plan, task: Task, length: int, index: int, bench: Bench) -> Request:
+    return Request(task.name, length, plan.seed, index, bench.counter, bench.texts, plan.keep_out)
 
 
 def _settings(plan: Plan, reader: Reader) -> dict[str, Any]:
@@ -103,11 +119,8 @@ def _settings(plan: Plan, reader: Reader) -> dict[str, Any]:
 
 
 def _read(plan: Plan, task: Task, length: int, batch: Sequence[int], reader: Reader, bench: Bench) -> list[Trial]:
-    requests = [
-        Request(task.name, length, plan.seed, index, bench.counter, bench.texts, plan.keep_out) for index in batch
-    ]
     try:
-        samples = [bench.samples.get(task, request) for request in requests]
+        samples = [bench.samples.get(task, _request(plan, task, length, index, bench)) for index in batch]
         readings = _readings(task, samples, reader)
     except SettingError as error:
         return [_unread(plan, task, reader, length, index, "no sample", str(error)) for index in batch]
@@ -179,6 +192,7 @@ def _trial(
         gold=[gold[:REPLY_KEPT] for gold in sample.answers],
         settings=settings,
         preprocess_seconds=reading.preprocess_seconds,
+        sample=sample.fingerprint,
     )
 
 

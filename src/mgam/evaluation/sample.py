@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import random
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
@@ -93,6 +94,12 @@ class Sample:
     def depths(self) -> tuple[float, ...]:
         """Where each gold span starts, 0 (start of the document) to 1 (its end)."""
         return tuple(start / max(1, len(self.document)) for start, _ in self.spans)
+
+    @property
+    def fingerprint(self) -> str:
+        """Of what is read and what counts as right: trials of other bytes are trials of another sample."""
+        parts = [self.document, self.question, *self.answers]
+        return hashlib.sha256("\0".join(parts).encode()).hexdigest()[:12]
 
     def to_json(self) -> dict[str, Any]:
         return asdict(self)

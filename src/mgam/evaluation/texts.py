@@ -106,6 +106,10 @@ class TextLibrary:
         found = self._texts[source]
         return found if split is None else tuple(text for text in found if text.split == split)
 
+    def for_tasks(self, source: str) -> tuple[Text, ...]:
+        """TEST documents; where a source has none, as the shipped excerpt, its TUNE ones: for trying, not for figures."""
+        return self.texts(source, "test") or self.texts(source, "tune")
+
     def _load(self, source: str) -> tuple[Text, ...]:
         self._require(source)
         if source == "shipped":
@@ -124,8 +128,8 @@ class TextLibrary:
         return self._sentences[text]
 
     def prose(self, rng: random.Random) -> Iterator[str]:
-        """Endless running prose: TEST documents of the prose source, from a place drawn by `rng`, then round again."""
-        documents = self.texts(self.prose_source, "test") or self.texts(self.prose_source, None)
+        """Endless running prose: documents of the prose source, from a place drawn by `rng`, then round again."""
+        documents = self.for_tasks(self.prose_source)
         first = rng.randrange(len(documents))
         start = rng.randrange(len(self.sentences(documents[first])))
         yield from self.sentences(documents[first])[start:]
