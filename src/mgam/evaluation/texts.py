@@ -107,7 +107,7 @@ class TextLibrary:
         return found if split is None else tuple(text for text in found if text.split == split)
 
     def for_tasks(self, source: str) -> tuple[Text, ...]:
-        """TEST documents; where a source has none, as the shipped excerpt, its TUNE ones: for trying, not for figures."""
+        """TEST documents; where a source has none, as the shipped excerpt, TUNE ones: for trying, not for figures."""
         return self.texts(source, "test") or self.texts(source, "tune")
 
     def _load(self, source: str) -> tuple[Text, ...]:
