@@ -37,6 +37,7 @@ class Dials(TypedDict, total=False):
     question_block: int
     backend: str | None
     policy: str | None
+    adapter: str | None
     recall: float | None
     middle: int
     content: float | None
@@ -108,6 +109,10 @@ class Settings:
     policy: str | None = None
     """A learned policy: a folder that `mgam fit` wrote, a hub id, or "default", the one that is shipped for the
     default model. None: the training-free search."""
+
+    adapter: str | None = None
+    """Low-rank adapters with which the model looks things up better: a folder from `mgam fit --adapter-only`, a hub id,
+    or "default", those that are shipped for the default model. None: the model as it is."""
 
     recall: float | None = None
     """Of a learned policy: the share of all attention that is read as tokens on average over texts. Blocks that look

@@ -156,6 +156,12 @@ def ask(
             help="A learned policy: what mgam fit wrote, a hub id, or `default`, the one that is shipped.",
         ),
     ] = None,
+    adapter: Annotated[
+        str | None,
+        typer.Option(
+            metavar="FOLDER", help="Low-rank adapters that look things up: what mgam fit --adapter-only wrote."
+        ),
+    ] = None,
     recall: Annotated[
         float | None,
         typer.Option(help="Of a learned policy: the share of attention to read in full; easy passages then open less."),
@@ -185,6 +191,7 @@ def ask(
         "dense_until": dense_until,
         "positions": positions and positions.value,
         "policy": policy,
+        "adapter": adapter,
         "recall": recall,
     }
     request = Request(

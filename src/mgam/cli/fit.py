@@ -47,16 +47,32 @@ def fit(
     lora: Annotated[
         bool, typer.Option("--lora", help="Then train the model too, by low-rank adapters, to read by the policy.")
     ] = False,
+    adapter_only: Annotated[
+        bool,
+        typer.Option(
+            "--adapter-only",
+            help="Fit no policy: train low-rank adapters alone, with full attention inside the model's window, to look "
+            "things up. Read with them by --adapter FOLDER.",
+        ),
+    ] = False,
     policy: Annotated[
         str | None, typer.Option(metavar="FOLDER", help="With --lora: go on from this policy instead of fitting one.")
     ] = None,
     lora_steps: Annotated[int, typer.Option(help="Most steps of low-rank training.")] = 400,
     lora_minutes: Annotated[float, typer.Option(help="It ends sooner after so long; 0: it does not.")] = 0.0,
-    lora_batch: Annotated[int, typer.Option(help="Texts of its steps.")] = 2,
+    lora_batch: Annotated[int | None, typer.Option(help="Texts of its steps.", show_default="2; alone 4")] = None,
     questions: Annotated[int, typer.Option(help="Questions about each of its texts.")] = 16,
-    lora_rank: Annotated[int, typer.Option(help="Rank of the adapters.")] = 16,
-    lora_rate: Annotated[float, typer.Option(help="Its learning rate.")] = 4e-4,
-    lengths: Annotated[str, typer.Option(help="Tokens of its texts, with commas.")] = "6144,12288,24576",
+    quotes: Annotated[
+        float, typer.Option(min=0, max=1, help="Part of them that asks how a sentence of the text goes on.")
+    ] = 0.0,
+    lora_rank: Annotated[int | None, typer.Option(help="Rank of the adapters.", show_default="16; alone 32")] = None,
+    lora_rate: Annotated[
+        float | None, typer.Option(help="Its learning rate.", show_default="0.0004; alone 0.0006")
+    ] = None,
+    lengths: Annotated[
+        str | None,
+        typer.Option(help="Tokens of its texts, with commas.", show_default="6144,12288,24576; alone 2048,4096,8192"),
+    ] = None,
     device: Annotated[str, typer.Option(help="auto, cpu, cuda, cuda:1.")] = "auto",
     dtype: Annotated[
         NumberFormat | None, typer.Option(help="Number format.", show_default="float32 on the CPU, bfloat16 on a GPU")
@@ -75,6 +91,7 @@ def fit(
         import peft  # noqa: F401
     except ImportError as error:
         raise SettingError(f"fitting needs {error.name}: pip install 'mgam[train]'") from error
+    from mgam.training.adapting import Adapting
     from mgam.training.fit import Fitting
     from mgam.training.reading import Reading
     from mgam.training.session import FitSession, run
@@ -83,13 +100,15 @@ def fit(
         tokens=tokens, steps=steps, minutes=minutes, batch=batch, rate=rate, width=width, slots=slots,
         lookup_tokens=lookup_tokens, seed=seed,
     )  # fmt: skip
-    reading = Reading(
-        lengths=_numbers(lengths), steps=lora_steps, minutes=lora_minutes, batch=lora_batch, questions=questions,
-        rank=lora_rank, rate=lora_rate, seed=seed,
-    )  # fmt: skip
+    if lora and adapter_only:
+        raise SettingError("--lora trains adapters by a policy, --adapter-only without one; give one of the two")
+    wanted = {"lengths": lengths and _numbers(lengths), "batch": lora_batch, "rank": lora_rank, "rate": lora_rate}
+    dials: dict[str, Any] = {name: value for name, value in wanted.items() if value is not None}
+    dials |= {"steps": lora_steps, "minutes": lora_minutes, "questions": questions, "seed": seed}
     session = FitSession(
-        out, data, model, fitting, reading if lora else None, policy, check, device, dtype and dtype.value, download
-    )
+        out, data, model, fitting, Reading(**dials) if lora else Adapting(**dials) if adapter_only else None, quotes,
+        policy, check, device, dtype and dtype.value, download,
+    )  # fmt: skip
     first = int(os.environ.get("RANK", "0")) == 0
     found = run(session, (lambda line: None) if as_json or not first else _say)
     if not first:
@@ -113,9 +132,11 @@ def _show(found: dict[str, Any]) -> None:
     for name, kept in (found.get("kept") or {}).items():
         shares = ", ".join(f"{one} {share:.1%}" for one, share in kept["mean"].items())
         typer.echo(f"of the attention outside sink and window, {name} opens: {shares}")
+    option = "policy" if "numbers" in found else "adapter"
+    size = f"{found['numbers']:,} numbers, " if "numbers" in found else ""
     typer.echo(
-        f"{found['folder']}: {found['numbers']:,} numbers, {found['seconds']:,.0f} s; read with it: "
-        f'mgam ask FILE "..." --policy {found["folder"]}'
+        f"{found['folder']}: {size}{found['seconds']:,.0f} s; read with it: "
+        f'mgam ask FILE "..." --{option} {found["folder"]}'
     )
 
 

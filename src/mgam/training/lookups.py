@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import random
+import re
 from bisect import bisect_left, bisect_right
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -17,7 +18,7 @@ from mgam.errors import SettingError
 from mgam.evaluation.almanac import FACTS, Profile
 from mgam.evaluation.texts import TextLibrary, split_sentences
 from mgam.training.texts import read_texts
-from mgam.training.wordings import ALMANAC, BRIEFLY, fact
+from mgam.training.wordings import ALMANAC, BRIEFLY, QUOTES, fact
 
 
 @dataclass(frozen=True)
@@ -50,10 +51,16 @@ class LookupMaker:
     """Makes lookups from TRAIN texts; number n of a seed and a length is the same whenever it is asked for."""
 
     def __init__(
-        self, tokenizer: Any, sources: Sequence[str], seed: int = 0, library: TextLibrary | None = None
+        self,
+        tokenizer: Any,
+        sources: Sequence[str],
+        seed: int = 0,
+        library: TextLibrary | None = None,
+        quotes: float = 0.0,
     ) -> None:
+        """`quotes` is the part of all questions about prose that ask how one of its own sentences goes on."""
         library = library or TextLibrary()
-        self.tokenizer, self.seed = tokenizer, seed
+        self.tokenizer, self.seed, self.quotes = tokenizer, seed, quotes
         prose = [source for source in sources if source != "factbook"]
         texts = read_texts(prose, "train", library) if prose else []
         self.sentences = [pieces for _, text in texts if len(pieces := list(split_sentences(text))) > 50]
@@ -72,7 +79,7 @@ class LookupMaker:
         """A lookup of at most `tokens` tokens, and nearly as many."""
         rng = random.Random(f"{self.seed}/{number}/{tokens}")
         profiles = bool(self.profiles) and rng.random() < 0.25
-        room = tokens - 80 * questions - 120
+        room = tokens - 56 * questions - 120
         characters = int(room * 3.9)
         for _ in range(4):
             text, pairs = (self._dossier if profiles else self._prose)(rng, characters, questions)
@@ -97,22 +104,29 @@ class LookupMaker:
                 if have >= characters:
                     break
             pieces, start = rng.choices(self.sentences, weights=self._sizes)[0], 0
-        facts = [fact(rng) for _ in range(questions)]
+        quoted = sum(rng.random() < self.quotes for _ in range(questions)) if self.quotes else 0
+        facts = [fact(rng) for _ in range(questions - quoted)]
         places = sorted(rng.randrange(len(chosen)) for _ in facts)
         parts: list[str] = []
         spans: list[tuple[int, int]] = []
-        begun, length = 0, 0
-        for one, place in zip(facts, places, strict=True):
-            more = chosen[begun:place]
-            length += sum(map(len, more))
-            parts += [*more, " " + one.statement]
-            spans.append((length + 1, length + 1 + len(one.statement)))
-            length += 1 + len(one.statement)
-            begun = place
-        parts += chosen[begun:]
+        begins: list[int] = []
+        length, hidden = 0, list(zip(places, facts, strict=True))[::-1]
+        for place, piece in enumerate(chosen):
+            while hidden and hidden[-1][0] == place:
+                statement = hidden.pop()[1].statement
+                parts.append(" " + statement)
+                spans.append((length + 1, length + 1 + len(statement)))
+                length += 1 + len(statement)
+            parts.append(piece)
+            begins.append(length)
+            length += len(piece)
+        text = "".join(parts)
         pairs = [_Pair(one.question, one.answer, span) for one, span in zip(facts, spans, strict=True)]
+        for place in rng.sample(range(len(chosen)), min(len(chosen), 4 * quoted)):
+            if len(pairs) < questions and (pair := _quote(rng, text, begins[place], chosen[place])) is not None:
+                pairs.append(pair)
         rng.shuffle(pairs)
-        return "".join(parts), pairs
+        return text, pairs
 
     def _dossier(self, rng: random.Random, characters: int, questions: int) -> tuple[str, list[_Pair]]:
         count = min(len(self.profiles), max(4, characters // 9000))
@@ -186,3 +200,18 @@ class LookupMaker:
             after = len(written) - len(written[stop:].lstrip()) if not written[stop:].strip() else len(written.rstrip())
             marks.append((question, len(before), after))
         return written, written.index(text), marks
+
+
+def _quote(rng: random.Random, text: str, begin: int, sentence: str) -> _Pair | None:
+    """Asks how a sentence of the text goes on; None where it is too short, or begins as another does."""
+    words = list(re.finditer(r"\S+", sentence))
+    opening, more = rng.randint(4, 7), rng.randint(3, 6)
+    if len(words) < opening + more:
+        return None
+    first, last, stop = words[0].start(), words[opening - 1].end(), words[opening + more - 1].end()
+    if text.count(sentence[first:last]) != 1:
+        return None
+    said = " ".join(sentence[first:last].split())
+    answer = " ".join(sentence[last:stop].split())
+    question = rng.choice(QUOTES).format(said=said, more=more)
+    return _Pair(question, answer, (begin + first, begin + stop))

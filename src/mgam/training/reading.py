@@ -10,9 +10,8 @@ from __future__ import annotations
 
 import copy
 import json
-import random
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -20,11 +19,9 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.utils.data import Dataset, Sampler, SequentialSampler
-from transformers import AttentionInterface, PrinterCallback, Trainer, TrainingArguments
+from transformers import AttentionInterface
 from transformers.masking_utils import AttentionMaskInterface
 
-from mgam.errors import SettingError
 from mgam.integrations.transformers import attention
 from mgam.integrations.transformers.apply import Applied, applied_to, apply
 from mgam.integrations.transformers.fitted import shape_of
@@ -32,13 +29,12 @@ from mgam.integrations.transformers.low_rank import FOLDER
 from mgam.levels import Levels
 from mgam.policies.files import FittedPolicy, resolve
 from mgam.policies.learned import Learned, LearnedLayers, best_logits
-from mgam.processes import world
 from mgam.schedule import Schedule, Span
-from mgam.training.checkpoints import last_whole
-from mgam.training.fit import Clock, Log, Say
-from mgam.training.lookups import Asked, Lookup, LookupMaker
+from mgam.training.adapting import Adapting, Pupil, save_adapter, train, with_adapters
+from mgam.training.fit import Say
+from mgam.training.lookups import Asked, LookupMaker
 from mgam.training.network import LayerSearch, SearchNetwork
-from mgam.training.runs import CHECKPOINTS, LOG, NotANumberError, open_run, saying_why
+from mgam.training.runs import open_run, saying_why
 from mgam.training.teacher import Seen, watching
 
 NAME = "mgam_lesson"
@@ -47,71 +43,32 @@ ENOUGH = 0.25
 
 
 @dataclass(frozen=True)
-class Reading:
-    """The dials of low-rank training."""
+class Reading(Adapting):
+    """The dials of low-rank training through covers."""
 
     lengths: tuple[int, ...] = (6144, 12288, 24576)
-    """Tokens of a text: any of these."""
-    steps: int = 400
-    minutes: float = 0.0
-    """Ends sooner after so long; 0: no limit."""
     batch: int = 2
-    """Texts of a step, over all devices."""
     questions: int = 8
     rate: float = 4e-4
     rank: int = 16
-    prose: float = 0.3
-    """Weight of the loss on text, beside that on answers."""
-    stretch: int = 1024
-    """Tokens of each text whose loss counts."""
     search_weight: float = 0.2
-    save_every: int = 100
-    seed: int = 0
     settings: tuple[tuple[str, Any], ...] = ()
     """Settings of `mgam.apply` to read with."""
 
-    def __post_init__(self) -> None:
-        if not self.lengths or min(self.lengths) < 2048 or self.steps < 1 or self.batch < 1 or self.rank < 1:
-            raise SettingError("lengths start at 2048 tokens; steps, batch and rank at 1")
 
+class CoverPupil(Pupil):
+    """A model that reads through covers, with its adapters, and the searches of its layers."""
 
-class Lookups(Dataset[Lookup]):
-    """Lookup number n of a run."""
-
-    def __init__(self, maker: LookupMaker, reading: Reading) -> None:
-        self.maker, self.reading = maker, reading
-
-    def __len__(self) -> int:
-        return self.reading.steps * self.reading.batch
-
-    def __getitem__(self, number: int) -> Lookup:
-        rng = random.Random(f"length/{self.reading.seed}/{number}")
-        return self.maker.make(number, rng.choice(self.reading.lengths), self.reading.questions)
-
-
-class Pupil(nn.Module):
-    """The model with its adapter, and the searches of its layers: what is trained, and nothing else, is its state."""
+    dials: Reading
 
     def __init__(self, model: Any, network: SearchNetwork, reading: Reading, levels: Levels) -> None:
-        super().__init__()
-        self.model, self.network, self.reading, self.levels = model, network, reading, levels
+        super().__init__(model, reading)
+        self.network, self.levels = network, levels
         self.window = int(applied_to(model).settings.window)
 
     def trained(self) -> dict[str, Tensor]:
         """Names and tensors of all that changes, and of what centres the searches."""
-        found = {name: one.data for name, one in self.named_parameters() if one.requires_grad}
-        return found | {f"network.{name}": one for name, one in self.network.state_dict().items()}
-
-    def state_dict(self, *args: Any, **kwargs: Any) -> dict[str, Any]:  # type: ignore[override]
-        """Only what is trained: a checkpoint does not hold the model."""
-        return self.trained()
-
-    def load_state_dict(self, state_dict: Mapping[str, Any], *args: Any, **kwargs: Any) -> Any:
-        """Takes what `state_dict` gave."""
-        there = self.trained()
-        for name, value in state_dict.items():
-            there[name].copy_(value.to(there[name].device))
-        return nn.modules.module._IncompatibleKeys([], [])
+        return super().trained() | {f"network.{name}": one for name, one in self.network.state_dict().items()}
 
     def forward(
         self, ids: Tensor, document: int, asked: tuple[Asked, ...], place: int
@@ -129,22 +86,10 @@ class Pupil(nn.Module):
                 searched.append(evidence_loss(self.network.layer(layer), queries, keys, voters, self.levels))
 
         with shown(self.model, visit):
-            hidden = (
-                self.model.get_base_model().get_decoder()(input_ids=ids[None], use_cache=False).last_hidden_state[0]
-            )
-        answers = torch.cat([torch.arange(*one.answer) for one in asked]).to(ids.device)
-        first = place % max(1, document - self.reading.stretch - 1)
-        text = torch.arange(first + 1, min(first + 1 + self.reading.stretch, document), device=ids.device)
-        told = self._loss(hidden, ids, answers)
-        read = self._loss(hidden, ids, text)
-        found = torch.stack(searched).mean() if searched else told.new_zeros(())
-        loss = told + self.reading.prose * read + self.reading.search_weight * found
-        return loss, {"answers": told.detach(), "text": read.detach(), "search": found.detach()}
-
-    def _loss(self, hidden: Tensor, ids: Tensor, targets: Tensor) -> Tensor:
-        """Mean loss of the tokens at `targets`."""
-        head = self.model.get_base_model().get_output_embeddings()
-        return nn.functional.cross_entropy(head(hidden[targets - 1]).float(), ids[targets])
+            hidden = self._hidden(ids)
+        loss, parts = self._losses(hidden, ids, document, asked, place)
+        found = torch.stack(searched).mean() if searched else loss.new_zeros(())
+        return loss + self.dials.search_weight * found, {**parts, "search": found.detach()}
 
     @torch.no_grad()
     def _renew(self, applied: Applied) -> None:
@@ -267,31 +212,6 @@ def _attention(module: nn.Module, query: Tensor, key: Tensor, value: Tensor, *ar
     return attention.attention(module, query, key, value, *args, **kwargs)
 
 
-class _Trainer(Trainer):
-    """Trains a pupil, one lookup at a time on each device."""
-
-    parts: dict[str, float]
-
-    def compute_loss(  # type: ignore[override]
-        self, model: nn.Module, inputs: dict[str, Any], return_outputs: bool = False, **rest: Any
-    ) -> Any:
-        """The pupil's own loss."""
-        lookup: Lookup = inputs["lookup"]
-        ids = lookup.ids.to(self.args.device)
-        loss, parts = model(ids, lookup.document, lookup.asked, int(lookup.ids.sum()) * 7919)
-        if not bool(torch.isfinite(loss)):
-            raise NotANumberError(f"the loss is not a number any more at step {self.state.global_step + 1}: {parts}")
-        self.parts = {name: float(value) for name, value in parts.items()}
-        return (loss, None) if return_outputs else loss
-
-    def _get_train_sampler(self, *args: Any) -> Sampler[int]:
-        return SequentialSampler(self.train_dataset)  # type: ignore[arg-type]  # drawn by number, not by order
-
-    def log(self, logs: dict[str, float], *args: Any, **kwargs: Any) -> None:
-        """Adds the parts of the loss."""
-        super().log({**logs, **(self.parts if "loss" in logs else {})}, *args, **kwargs)
-
-
 def fit_reading(
     model: Any,
     policy: str | Path,
@@ -312,8 +232,6 @@ def fit_reading(
         SettingError: the policy is of another model; a run of other dials is there.
         FittingError: the loss is no number any more.
     """
-    from peft import LoraConfig, get_peft_model
-
     reading = reading or Reading()
     place = Path(folder)
     start = FittedPolicy.load(resolve(policy))
@@ -333,30 +251,12 @@ def fit_reading(
 
     with watching(model, visit), torch.no_grad():
         model.get_decoder()(input_ids=example.ids[None].to(model.device), use_cache=False)
-    targets = ["q_proj", "k_proj", "v_proj", "o_proj"]
-    config = LoraConfig(r=reading.rank, lora_alpha=2 * reading.rank, target_modules=targets, task_type="CAUSAL_LM")
-    tuned = get_peft_model(model, config)
+    tuned = with_adapters(model, reading.rank)
     settings = {**dict(reading.settings), "policy": str(policy), "lookahead": "none"}
     apply(tuned, **settings)
     levels = applied_to(tuned).settings.pyramid_levels
-    pupil = Pupil(tuned, network, reading, levels)
-    arguments = TrainingArguments(
-        output_dir=str(place / CHECKPOINTS), max_steps=reading.steps, per_device_train_batch_size=1,
-        gradient_accumulation_steps=max(1, reading.batch // world()), learning_rate=reading.rate,
-        lr_scheduler_type="constant", max_grad_norm=1.0, seed=reading.seed, logging_steps=10,
-        save_steps=reading.save_every, save_total_limit=2, report_to=[], remove_unused_columns=False,
-        disable_tqdm=True, use_cpu=model.device.type == "cpu", dataloader_num_workers=0 if reading.steps < 20 else 2,
-        dataloader_pin_memory=False, average_tokens_across_devices=False, logging_nan_inf_filter=False,
-    )  # fmt: skip
-    trainer = _Trainer(
-        model=pupil, args=arguments, train_dataset=Lookups(maker, reading),
-        data_collator=lambda items: {"lookup": items[0]}, callbacks=[Log(place / LOG, say), Clock(reading.minutes)],
-    )  # fmt: skip
-    kept = last_whole(place / CHECKPOINTS)
     began = time.perf_counter()
-    trainer.remove_callback(PrinterCallback)
-    with saying_why(place, reading.rate):
-        trainer.train(resume_from_checkpoint=None if kept is None else str(kept))
+    trainer = train(CoverPupil(tuned, network, reading, levels), maker, place, model.device, say)
     notes = {
         **start.notes, "reading": json.loads(json.dumps(asdict(reading), default=str)),
         "reading_steps": trainer.state.global_step, "reading_seconds": round(time.perf_counter() - began, 1),
@@ -374,23 +274,3 @@ def fit_reading(
 def _name(policy: FittedPolicy) -> str:
     """What tells a policy from others: a hash of its weights."""
     return next(iter(policy.layers.values())).name.split(".")[0]
-
-
-def save_adapter(tuned: Any, folder: Path) -> None:
-    """Writes the adapter as PEFT does, in half precision and without the machine's paths."""
-    from peft import get_peft_model_state_dict
-    from safetensors.torch import save_file
-
-    folder.mkdir(parents=True, exist_ok=True)
-    state = get_peft_model_state_dict(tuned)
-    save_file(
-        {name: one.detach().cpu().half().contiguous() for name, one in state.items()},
-        folder / "adapter_model.safetensors",
-    )
-    config = tuned.peft_config["default"]
-    body = {
-        "peft_type": "LORA", "task_type": "CAUSAL_LM", "r": config.r, "lora_alpha": config.lora_alpha,
-        "target_modules": sorted(config.target_modules), "bias": "none", "lora_dropout": 0.0, "use_dora": False,
-        "use_rslora": False, "base_model_name_or_path": "", "inference_mode": True,
-    }  # fmt: skip
-    (folder / "adapter_config.json").write_text(json.dumps(body, indent=1) + "\n", encoding="utf-8")

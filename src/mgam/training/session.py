@@ -16,6 +16,7 @@ from mgam.integrations.transformers.models import architecture
 from mgam.levels import Levels
 from mgam.policies.files import FittedPolicy, resolve
 from mgam.processes import own_device, rank
+from mgam.training.adapting import Adapting, fit_adapter
 from mgam.training.fit import Fitting, Say, fit, refuse_short
 from mgam.training.lookups import LookupMaker
 from mgam.training.measure import Kept, mass_kept, peers
@@ -35,8 +36,10 @@ class FitSession:
     data: Sequence[str]
     model: str | None = None
     fitting: Fitting = field(default_factory=Fitting)
-    reading: Reading | None = None
-    """Low-rank training afterwards; None: the model stays as it is."""
+    reading: Adapting | None = None
+    """Low-rank training: by a policy afterwards (`Reading`), or alone (`Adapting`); None: the model stays as it is."""
+    quotes: float = 0.0
+    """Part of its questions that ask how a sentence of the text goes on."""
     policy: str | None = None
     """A policy to go on from, in place of fitting one."""
     check: int = 4
@@ -53,20 +56,29 @@ def run(session: FitSession, say: Say) -> dict[str, Any]:
         SettingError, DocumentError: what was asked for cannot be; said before anything is fitted.
         FittingError: it stopped; says what was kept.
     """
+    reading = session.reading if isinstance(session.reading, Reading) else None
+    adapting = session.reading if reading is None else None
     if session.policy is not None:
-        if session.reading is None:
+        if reading is None:
             raise SettingError("--policy is what low-rank training goes on from; add --lora, or leave it out")
         resolve(session.policy)
     began = time.perf_counter()
     say("loading the model")
     loaded = load(session.model, device=own_device(session.device), dtype=session.dtype, download=session.download)
     model: Any = loaded.model
-    if session.policy is None:
+    if session.policy is None and adapting is None:
         refuse_short(session.fitting, architecture(model.config).trained_window(model.config))
     say("reading texts")
-    maker = LookupMaker(loaded.tokenizer, session.data) if _wants_lookups(session) else None
-    alone = session.reading is None
+    maker = LookupMaker(loaded.tokenizer, session.data, quotes=session.quotes) if _wants_lookups(session) else None
     found: dict[str, Any] = {"folder": str(session.out), "model": model.name_or_path}
+    if adapting is not None:
+        assert maker is not None
+        trained = fit_adapter(model, maker, session.out, adapting, say=say)
+        return {
+            **found, "steps_reading": trained["steps"], "seconds_reading": trained["seconds"],
+            "seconds": round(time.perf_counter() - began, 1),
+        }  # fmt: skip
+    alone = reading is None
     if session.policy is None:
         place = session.out if alone else session.out / FROZEN
         documents = read_documents(session.data, loaded.tokenizer)
@@ -79,10 +91,10 @@ def run(session: FitSession, say: Say) -> dict[str, Any]:
             found["kept"] = _check(session, loaded, fitted, place, say)
     else:
         fitted = FittedPolicy.load(resolve(session.policy))
-    if session.reading is not None:
+    if reading is not None:
         assert maker is not None
         start = session.policy or str(session.out / FROZEN)
-        fitted = fit_reading(model, start, maker, session.out, session.reading, say=say)
+        fitted = fit_reading(model, start, maker, session.out, reading, say=say)
         found |= {"steps_reading": fitted.notes["reading_steps"], "seconds_reading": fitted.notes["reading_seconds"]}
     return {**found, "numbers": fitted.parameters, "seconds": round(time.perf_counter() - began, 1)}
 

@@ -219,3 +219,11 @@ ALMANAC = {
     "Population": ("How many people live there, {of}?", "Give the number of inhabitants {of}."),
 }
 """How the facts of `mgam.evaluation.almanac` are asked for in training."""
+
+QUOTES = (
+    'How does the sentence go on that begins with "{said}"? Give {more} words.',
+    'The text says "{said}": which {more} words come next?',
+    'Quote the {more} words that follow "{said}".',
+    "{said} ... (go on, {more} words)",
+)
+"""How a sentence of the text is asked for by its beginning."""

@@ -16,7 +16,7 @@ from mgam import methods
 from mgam.engine import Plan, Reading
 from mgam.errors import SettingError, UnsupportedModelError
 from mgam.integrations.transformers import attention, low_rank, prefill
-from mgam.integrations.transformers.fitted import fit_to
+from mgam.integrations.transformers.fitted import adapters_of, fit_to
 from mgam.integrations.transformers.models import Architecture, Attention, architecture, attention_layers
 from mgam.policies import PerLayer, Policy
 from mgam.policies.base import of_layer
@@ -209,8 +209,8 @@ def apply(model: Model, method: str = "mgam", *, budget: int | None = None, **se
         runtime = attention.LayerRuntime(applied, index, layer.window)
         layer.module._mgam = runtime  # type: ignore[assignment]
         applied.hooks.append(layer.module.register_forward_pre_hook(runtime.enter, with_kwargs=True))
-    if fitted is not None and fitted.folder is not None:
-        applied.hooks += low_rank.attach(target, fitted.folder)
+    for folder in adapters_of(fitted, wanted):
+        applied.hooks += low_rank.attach(target, folder)
     target._mgam_applied = applied
     if hasattr(target, "generate"):
         target.generate = functools.partial(_generate, target)

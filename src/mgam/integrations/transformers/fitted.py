@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
 
 import torch
 
+from mgam.errors import SettingError
+from mgam.integrations.transformers.low_rank import FOLDER
 from mgam.integrations.transformers.models import attention_layers
 from mgam.policies.files import FittedPolicy, ModelShape, resolve
 from mgam.settings import Settings
@@ -25,6 +28,24 @@ def fit_to(model: Any, settings: Settings) -> FittedPolicy | None:
     fitted = FittedPolicy.load(resolve(settings.policy))
     fitted.check(shape_of(model), settings.search)
     return fitted
+
+
+def adapters_of(fitted: FittedPolicy | None, settings: Settings) -> list[Path]:
+    """Folders whose low-rank adapters the model reads with: the policy's own, and those that the settings name.
+
+    Raises:
+        SettingError: no such adapters.
+    """
+    found = [fitted.folder] if fitted is not None and fitted.folder is not None else []
+    if settings.adapter is not None:
+        folder = resolve(settings.adapter)
+        if not (folder / FOLDER).is_dir():
+            raise SettingError(
+                f"{settings.adapter} holds no adapters ({FOLDER}/adapter_model.safetensors is wanted); make some with: "
+                "mgam fit MODEL --adapter-only --data ... -o FOLDER"
+            )
+        found += [folder] if folder not in found else []
+    return found
 
 
 @torch.no_grad()
