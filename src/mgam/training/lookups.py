@@ -79,9 +79,9 @@ class LookupMaker:
         """A lookup of at most `tokens` tokens, and nearly as many."""
         rng = random.Random(f"{self.seed}/{number}/{tokens}")
         profiles = bool(self.profiles) and rng.random() < 0.25
-        room = tokens - 56 * questions - 120
+        room = tokens - 64 * questions - 120
         characters = int(room * 3.9)
-        for _ in range(4):
+        for _ in range(12):
             text, pairs = (self._dossier if profiles else self._prose)(rng, characters, questions)
             found = self._encode(text, pairs)
             if len(found.ids) <= tokens:
