@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import copy
 from dataclasses import replace
 
 import pytest
 import torch
 
-from mgam.engine import Plan, Reading, read
+from mgam.engine import Plan, Reading, Record, read
 from mgam.levels import Levels
 from mgam.policies import Scored
 from mgam.policies.compact import Compact
@@ -82,12 +83,58 @@ def test_decode_equals_engine(compact: Compact | None) -> None:
     lengths = [150, 97, 41]
     pyramid = pyramid_of(keys, values, lengths)
     asked = torch.stack([queries[row, :, length - 1 : length] for row, length in enumerate(lengths)])
-    got = decode(asked, torch.tensor(lengths, device=DEVICE), pyramid, policy, Positions(), 0.125, chunks=18)
+    got = decode(asked, torch.tensor(lengths, device=DEVICE), pyramid, policy, Positions(), 0.125, chunks=18).out
     wide = pyramid_of(keys.cpu().double(), values.cpu().double(), lengths)
     plan = Plan.of([Schedule.uniform(1)] * 3, [length - 1 for length in lengths], [1] * 3, 1, 0)
     want = read(asked.cpu().double(), wide, plan, Reading(policy, LEVELS, Positions(), 0, "reference"), 0.125)
     error = (got.cpu().double() - want).norm() / want.norm()
     assert error < (1e-3 if got.dtype == torch.float32 else 2e-2)
+
+
+@pytest.mark.parametrize(
+    ("rows", "kind", "compact"),
+    [(1, "granular", None), (3, "absolute", None), (2, "granular", Compact(dims=64, bits=16, calibrate=40))],
+)
+def test_tokens_one_by_one_equal_reference(
+    rows: int, kind: str, compact: Compact | None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Generation by the engine: on a GPU the second token's call is captured, and replayed for those after it, while
+    chunks become complete; copies of the cache, and one that was cropped, go on alike."""
+    from mgam import kernels, step
+
+    calls: list[object] = []
+    plain = step.read
+    monkeypatch.setattr(kernels, "serve", lambda states: states.dtype == DTYPES[0])
+    monkeypatch.setattr(step, "read", lambda *args: calls.append(args) or plain(*args))
+    positions = Positions() if kind == "absolute" else Positions.granular(Rotary.plain(64, 512), 64)
+    kernel = Reading(Scored(budget=24, window=16, compact=compact), LEVELS, positions, 0, "triton")
+    queries, keys, values = made(160, rows, DTYPES[0])
+    pyramids = [Pyramid(LEVELS), Pyramid(LEVELS)]
+    for pyramid, dtype in zip(pyramids, (DTYPES[0], torch.float64), strict=True):
+        device = DEVICE if dtype == DTYPES[0] else "cpu"
+        pyramid.begin(keys.to(device, dtype))
+        assert pyramid.search is not None
+        pyramid.search = pyramid.search.to(dtype)
+        pyramid.append(keys[:, :, :140].to(device, dtype), values[:, :, :140].to(device, dtype), [140, 90, 57][:rows])
+    for number in range(9):
+        if number == 4:
+            pyramids = copy.deepcopy(pyramids)
+        if number == 7:
+            for pyramid in pyramids:
+                pyramid.crop([7] * rows)
+        new, before = slice(140 + number, 141 + number), list(pyramids[0].lengths)
+        plan, got = Plan.of([Schedule.uniform(1)] * rows, before, [1] * rows, 1, 0), []
+        records = [Record(), Record()]
+        for pyramid, name, record in zip(pyramids, ("triton", "reference"), records, strict=True):
+            q, k, v = (states[:, :, new].to(pyramid.keys[0]) for states in (queries, keys, values))
+            pyramid.append(k, v)
+            with torch.no_grad():
+                got.append(read(q, pyramid, plan, replace(kernel, backend=name), 0.125, record=record).cpu().double())
+        error = (got[0] - got[1]).norm() / got[1].norm()
+        assert error < (1e-3 if DTYPES[0] == torch.float32 else 3e-2)
+        if DTYPES[0] == torch.float32:
+            assert records[0].entries == records[1].entries
+    assert len(calls) == 9
 
 
 @pytest.mark.skipif(DEVICE == "cpu", reason="CUDA graphs need a CUDA device")
@@ -101,7 +148,7 @@ def test_decode_in_a_graph() -> None:
     asked = queries[:, :, :1].contiguous()
 
     def call() -> torch.Tensor:
-        return decode(asked, lengths, pyramid, policy, Positions(), 0.125, chunks=18)
+        return decode(asked, lengths, pyramid, policy, Positions(), 0.125, chunks=18).out
 
     call()
     torch.cuda.synchronize()

@@ -1,10 +1,12 @@
 """One new token per row by kernels alone: nothing waits for the device, so that a CUDA graph can hold the call.
 
-The engine plans on the CPU, from lengths that it knows there, and so cannot be captured; this call takes lengths from
-the device. It gives what the engine gives for the same policy, and runs the same kernels.
+This is how the engine reads one new token per row (`mgam.step`). What more it knows of a call it plans on the CPU, from
+lengths that it knows there; this call takes lengths from the device.
 """
 
 from __future__ import annotations
+
+from dataclasses import dataclass
 
 from torch import Tensor
 
@@ -20,6 +22,16 @@ from mgam.positions import Positions
 from mgam.pyramid import Pyramid
 
 
+@dataclass(frozen=True)
+class Decoded:
+    """Attention (B, H*G, 1, D) of one new token per row; what it read, and the tables that turned it, which must last
+    as long as a graph of the call."""
+
+    out: Tensor
+    cover: Cover
+    turn: Turn
+
+
 def decode(
     queries: Tensor,
     lengths: Tensor,
@@ -30,7 +42,7 @@ def decode(
     *,
     chunks: int,
     softcap: float | None = None,
-) -> Tensor:
+) -> Decoded:
     """One new token per row: queries (B, H*G, 1, D); lengths (B,) on the device, the token included.
 
     `chunks` bounds the chunks of any row. All shapes are static and nothing waits for the device, so that the call can
@@ -45,7 +57,8 @@ def decode(
     counts, ranks = chosen.placed or places(index, levels, positions.kind == "granular")
     lists = Lists(levels, blocks[:4], 1, index, counts, ranks, chosen.mass)
     turn = Turn.of(positions, lists, chunks * levels.chunk, queries.device, queries.dtype)
-    return read(queries, lists, pyramid.keys, pyramid.values, scale, turn=turn, softcap=softcap).out
+    part = read(queries, lists, pyramid.keys, pyramid.values, scale, turn=turn, softcap=softcap)
+    return Decoded(part.out, chosen, turn)
 
 
 def choose(queries: Tensor, when: tuple[Tensor, Tensor], pyramid: Pyramid, policy: Scored, chunks: int) -> Cover:

@@ -14,11 +14,13 @@ from itertools import groupby
 import torch
 from torch import Tensor
 
+from mgam import kernels
 from mgam.attend import attend, blockwise
 from mgam.attend.dispatch import serving
 from mgam.cover import Cover, dense_cover
 from mgam.levels import Levels
 from mgam.policies.base import Heard, Policy
+from mgam.policies.scored import Scored
 from mgam.positions import Positions
 from mgam.pyramid import Pyramid
 from mgam.schedule import Blocks, Piece, Schedule
@@ -104,6 +106,14 @@ class Plan:
     def held(self) -> int:
         """Queries of all blocks."""
         return sum(int(blocks.length.sum()) for _, blocks in self.groups)
+
+    @cached_property
+    def newest(self) -> Blocks | None:
+        """The blocks of a call in which each row has one new token that chooses for itself; None for any other call."""
+        dense, blocks = self.groups[0] if len(self.groups) == 1 else (True, None)
+        if dense or blocks is None or self.columns != 1 or blocks.size != 1 or blocks.votes != 1:
+            return None
+        return blocks if torch.equal(blocks.row, torch.arange(len(self.before))) else None
 
     def begin(self, groups: Sequence[tuple[bool, Blocks]]) -> list[int]:
         """Where the first block of each row was decided, among those that are not dense; -1 for a row without any."""
@@ -197,6 +207,12 @@ def read(
     the call, for votes of blocks that began there: at least `history(schedule)` of them, or all there were. A query
     that is not there does not vote.
     """
+    stepped = _step(queries, pyramid, plan, reading, scale, softcap)
+    if stepped is not None:
+        if record is not None:
+            assert plan.newest is not None
+            _watch(record, queries, plan.newest, stepped[1], pyramid, reading, scale, softcap, layer)
+        return stepped[0]
     observe, evict = getattr(reading.policy, "observe", None), getattr(reading.policy, "evict", None)
     if observe or evict:
         places = plan.first.tolist(), plan.before.tolist(), plan.dense_to.tolist()
@@ -226,6 +242,27 @@ def read(
             with torch.no_grad():
                 reading.policy.count(heard, plan.read_to(groups), pyramid)  # type: ignore[attr-defined]
     return torch.zeros_like(queries) if out is None else out
+
+
+def _step(
+    queries: Tensor, pyramid: Pyramid, plan: Plan, reading: Reading, scale: float, softcap: float | None
+) -> tuple[Tensor, Cover] | None:
+    """One new token per row that is found and read by kernels alone: its attention and cover; None for other calls."""
+    blocks = plan.newest
+    policy = None if blocks is None else reading.policy_of(blocks)
+    if blocks is None or not isinstance(policy, Scored) or any(pyramid.gone) or _learns(queries, pyramid):
+        return None
+    if not kernels.serve(pyramid.keys[0]) or serving(queries, pyramid, reading.backend) != "triton":
+        return None
+    levels, dtype = pyramid.levels, pyramid.keys[0].dtype
+    if policy.budget < levels.chunk or queries.dtype != dtype or levels != reading.levels:
+        return None
+    from mgam import step
+
+    now = step.moment(blocks, policy, pyramid)
+    if now is None:
+        return None
+    return step.read(queries, now, pyramid, policy, reading.positions, scale, softcap)
 
 
 def _learns(queries: Tensor, pyramid: Pyramid) -> bool:
@@ -272,11 +309,11 @@ def _segments(
     """Cuts a group so that no working tensor grows with the call. `written`: logits are written out, head by head."""
     device = queries.device
     heads = pyramid.keys[0].shape[1]
-    kernels = serving(queries, pyramid, reading.backend) == "triton"
-    sized = blocks.once("padded", lambda: padded(blocks)) if kernels and queries.is_cuda else blocks
+    in_place = serving(queries, pyramid, reading.backend) == "triton"
+    sized = blocks.once("padded", lambda: padded(blocks)) if in_place and queries.is_cuda else blocks
 
     tokens = sized.once("tokens", lambda: int(sized.stop.max()) if len(sized) else 0)
-    if kernels:
+    if in_place:
         per_block = _kernel_elements(sized, tokens, reading, heads, queries)
         limit = KERNEL_ELEMENTS if queries.is_cuda else CPU_ELEMENTS
     else:

@@ -19,9 +19,9 @@ TABLE_STEP = 4096
 """A table that must reach beyond the trained window (dense attention there) grows by this many positions at a time."""
 
 
-@dataclass
+@dataclass(eq=False)
 class Rotary:
-    """Rotary tables of a model for positions 0 ... limit-1, filled on first use.
+    """Rotary tables of a model for positions 0 ... limit-1, filled on first use. One equals itself alone.
 
     `tables(positions)` returns cos and sin, each (P, R) with R <= head dim (partial rotation), scaled by the model.
     """

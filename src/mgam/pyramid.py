@@ -11,6 +11,7 @@ from torch import Tensor
 from mgam import kernels
 from mgam.errors import SettingError
 from mgam.levels import Levels
+from mgam.schedule import sent
 
 
 def search_dtype(dtype: torch.dtype) -> torch.dtype:
@@ -57,6 +58,8 @@ class Pyramid:
         """What policies made of the search keys, by its setting; forgotten when rows change other than by growing."""
         self.carried: dict[object, Carried] = {}
         """What policies keep of queries that are gone and cannot be made again; moves with the rows."""
+        self.step: object = None
+        """How one new token per row was read last, for the next one (`mgam.step`)."""
 
     @classmethod
     def of(cls, keys: Tensor, values: Tensor, levels: Levels, lengths: Sequence[int] | None = None) -> Pyramid:
@@ -130,6 +133,8 @@ class Pyramid:
         self.grow(max(length + count for length, count in zip(before, counts, strict=True)))
         if len(set(before)) == 1 and set(counts) == {new}:
             self._write(slice(None), before[0], keys, values)
+        elif new == 1 and set(counts) == {1}:
+            self._write_each(before, keys, values)
         else:
             for row, count in enumerate(counts):
                 if count:
@@ -252,6 +257,20 @@ class Pyramid:
         self.put(rows, before, keys, values)
         for row in range(*rows.indices(len(self.lengths))):
             self.lengths[row] = after + (self.gone[row] if self.gone else 0)
+        self._summarise(rows, before, after)
+
+    def _write_each(self, before: Sequence[int], keys: Tensor, values: Tensor) -> None:
+        """One new token (B, H, 1, D) for every row, which stand at different places."""
+        row, place = sent(torch.tensor([list(range(len(before))), list(before)]), keys.device)
+        self.keys[0][row, :, place] = keys[:, :, 0]
+        self.values[0][row, :, place] = values[:, :, 0]
+        self.lengths = [length + 1 for length in self.lengths]
+        for number, old in enumerate(before):
+            if not (old + 1) % self.levels.chunk:
+                self._summarise(slice(number, number + 1), old, old + 1)
+
+    def _summarise(self, rows: slice, before: int, after: int) -> None:
+        """Summaries and search keys of chunks that tokens [before, after) complete."""
         for level in range(1, self.levels.top + 1):
             first, last = before // self.levels.sizes[level], after // self.levels.sizes[level]
             if last <= first:

@@ -5,8 +5,10 @@ Borders are counted from a row's first real token and never from call boundaries
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Hashable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
+from functools import cached_property
 from typing import Any, Literal, TypeVar
 
 import torch
@@ -77,6 +79,12 @@ class Schedule:
     def text(self) -> int | None:
         """Where the first span ends: queries after it ask of what it holds. None where nothing follows."""
         return self.spans[0].stop
+
+    @cached_property
+    def alone_from(self) -> float:
+        """Position from which on every query has a block of its own; infinite where blocks never end."""
+        ends = [math.inf if span.stop is None else span.stop for span in self.spans if span.block > 1]
+        return max(ends, default=0)
 
     def pieces(self, start: int, stop: int, dense_until: int = 0) -> Iterator[Piece]:
         """The parts of query blocks that a call over positions [start, stop) computes.

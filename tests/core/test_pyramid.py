@@ -54,6 +54,27 @@ def assert_holds(pyramid: Pyramid, keys: torch.Tensor, values: torch.Tensor, len
         torch.testing.assert_close(pyramid.search[row, :, :, :chunks], fine.transpose(1, 2).to(pyramid.search.dtype))
 
 
+def test_rows_at_different_places_grow_token_by_token() -> None:
+    lengths, more = [1, 12, 6], 13
+    keys, values = states(max(lengths) + more, rows=3)
+    pyramid = Pyramid(LEVELS)
+    new = max(lengths)
+    given_states = []
+    for part in (keys, values):
+        first = torch.full((3, HEADS, new, DIM), torch.nan, dtype=part.dtype)
+        for row, length in enumerate(lengths):
+            first[row, :, new - length :] = part[row, :, :length]
+        given_states.append(first)
+    pyramid.append(*given_states, lengths)
+    for step in range(more):
+        ends = [length + step for length in lengths]
+        one, other = (
+            torch.stack([part[row, :, end : end + 1] for row, end in enumerate(ends)]) for part in (keys, values)
+        )
+        pyramid.append(one, other)
+    assert_holds(pyramid, keys, values, [length + more for length in lengths])
+
+
 @examples
 @given(st.lists(st.integers(0, 23), min_size=1, max_size=6), st.integers(0, 80))
 def test_appended_in_any_cuts(cuts: list[int], reserved: int) -> None:

@@ -13,7 +13,7 @@ ROOMS = [
     ("levels", "schedule", "positions", "merge", "kernels", "processes"),
     ("pyramid", "pyramid_triton", "cover"),
     ("attend", "policies"),
-    ("settings", "segments", "engine", "device"),
+    ("settings", "segments", "engine", "device", "step"),
     ("methods", "nn"),
     ("integrations",),
     ("documents",),

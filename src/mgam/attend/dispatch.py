@@ -74,7 +74,12 @@ def serving(queries: Tensor, pyramid: Pyramid, backend: str | None = None) -> st
     Raises:
         SettingError: as `choose` does.
     """
-    return choose(queries, backend).backend if pyramid.in_memory else "torch"
+    if not pyramid.in_memory:
+        return "torch"
+    for one in BACKENDS.values() if backend is None else ():
+        if one.automatic and not _refused(one.name, queries):
+            return one.name
+    return choose(queries, backend).backend
 
 
 def choose(queries: Tensor, backend: str | None = None) -> Choice:

@@ -1,4 +1,4 @@
-"""Decode: one new token per row, captured in a CUDA graph."""
+"""Decode: one new token per row, by the engine, and by its kernels alone."""
 
 from __future__ import annotations
 
@@ -28,7 +28,8 @@ from mgam.schedule import Blocks, Schedule
 
 
 def decode_rows(setting: Setting, machine: Machine, tokens: int, batch: int) -> Iterator[Row]:
-    """One new token per row, captured in a CUDA graph, rows of slightly different lengths."""
+    """One new token per row, rows of slightly different lengths: calls of the engine in a row, and what they keep the
+    device busy with (one CUDA graph)."""
     queries, keys, values = states(setting, tokens, batch, 1)
     pyramid = built(setting, keys, values)
     policy, positions, scale = setting.policy, setting.placed, setting.dim**-0.5
@@ -39,13 +40,15 @@ def decode_rows(setting: Setting, machine: Machine, tokens: int, batch: int) -> 
     entry = 2 * setting.dim * 2 * setting.kv_heads
 
     def call() -> Tensor:
-        return decode(queries, lengths, pyramid, policy, positions, scale, chunks=chunks)
+        return decode(queries, lengths, pyramid, policy, positions, scale, chunks=chunks).out
 
     time = timed(graphed(call), most=200)
-    yield row_of("decode", "search + read", "mgam.device.decode, CUDA graph", tokens, batch, time)
-    plan = Plan.of([Schedule.uniform(1)] * batch, [tokens - 1] * batch, [1] * batch, 1, 0)
-    time = timed(lambda: engine.read(queries, pyramid, plan, reading_of(setting), scale), most=200)
-    yield row_of("decode", "search + read", "mgam engine, launched one by one", tokens, batch, time)
+    yield row_of("decode", "search + read", "mgam kernels, CUDA graph", tokens, batch, time)
+    before = (lengths - 1).tolist()
+    plan, reading = Plan.of([Schedule.uniform(1)] * batch, before, [1] * batch, 1, 0), reading_of(setting)
+    with torch.no_grad():
+        time = timed(lambda: engine.read(queries, pyramid, plan, reading, scale), most=200, warm=3)
+    yield row_of("decode", "search + read", "mgam engine", tokens, batch, time)
     blocks = Blocks(
         torch.arange(batch),
         lengths.cpu() - 1,

@@ -90,9 +90,9 @@ def ensure_pyramid(
     """
     layer = _layer(cache, index)
     levels, settings = applied.reading.levels, applied.settings
-    stateful = keeps_state(applied.reading.policy)
     if not isinstance(layer, PyramidLayer):
         _check_empty(layer)
+        stateful = keeps_state(applied.reading.policy)
         layer = PyramidLayer(levels, schedules, reserve, settings.block, settings.positions, settings.method, stateful)
         cache.layers[index] = layer
         return layer
@@ -104,7 +104,7 @@ def ensure_pyramid(
         raise UnsupportedModelError(
             f"the cache was made for {layer.positions} positions, the model reads with {settings.positions} ones"
         )
-    if layer.method != settings.method and (layer.stateful or stateful):
+    if layer.method != settings.method and (layer.stateful or keeps_state(applied.reading.policy)):
         one = layer.method if layer.stateful else settings.method
         raise UnsupportedModelError(
             f"the cache was made for method {layer.method!r}, the model reads with {settings.method!r}: {one} forgets "

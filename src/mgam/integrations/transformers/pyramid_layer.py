@@ -93,6 +93,8 @@ class PyramidLayer(RowsLayer):
         """
         lengths = self.pyramid.lengths
         before = [length - count for length, count in zip(lengths, counts, strict=True)]
+        if all(schedule.alone_from <= old for schedule, old in zip(self.schedules, before, strict=True)):
+            return
         most = self._history(lengths)
         if not most and not self._history(before):
             return
