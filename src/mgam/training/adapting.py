@@ -7,6 +7,8 @@ covers of texts far longer than the window too. No policy is needed, and none is
 from __future__ import annotations
 
 import json
+import math
+import os
 import random
 import time
 from collections.abc import Mapping
@@ -30,6 +32,8 @@ from mgam.training.runs import CHECKPOINTS, LOG, NotANumberError, open_run, sayi
 
 TARGETS = ("q_proj", "k_proj", "v_proj", "o_proj")
 """Linear layers that get adapters."""
+SINK = 64
+"""First tokens of a text: a model rests its attention there, however long the text."""
 
 
 @dataclass(frozen=True)
@@ -46,10 +50,12 @@ class Adapting:
     questions: int = 16
     rate: float = 6e-4
     rank: int = 32
-    prose: float = 0.3
-    """Weight of the loss on text, beside that on answers."""
     stretch: int = 1024
-    """Tokens of each text whose loss counts."""
+    """Tokens of each text on which the model is held to what it was, or taught."""
+    keep: float = 1.0
+    """Weight of the divergence there from the model without adapters."""
+    crowds: tuple[int, ...] = (1, 4, 16)
+    """Each lookup is answered as if what does not hold the answer were there so many times: as in a longer text."""
     save_every: int = 100
     seed: int = 0
 
@@ -97,28 +103,56 @@ class Pupil(nn.Module):
     def forward(
         self, ids: Tensor, document: int, asked: tuple[Asked, ...], place: int
     ) -> tuple[Tensor, dict[str, Tensor]]:
-        """Loss of one lookup: ids (T,); `place` draws the stretch of the text whose loss counts."""
-        return self._losses(self._hidden(ids), ids, document, asked, place)
+        """Loss of one lookup: ids (T,); `place` draws the stretch of text and the crowd."""
+        crowd = self.dials.crowds[place % len(self.dials.crowds)]
+        hidden = self._hidden(ids, crowded(len(ids), document, asked, crowd, self.model.dtype, ids.device))
+        text = self._stretch(document, place, ids.device)
+        told, moved = self._told(hidden, ids, asked), self._moved(hidden, ids, text)
+        return told + self.dials.keep * moved, {"answers": told.detach(), "moved": moved.detach()}
 
-    def _hidden(self, ids: Tensor) -> Tensor:
+    def _hidden(self, ids: Tensor, mask: Tensor | None = None) -> Tensor:
         decoder = self.model.get_base_model().get_decoder()
-        hidden: Tensor = decoder(input_ids=ids[None], use_cache=False).last_hidden_state[0]
+        hidden: Tensor = decoder(input_ids=ids[None], attention_mask=mask, use_cache=False).last_hidden_state[0]
         return hidden
 
-    def _losses(
-        self, hidden: Tensor, ids: Tensor, document: int, asked: tuple[Asked, ...], place: int
-    ) -> tuple[Tensor, dict[str, Tensor]]:
-        """The loss of answers and of a stretch of text from hidden states (T, width)."""
-        answers = torch.cat([torch.arange(*one.answer) for one in asked]).to(ids.device)
+    def _stretch(self, document: int, place: int, device: torch.device) -> Tensor:
+        """Places of a stretch of the text that `place` draws."""
         first = place % max(1, document - self.dials.stretch - 1)
-        text = torch.arange(first + 1, min(first + 1 + self.dials.stretch, document), device=ids.device)
-        told, read = self._loss(hidden, ids, answers), self._loss(hidden, ids, text)
-        return told + self.dials.prose * read, {"answers": told.detach(), "text": read.detach()}
+        return torch.arange(first + 1, min(first + 1 + self.dials.stretch, document), device=device)
+
+    def _told(self, hidden: Tensor, ids: Tensor, asked: tuple[Asked, ...]) -> Tensor:
+        """The loss of answers, from hidden states (T, width)."""
+        return self._loss(hidden, ids, torch.cat([torch.arange(*one.answer) for one in asked]).to(ids.device))
+
+    def _moved(self, hidden: Tensor, ids: Tensor, text: Tensor) -> Tensor:
+        """Mean divergence, in nats, of what is expected at `text` from what the model without adapters expects."""
+        head = self.model.get_base_model().get_output_embeddings()
+        with torch.no_grad(), self.model.disable_adapter():
+            before = head(self._hidden(ids[: int(text[-1])])[text - 1]).float().log_softmax(-1)
+        now = head(hidden[text - 1]).float().log_softmax(-1)
+        return nn.functional.kl_div(now, before, reduction="batchmean", log_target=True)
 
     def _loss(self, hidden: Tensor, ids: Tensor, targets: Tensor) -> Tensor:
         """Mean loss of the tokens at `targets`."""
         head = self.model.get_base_model().get_output_embeddings()
         return nn.functional.cross_entropy(head(hidden[targets - 1]).float(), ids[targets])
+
+
+def crowded(
+    tokens: int, document: int, asked: tuple[Asked, ...], crowd: int, dtype: torch.dtype, device: torch.device
+) -> Tensor | None:
+    """What is added to attention scores (1, 1, T, T) so that questions and answers see all of the text but its first
+    tokens and what they ask for `crowd` times; None where that is once: causal attention as it is."""
+    if crowd == 1:
+        return None
+    mask = torch.full((tokens, tokens), -torch.inf, dtype=dtype, device=device).triu(1)
+    louder = math.log(crowd)
+    for one in asked:
+        rows = slice(one.question[0], one.answer[1])
+        mask[rows, SINK:document] += louder
+        for begin, end in (one.evidence, *one.more):
+            mask[rows, max(begin, SINK) : end] -= louder
+    return mask[None, None]
 
 
 class _Trainer(Trainer):
@@ -166,7 +200,7 @@ def train(pupil: Pupil, maker: LookupMaker, place: Path, device: torch.device, s
         gradient_accumulation_steps=max(1, dials.batch // world()), learning_rate=dials.rate,
         lr_scheduler_type="constant", max_grad_norm=1.0, seed=dials.seed, logging_steps=10,
         save_steps=dials.save_every, save_total_limit=2, report_to=[], remove_unused_columns=False,
-        disable_tqdm=True, use_cpu=device.type == "cpu", dataloader_num_workers=0 if dials.steps < 20 else 4,
+        disable_tqdm=True, use_cpu=device.type == "cpu", dataloader_num_workers=0 if dials.steps < 20 else min(4, os.cpu_count() or 1),
         dataloader_pin_memory=False, average_tokens_across_devices=False, logging_nan_inf_filter=False,
     )  # fmt: skip
     trainer = _Trainer(
@@ -221,7 +255,7 @@ def save_adapter(tuned: Any, folder: Path) -> None:
     from safetensors.torch import save_file
 
     folder.mkdir(parents=True, exist_ok=True)
-    state = get_peft_model_state_dict(tuned)
+    state = get_peft_model_state_dict(tuned, save_embedding_layers=False)
     save_file(
         {name: one.detach().cpu().half().contiguous() for name, one in state.items()},
         folder / "adapter_model.safetensors",
