@@ -62,7 +62,7 @@ kernels-reading: $(DEV_READY)
 	$(INTERPRETED) $(READING)
 
 kernels-others: $(DEV_READY)
-	$(INTERPRETED) $(filter-out $(READING),$(wildcard tests/test_triton_*.py))
+	$(INTERPRETED) $(filter-out $(READING),$(wildcard tests/test_triton_*.py)) tests/nn/test_fused.py
 
 $(OLDEST_READY): pyproject.toml constraints-oldest.txt
 	$(PYTHON) -m venv --clear $(OLDEST)

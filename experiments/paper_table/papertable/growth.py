@@ -152,6 +152,9 @@ def _parts(reader: Reader, length: int, device: str, autocast: Any) -> dict[str,
     attention: LearnedGranularAttention = layer.attention
     states = torch.randn(1, length, attention.width, device=device)
     with autocast:
+        if attention.served(states):
+            calls = _fused_parts(attention, states)
+            return _told({name: _timed(call, device)["ms"] * len(reader.layers) for name, call in calls.items()})
         q, new = attention._project(states, 0)
         seen = Seen(states, q, new["k"], new["v"], new)
         search = attention.pyramid(seen)[2]
@@ -161,8 +164,27 @@ def _parts(reader: Reader, length: int, device: str, autocast: Any) -> dict[str,
             attention.extra(states, q, 0)
             attention.choose(part, *attention.judge(part, search, seen))
 
-        calls: dict[str, Callable[[], Any]] = {"pyramid": lambda: attention.pyramid(seen), "policy": policy}
+        calls = {"pyramid": lambda: attention.pyramid(seen), "policy": policy}
         times = {name: _timed(call, device)["ms"] * len(reader.layers) for name, call in calls.items()}
+    return _told(times)
+
+
+def _fused_parts(attention: LearnedGranularAttention, states: torch.Tensor) -> dict[str, Callable[[], Any]]:
+    """The same where kernels read."""
+    from mgam.nn.fused.attend import Searched, covers, summaries
+
+    plan, heads, scores = attention.plan(states.shape[1]), attention.kv_heads, attention.scores
+    assert scores is not None
+    keys, values = (attention.split(part(states)) for part in (attention.key, attention.value))
+
+    def policy() -> None:
+        searched = Searched(*scores.searched(states, plan.chunks, plan.levels, attention.every))
+        covers(plan, searched, None, len(states), heads)
+
+    return {"pyramid": lambda: summaries(plan, keys, values), "policy": policy}
+
+
+def _told(times: dict[str, float]) -> dict[str, Any]:
     return {f"{name}_ms": round(value, 4) for name, value in times.items()}
 
 

@@ -12,6 +12,7 @@ from fnmatch import fnmatch
 from pathlib import Path
 from typing import Any
 
+from mgam.evaluation.machine import commit
 from papertable.library import Library
 from papertable.models import ABLATIONS, MODELS, REMEDIES
 from papertable.sizes import Size
@@ -21,6 +22,7 @@ SEEDS, ABLATION_SEEDS, TUNING_SEED = 3, 2, 100
 ABLATED = "hop"
 HOPE = 0.7
 """Of the time that others of its kind took, what a run may take where fewer share the device."""
+COMMIT = commit()
 SLOWEST_FIRST = tuple(reversed(MODELS))
 """So that processes that share a machine end at about the same time."""
 
@@ -124,12 +126,14 @@ def work(
 
 
 def _seconds_left(folder: Path, run: Run) -> float:
-    """What a run will take, by the finished ones of its model, those of its length if any; 0 where nothing is known."""
+    """What a run will take, by the finished ones of its model: those of this commit, and of its length, if any. 0 where
+    nothing is known."""
     own = [
         one for one in results(folder).values()
         if (one["run"]["model"], one["run"]["tuning"]) == (run.model, run.tuning) and one["diverged"] is None
     ]  # fmt: skip
-    alike = [one for one in own if one["run"]["steps"] == run.total] or own
+    here = [one for one in own if one["conditions"]["commit"] == COMMIT] or own
+    alike = [one for one in here if one["run"]["steps"] == run.total] or here
     if not alike:
         return 0.0
     progress = folder / "checkpoints" / run.name / "progress.json"

@@ -7,7 +7,8 @@ would have lowered the loss with more weight is scored higher, at whichever leve
 
 from __future__ import annotations
 
-from typing import Any, Literal
+import os
+from typing import TYPE_CHECKING, Any, Literal
 
 import torch
 import torch.nn.functional as F
@@ -15,11 +16,15 @@ from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
 from mgam.errors import SettingError
+from mgam.kernels import installed
 from mgam.levels import Levels
 from mgam.nn.base import Seen, SelfAttention, above
 from mgam.nn.chosen import Chooser, Chosen, Rest
 from mgam.nn.gathered import Voice, gather
 from mgam.nn.scores import LearnedScores, Part, at_random, scored, search_keys
+
+if TYPE_CHECKING:
+    from mgam.nn.fused.attend import Plan
 
 # Shape letters: B rows, T tokens, H KV heads, G query heads per KV head, N blocks of b queries, C chunks, E entries, D.
 
@@ -28,6 +33,10 @@ SPARE = 8
 """Dimensions that keys have besides their own, the first of which holds a bias: kernels take multiples of eight."""
 TOGETHER = {"cuda": 1 << 29, "cpu": 1 << 24}
 """Numbers of gathered keys at a time."""
+MOST_CHUNKS, MOST_OPENED = 8192, 64
+"""Of a text and of a block, for kernels: one program chooses a block's cover."""
+INTERPRETED = os.environ.get("TRITON_INTERPRET", "0") == "1"
+"""Kernels run in Triton's interpreter, for tests."""
 
 
 class LearnedGranularAttention(SelfAttention):
@@ -49,6 +58,8 @@ class LearnedGranularAttention(SelfAttention):
         rest: what becomes of chunks that are not opened.
         mass: how far a summary counts for its tokens, from 0 (once) to 1 (once per token).
         recompute: gathers again in the backward pass, so that nothing gathered is kept.
+        kernels: whether whole texts are read by fused kernels, which gather nothing, where these serve: half precision
+            on a CUDA device, block, chunk, heads and dims of powers of two from 16 on.
     """
 
     def __init__(
@@ -71,6 +82,7 @@ class LearnedGranularAttention(SelfAttention):
         mass: float = 1.0,
         seed: int = 0,
         recompute: bool = False,
+        kernels: bool = True,
         **base: Any,
     ) -> None:
         super().__init__(width, heads, kv_heads, **base)
@@ -91,7 +103,7 @@ class LearnedGranularAttention(SelfAttention):
             raise SettingError(f"mass={mass} lies between 0 and 1, share={share} above 0 and up to 1, or is None")
         self.block, self.every = block, every
         self.chooser = Chooser(self.levels, budget, middle, share, rest)
-        self.mass, self.seed, self.recompute = mass, seed, recompute
+        self.mass, self.seed, self.recompute, self.kernels = mass, seed, recompute, kernels
         self.scores = LearnedScores(width, self.kv_heads, dims) if policy == "learned" else None
         self.seen_covers: list[tuple[Part, Chosen]] | None = None
         """Give it a list, and covers are put there: for counts and pictures."""
@@ -104,6 +116,67 @@ class LearnedGranularAttention(SelfAttention):
         if self.scores is not None:
             return self.scores.project(states)
         return {"ask": q.detach()} if self.policy == "scored" else {}
+
+    def _whole(self, states: Tensor) -> Tensor:
+        if states.shape[1] and self.kernels and self.served(states):
+            return self.out(self.fused(states).flatten(2))
+        return super()._whole(states)
+
+    def served(self, states: Tensor) -> bool:
+        """Whether fused kernels can read a text (B, T, width)."""
+        device = states.device.type
+        half = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else states.dtype
+        if not installed() or self.lessons is not None:
+            return False
+        able = device == "cuda" and half in (torch.float16, torch.bfloat16)
+        if not able and not (INTERPRETED and half == torch.float32):
+            return False
+        chunks = -(-states.shape[1] // self.block) * self.block // self.levels.chunk
+        ratios = [self.levels.ratio(level) for level in range(2, self.levels.top + 1)]
+        powers = [self.block, self.levels.chunk, self.dim, self.levels.search_per_chunk, *ratios]
+        if self.scores is not None:
+            powers += [self.scores.dims]
+        return (
+            all(size & (size - 1) == 0 for size in powers)
+            and min(self.block, self.levels.chunk, self.dim, self.scores.dims if self.scores is not None else 16) >= 16
+            and max(self.block, self.dim) <= 128
+            and self.block % self.every == 0
+            and chunks <= MOST_CHUNKS
+            and self.chooser.budget // self.levels.chunk <= MOST_OPENED
+        )
+
+    def plan(self, tokens: int) -> Plan:
+        """What kernels know of a text of so many tokens."""
+        from mgam.nn.fused.attend import Plan
+
+        return Plan(tokens, self.block, self.side, self.causal, self.every, self.chooser, self.mass, self.scale)
+
+    def fused(self, states: Tensor) -> Tensor:
+        """What `attend` gives for a whole text (B, T, width), as (B, T, heads, D), by kernels."""
+        from mgam.nn.fused.attend import Searched, attend, covers
+
+        rows, tokens, _ = states.shape
+        plan = self.plan(tokens)
+        q = self.turned(self.split(self.query(states)), 0)
+        k = self.turned(self.split(self.key(states)), 0)
+        v = self.split(self.value(states))
+        searched, score = None, None
+        if self.scores is not None:
+            searched = Searched(*self.scores.searched(states, plan.chunks, self.levels, self.every))
+        else:
+            score = self._plain_scores(plan, Seen(states, q, k, v, {"ask": q.detach()}))
+        lists = covers(plan, searched, score, rows, self.kv_heads)
+        if self.seen_covers is not None:
+            self.seen_covers.append((self.part(0, plan.blocks, tokens, states.device), lists.chosen(plan)))
+        return attend(plan, q, k, v, searched, lists)
+
+    def _plain_scores(self, plan: Plan, seen: Seen) -> Tensor:
+        """Scores (B or 1, H, N, C) of a policy that has nothing to learn."""
+        part = self.part(0, plan.blocks, plan.tokens, seen.k.device)
+        search = seen.k.new_empty(len(seen.k), self.kv_heads, plan.chunks, 0)
+        if self.policy == "scored":
+            search = search_keys(seen.k.detach(), plan.chunks, self.levels.chunk, self.levels.search)
+        return self.judge(part, search, seen)[0]
 
     def attend(self, seen: Seen) -> Tensor:
         """Blocks of the new queries over their covers."""

@@ -12,6 +12,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from mgam.levels import Levels
+
 # Shape letters: B rows, T tokens, H KV heads, G query heads per KV head, N blocks of queries, V voters, C chunks, r.
 
 FAR = 16
@@ -67,6 +69,18 @@ class LearnedScores(nn.Module):
         asked, found = self.ask(states.detach()), self.find(states.detach())
         return {name: part.unflatten(2, (self.heads, -1)).transpose(1, 2) for name, part in zip(
             ("ask", "find"), (asked, found), strict=True)}  # fmt: skip
+
+    def searched(self, states: Tensor, chunks: int, levels: Levels, every: int) -> tuple[Tensor, Tensor, Tensor]:
+        """What kernels search with: every `every`-th short query (B, T/every, H*(r+1)), means of short keys
+        (B, C*S, H*r), and what distance tells (2*FAR, H).
+
+        Projections are linear, so a mean of keys is the key of a mean of states.
+        """
+        states = states.detach()
+        spare = chunks * levels.chunk - states.shape[1]
+        means = F.pad(states, (0, 0, 0, spare)) if spare else states
+        means = means.unflatten(1, (-1, levels.search)).mean(2)
+        return self.ask(states[:, ::every]), self.find(means), self.prior
 
     def forward(self, ask: Tensor, search: Tensor, part: Part, every: int) -> tuple[Tensor, Tensor]:
         """Scores (B, H, N, C) of chunks and (B, H, N) of what is near. `search` (B, H, C, S, r) are means of keys."""
