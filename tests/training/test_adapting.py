@@ -1,4 +1,4 @@
-"""Adapters alone: trained inside the window, in crowds as of longer texts, and read with wherever `adapter` names them."""
+"""Adapters alone: trained inside the window, in crowds as of longer texts, and read with where `adapter` names them."""
 
 from __future__ import annotations
 
@@ -47,7 +47,8 @@ def test_a_crowd_is_the_text_said_so_many_times() -> None:
     query, key, value = torch.randn(3, 1, 1, 200, 8).unbind()
     asked = Asked((150, 170), (170, 180), (90, 95), ((100, 102),))
     mask = crowded(200, 140, (asked,), 3, torch.float32, query.device)
-    assert mask is not None and crowded(200, 140, (asked,), 1, torch.float32, query.device) is None
+    assert mask is not None
+    assert crowded(200, 140, (asked,), 1, torch.float32, query.device) is None
     found = attend(query, key, value, attn_mask=mask)[0, 0]
     plain = attend(query, key, value, is_causal=True)[0, 0]
     torch.testing.assert_close(found[:150], plain[:150])

@@ -195,12 +195,13 @@ def train(pupil: Pupil, maker: LookupMaker, place: Path, device: torch.device, s
         FittingError: the loss is no number any more, or the folder cannot be written.
     """
     dials = pupil.dials
+    workers = 0 if dials.steps < 20 else min(4, os.cpu_count() or 1)
     arguments = TrainingArguments(
         output_dir=str(place / CHECKPOINTS), max_steps=dials.steps, per_device_train_batch_size=1,
         gradient_accumulation_steps=max(1, dials.batch // world()), learning_rate=dials.rate,
         lr_scheduler_type="constant", max_grad_norm=1.0, seed=dials.seed, logging_steps=10,
         save_steps=dials.save_every, save_total_limit=2, report_to=[], remove_unused_columns=False,
-        disable_tqdm=True, use_cpu=device.type == "cpu", dataloader_num_workers=0 if dials.steps < 20 else min(4, os.cpu_count() or 1),
+        disable_tqdm=True, use_cpu=device.type == "cpu", dataloader_num_workers=workers,
         dataloader_pin_memory=False, average_tokens_across_devices=False, logging_nan_inf_filter=False,
     )  # fmt: skip
     trainer = _Trainer(
