@@ -18,13 +18,13 @@ from mgam.documents.asking import Answer, Streamer, per_level, settings_of
 from mgam.documents.confidence import Watch, confidence, is_found
 from mgam.documents.evidence import find_evidence
 from mgam.documents.models import check_model
-from mgam.documents.paged import PagedPyramid
 from mgam.documents.pool import Counts, Pool
+from mgam.documents.rehearsal import rehearsing
 from mgam.documents.sources import Source, read_source
 from mgam.documents.store.manifest import Manifest, Segment
 from mgam.documents.store.segment import Resident
 from mgam.documents.store.store import Store, changed
-from mgam.documents.taking_up import load_segment, set_recent
+from mgam.documents.taking_up import load_segment, prepare, set_recent
 from mgam.documents.tiers import HostPages, parse_memory, slots_for
 from mgam.documents.tokens import Frame, Places, Tokens, encode
 from mgam.engine import Record
@@ -145,14 +145,10 @@ class Document:
             if applied is None or applied.settings != wanted:
                 settings = wanted.as_dict()
                 apply(model, settings.pop("method"), **{**settings, "dense_until": manifest.dense_until})
-            pool = Pool(manifest.shape, slots_for(manifest.shape, manifest.tokens, room, bound, device), device)
-            cache = PyramidCache(model, [Schedule.uniform(1)])
-            total = manifest.tokens + room
-            pool.reserve(-(-total // manifest.shape.levels.chunk))
-            for number, layer in cache.pyramids.items():
-                layer.pyramid = PagedPyramid(manifest.shape.levels, pool, number, total)
-                layer.lazy_initialization(pool.keys, pool.values)
-            tokens, recent = _load(store, parts, cache)
+            with rehearsing(model, tokenizer, manifest):
+                slots = slots_for(manifest.shape, manifest.tokens, room, bound, device)
+                pool, cache = prepare(model, manifest.shape, manifest.tokens + room, slots)
+                tokens, recent = _load(store, parts, cache)
         if tier == "disk":
             pool.fetch = store.read_pages
         else:

@@ -3,14 +3,31 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from typing import Any
 
 from torch import Tensor
 
+from mgam.documents.paged import PagedPyramid
+from mgam.documents.pool import Pool
+from mgam.documents.store.layout import Shape
 from mgam.documents.store.manifest import Segment
 from mgam.documents.store.segment import Resident
+from mgam.integrations.transformers.cache import PyramidCache
 from mgam.integrations.transformers.pyramid_layer import PyramidLayer
 from mgam.integrations.transformers.tail import Tail
 from mgam.pyramid import Pyramid
+from mgam.schedule import Schedule
+
+
+def prepare(model: Any, shape: Shape, tokens: int, slots: int) -> tuple[Pool, PyramidCache]:
+    """A pool of pages, and a cache over it with room for so many tokens; nothing is in them yet."""
+    pool = Pool(shape, slots, model.device)
+    cache = PyramidCache(model, [Schedule.uniform(1)])
+    pool.reserve(-(-tokens // shape.levels.chunk))
+    for number, layer in cache.pyramids.items():
+        layer.pyramid = PagedPyramid(shape.levels, pool, number, tokens)
+        layer.lazy_initialization(pool.keys, pool.values)
+    return pool, cache
 
 
 def set_recent(layer: PyramidLayer, queries: Tensor | None) -> None:
