@@ -124,7 +124,7 @@ def test_tokens_one_by_one_equal_reference(
                 pyramid.crop([7] * rows)
         new, before = slice(140 + number, 141 + number), list(pyramids[0].lengths)
         plan, got = Plan.of([Schedule.uniform(1)] * rows, before, [1] * rows, 1, 0), []
-        records = [Record(), Record()]
+        records = [Record(evidence_from=90), Record(evidence_from=90)]
         for pyramid, name, record in zip(pyramids, ("triton", "reference"), records, strict=True):
             q, k, v = (states[:, :, new].to(pyramid.keys[0]) for states in (queries, keys, values))
             pyramid.append(k, v)
@@ -134,6 +134,8 @@ def test_tokens_one_by_one_equal_reference(
         assert error < (1e-3 if DTYPES[0] == torch.float32 else 3e-2)
         if DTYPES[0] == torch.float32:
             assert records[0].entries == records[1].entries
+            assert records[0].mass.keys() == records[1].mass.keys() == {0}
+            torch.testing.assert_close(records[0].mass[0].double(), records[1].mass[0].double(), rtol=1e-3, atol=1e-4)
     assert len(calls) == 9
 
 

@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from mgam.cover import Known
-from triton_cases import DEVICE, DTYPES, Case, needs_triton, oracle, poisoned
+from triton_cases import DEVICE, DTYPES, Case, in_float64, needs_triton, oracle, poisoned
 
 pytestmark = needs_triton
 
@@ -63,6 +63,33 @@ def test_equals_oracle(name: str) -> None:
         live = torch.isfinite(want.lse)
         assert torch.equal(live, torch.isfinite(got.lse.cpu()))
         assert (got.lse.cpu().double() - want.lse)[live].abs().max() < made.tolerance
+
+
+@pytest.mark.parametrize(
+    "name",
+    ["levels", "ragged", "granular", "granular, partial rotation", "softcap", "one query, granular", "big chunk"],
+)
+def test_masses_of_opened_chunks(name: str) -> None:
+    from mgam.attend import blockwise
+    from mgam.attend.triton.forward import read
+    from mgam.attend.triton.lists import Lists
+    from mgam.attend.triton.masses import masses
+    from mgam.attend.triton.tables import Turn
+
+    made = CASES[name].make(DTYPES[-1])
+    wide = in_float64(made)
+    for states in (*wide.pyramid.keys, *wide.pyramid.values):
+        states.nan_to_num_(0.0)
+    want = blockwise.masses(
+        wide.queries, wide.blocks, wide.cover, wide.pyramid, wide.positions, wide.scale, wide.softcap
+    )
+    lists = Lists.of(made.cover, made.blocks, made.queries.device, made.positions)
+    turn = Turn.of(made.positions, lists, made.pyramid.tokens, made.queries.device, made.queries.dtype)
+    keys, values = made.pyramid.keys, made.pyramid.values
+    lse = read(made.queries, lists, keys, values, made.scale, turn=turn, softcap=made.softcap).lse
+    got = masses(made.queries, lists, keys[0], lse, made.scale, turn=turn, softcap=made.softcap).cpu().double()
+    assert want.any()
+    assert (got - want).norm() / want.norm() < made.tolerance
 
 
 @pytest.mark.parametrize("splits", [2, 5])

@@ -102,12 +102,29 @@ class Cover:
 
     def counted(self, blocks: Blocks) -> Tensor:
         """The same (1+L,), in float64 on the cover's device: nothing waits for it."""
+        if self.placed is not None and self.known is not None:
+            length, weight, near = self._near(blocks, self.placed[0].device)
+            return torch.addcmul(near, length @ self.placed[0].double().mean(1), weight)
         there = blocks.on(self.opened.device)
         queries = there.length.double()
         window = queries * (there.start - self.window_start) + queries * (queries + 1) / 2
         found = [((self.opened >= 0).sum(-1).double().mean(-1) * self.levels.chunk * queries + window).sum()]
         found += [((index >= 0).sum(-1).double().mean(-1) * queries).sum() for index in self.summaries]
         return torch.stack(found)
+
+    def _near(self, blocks: Blocks, device: torch.device) -> tuple[Tensor, Tensor, Tensor]:
+        """Queries of each block (N,), tokens of an entry of each list (1+L,), and what is read in windows (1+L,), in
+        float64; found once for layers whose windows are the same tensor."""
+        assert self.known is not None
+        kept: dict[str, tuple[Tensor, Tensor]] = blocks.once(("near", device), dict)
+        if "near" not in kept or kept["near"][0] is not self.known.start:
+            length = blocks.length.double().cpu()
+            window = length * (blocks.start.cpu() - self.known.start) + length * (length + 1) / 2
+            rest = [0.0] * self.levels.top
+            table = torch.tensor([self.levels.chunk, *[1.0] * self.levels.top, float(window.sum()), *rest]).double()
+            kept["near"] = self.known.start, sent(torch.cat((table, length)), device)
+        weight, near, queries = kept["near"][1].split((1 + self.levels.top, 1 + self.levels.top, len(blocks)))
+        return queries, weight, near
 
     def ranks(self) -> tuple[Tensor, tuple[Tensor, ...]]:
         """Distance of every entry to the window in its cover, in entries, as numbers -n ... -1.

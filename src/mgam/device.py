@@ -12,6 +12,7 @@ from torch import Tensor
 
 from mgam.attend.triton.forward import read
 from mgam.attend.triton.lists import Lists, now, places
+from mgam.attend.triton.masses import masses
 from mgam.attend.triton.tables import Turn
 from mgam.cover import Cover
 from mgam.policies.asked import flat
@@ -30,6 +31,8 @@ class Decoded:
     out: Tensor
     cover: Cover
     turn: Turn
+    mass: Tensor | None
+    """(B, H, K): the attention that opened chunks got, where it was asked for."""
 
 
 def decode(
@@ -42,6 +45,7 @@ def decode(
     *,
     chunks: int,
     softcap: float | None = None,
+    watched: bool = False,
 ) -> Decoded:
     """One new token per row: queries (B, H*G, 1, D); lengths (B,) on the device, the token included.
 
@@ -58,7 +62,10 @@ def decode(
     lists = Lists(levels, blocks[:4], 1, index, counts, ranks, chosen.mass)
     turn = Turn.of(positions, lists, chunks * levels.chunk, queries.device, queries.dtype)
     part = read(queries, lists, pyramid.keys, pyramid.values, scale, turn=turn, softcap=softcap)
-    return Decoded(part.out, chosen, turn)
+    mass = None
+    if watched:
+        mass = masses(queries, lists, pyramid.keys[0], part.lse, scale, turn=turn, softcap=softcap)
+    return Decoded(part.out, chosen, turn, mass)
 
 
 def choose(queries: Tensor, when: tuple[Tensor, Tensor], pyramid: Pyramid, policy: Scored, chunks: int) -> Cover:

@@ -207,12 +207,14 @@ def read(
     the call, for votes of blocks that began there: at least `history(schedule)` of them, or all there were. A query
     that is not there does not vote.
     """
-    stepped = _step(queries, pyramid, plan, reading, scale, softcap)
+    watched = record is not None and record.evidence_from is not None
+    stepped = _step(queries, pyramid, plan, reading, scale, softcap, watched)
     if stepped is not None:
+        got, cover, mass = stepped
         if record is not None:
             assert plan.newest is not None
-            _watch(record, queries, plan.newest, stepped[1], pyramid, reading, scale, softcap, layer)
-        return stepped[0]
+            _watch(record, queries, plan.newest, cover, pyramid, reading, scale, softcap, layer, mass)
+        return got
     observe, evict = getattr(reading.policy, "observe", None), getattr(reading.policy, "evict", None)
     if observe or evict:
         places = plan.first.tolist(), plan.before.tolist(), plan.dense_to.tolist()
@@ -245,9 +247,10 @@ def read(
 
 
 def _step(
-    queries: Tensor, pyramid: Pyramid, plan: Plan, reading: Reading, scale: float, softcap: float | None
-) -> tuple[Tensor, Cover] | None:
-    """One new token per row that is found and read by kernels alone: its attention and cover; None for other calls."""
+    queries: Tensor, pyramid: Pyramid, plan: Plan, reading: Reading, scale: float, softcap: float | None, watched: bool
+) -> tuple[Tensor, Cover, Tensor | None] | None:
+    """One new token per row that is found and read by kernels alone, as `mgam.step.read` gives it; None for other
+    calls."""
     blocks = plan.newest
     policy = None if blocks is None else reading.policy_of(blocks)
     if blocks is None or not isinstance(policy, Scored) or any(pyramid.gone) or _learns(queries, pyramid):
@@ -262,7 +265,7 @@ def _step(
     now = step.moment(blocks, policy, pyramid)
     if now is None:
         return None
-    return step.read(queries, now, pyramid, policy, reading.positions, scale, softcap)
+    return step.read(queries, now, pyramid, policy, reading.positions, scale, softcap, watched)
 
 
 def _learns(queries: Tensor, pyramid: Pyramid) -> bool:
@@ -364,13 +367,16 @@ def _watch(
     scale: float,
     softcap: float | None,
     layer: int,
+    mass: Tensor | None = None,
 ) -> None:
+    """Adds to the record. `mass`: the attention that opened chunks got, where it is known."""
     record.count(cover, blocks, layer)
     from_here = record.evidence_from
     if from_here is None or not cover.opened.shape[-1] or int(blocks.start.max()) < from_here:
         return
-    with torch.no_grad():
-        mass = blockwise.masses(taken, blocks, cover, pyramid, reading.positions, scale, softcap)
+    if mass is None:
+        with torch.no_grad():
+            mass = blockwise.masses(taken, blocks, cover, pyramid, reading.positions, scale, softcap)
     answering = blocks.on(mass.device).start >= from_here
     chunks = int(blocks.stop.max()) // cover.levels.chunk
     record.attribute(layer, cover, mass * answering[:, None, None], chunks)

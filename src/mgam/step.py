@@ -63,10 +63,12 @@ def read(
     positions: Positions,
     scale: float,
     softcap: float | None = None,
-) -> tuple[Tensor, Cover]:
-    """Attention (B, H*G, 1, D) of one new token per row, and the cover that it read.
+    watched: bool = False,
+) -> tuple[Tensor, Cover, Tensor | None]:
+    """Attention (B, H*G, 1, D) of one new token per row, the cover that it read, and, where it is `watched`, the
+    attention (B, H, K) that opened chunks got.
 
-    The cover's lists hold what they hold until the next call over the same pyramid.
+    Cover and attention to chunks are written over by the next call over the same pyramid.
 
     Raises:
         SettingError: when the cover does not fit the positions.
@@ -87,15 +89,15 @@ def read(
     # As many chunks as a power of two: the call stays the same while the text grows.
     bound = min(room, 1 << now.judged.bit_length())
     places = tuple((states.data_ptr(), states.shape) for states in read_from)
-    same = (policy, positions, scale, softcap, bound, places, queries.shape, queries.dtype, queries.device)
+    same = (policy, positions, scale, softcap, watched, bound, places, queries.shape, queries.dtype, queries.device)
 
     def call(asked: Tensor, lengths: Tensor) -> Decoded:
-        return decode(asked, lengths, pyramid, policy, positions, scale, chunks=bound, softcap=softcap)
+        return decode(asked, lengths, pyramid, policy, positions, scale, chunks=bound, softcap=softcap, watched=watched)
 
     if not isinstance(pyramid.step, Step):
         pyramid.step = Step()
     made, out = pyramid.step(same, call, queries, now.lengths)
-    return out, replace(made.cover, known=Known(now.begin, entries))
+    return out, replace(made.cover, known=Known(now.begin, entries)), made.mass
 
 
 class Step:
