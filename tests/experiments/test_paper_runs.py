@@ -155,15 +155,18 @@ def test_what_was_to_be_reached_is_told_with_its_seeds() -> None:
         {"model": model, "length": length, "step_peak_bytes": 10 + more, "step_ms": 5.0 - more}
         for model, more in (("mgam", 1), ("bert", 0), ("longformer", 0)) for length in (16384, 32768)
     ]  # fmt: skip
-    (text,) = tables._verdict(found, points)
+    (text,) = tables._verdict(found, points, [])
     assert "| F1 at most 1 point below the better full attention | yes (-0.6 ± 1.3, 2 seeds) |" in text
     assert "| F1 ahead of the Longformer-like model | not measured |" in text
-    assert "peak memory of a step not above it at 16,384 tokens and above | no |" in text
+    assert "peak memory of a step not above its at 16,384 tokens and above | no |" in text
     assert "a step faster than bert's at 16,384 tokens and above | yes |" in text
+    assert "| nor above that of full attention (bert) | no |" in text
+    assert text.count("not measured") == 3
     found["longformer-1"] = run(70.0)
-    (text,) = tables._verdict(found, points[:2])
+    (text,) = tables._verdict(found, points[:2], points)
     assert "| no (-10.0, 1 seed) |" in text
-    assert text.count("not measured") == 2
+    assert text.count("not measured") == 4
+    assert "replayed as CUDA graphs | yes |" in text
 
 
 def test_intervals_are_those_of_student() -> None:
