@@ -40,7 +40,10 @@ def plan(size: Size) -> list[Run]:
         for kind, every in (("ablation", ABLATIONS), ("remedy", REMEDIES))
         for seed in range(ABLATION_SEEDS) for name, changes in every.items()
     ]  # fmt: skip
-    return runs + [Run(f"mixed-{model}-0", model, 0.0, 0, size, mixed=True) for model in SLOWEST_FIRST]
+    return runs + [
+        Run(f"mixed-{model}-{seed}", model, 0.0, seed, size, mixed=True)
+        for seed in range(SEEDS) for model in SLOWEST_FIRST
+    ]  # fmt: skip
 
 
 def results(folder: Path) -> dict[str, dict[str, Any]]:
