@@ -28,8 +28,9 @@ def test_it_is_found_by_name_and_whole() -> None:
 
 
 def test_it_holds_numbers_and_says_how_it_was_made() -> None:
-    assert {path.name for path in FOLDER.iterdir()} == {"policy.json", "policy.safetensors"}
-    assert sum(path.stat().st_size for path in FOLDER.iterdir()) < 15_000_000
+    assert {path.name for path in FOLDER.iterdir()} == {"policy.json", "policy.safetensors", "lora"}
+    assert {path.name for path in (FOLDER / "lora").iterdir()} == {"adapter_config.json", "adapter_model.safetensors"}
+    assert sum(path.stat().st_size for path in FOLDER.rglob("*")) < 15_000_000
     with safe_open(FOLDER / "policy.safetensors", "pt") as file:
         assert len(list(file.keys())) == 9 * 30
     notes = FittedPolicy.load(FOLDER).notes
@@ -51,9 +52,9 @@ def test_the_default_model_reads_by_it() -> None:
     model: Any = loaded.model
     ids = torch.tensor(loaded.tokenizer("The old man and the sea. " * 120)["input_ids"])[None, :700]
     with torch.no_grad():
-        plain = model(ids).logits
+        plain = mgam.apply(model, "dense", adapter="default")(ids).logits
         mgam.apply(model, policy="default", dense_until=64, window=64, budget=1024)
-        torch.testing.assert_close(model(ids).logits, plain, atol=2e-3, rtol=1e-3)
+        torch.testing.assert_close(model(ids).logits, plain, atol=5e-3, rtol=1e-3)
         mgam.remove(model)
         mgam.apply(model, policy="default", dense_until=64, window=64, budget=128, recall=0.9)
         read = model(ids).logits

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from mgam.cli.digests import MEMORY_HELP, is_digest, open_document
+from mgam.cli.digests import ADAPTER_DEFAULT, ADAPTER_HELP, MEMORY_HELP, adapter_of, is_digest, open_document
 from mgam.errors import SettingError
 
 if TYPE_CHECKING:
@@ -71,6 +71,7 @@ class Request:
     max_new_tokens: int
     settings: dict[str, Any]
     """Dials of `mgam.Settings` that the user turned."""
+    adapter: str | None = None
     chart: Path | None = None
     """Where to draw what was read."""
 
@@ -157,10 +158,7 @@ def ask(
         ),
     ] = None,
     adapter: Annotated[
-        str | None,
-        typer.Option(
-            metavar="FOLDER", help="Low-rank adapters that look things up: what mgam fit --adapter-only wrote."
-        ),
+        str | None, typer.Option(metavar="FOLDER", help=ADAPTER_HELP, show_default=ADAPTER_DEFAULT)
     ] = None,
     recall: Annotated[
         float | None,
@@ -191,7 +189,6 @@ def ask(
         "dense_until": dense_until,
         "positions": positions and positions.value,
         "policy": policy,
-        "adapter": adapter,
         "recall": recall,
     }
     request = Request(
@@ -205,6 +202,7 @@ def ask(
         method,
         max_new_tokens,
         {name: value for name, value in dials.items() if value is not None},
+        adapter,
         chart,
     )
     _refuse_bad_request(request)
@@ -329,6 +327,8 @@ def _refuse_other_settings(request: Request, path: str) -> None:
     manifest = Manifest.read(Path(path))
     kept = {**manifest.settings.as_dict(), "dense_until": manifest.dense_until}
     asked = {**request.settings, **({} if request.method == "mgam" else {"method": request.method})}
+    if request.adapter is not None:
+        asked["adapter"] = None if request.adapter == "none" else request.adapter
     for name, value in asked.items():
         if name != "question_budget" and value != kept[name]:
             raise SettingError(f"{path} was digested with {name} {kept[name]} and is asked with it; leave out {value}")
@@ -356,8 +356,11 @@ def _applied(request: Request, loaded: Loaded, dials: Any) -> tuple[Any, Any]:
     from mgam import methods
 
     if methods.get(request.method).form == "loop":
+        if request.adapter is not None:
+            raise SettingError(f"--adapter has no part in --method {request.method}; leave it out")
         return loaded.model, dials
-    return mgam.apply(loaded.model, request.method, **request.settings), None
+    adapter = adapter_of(loaded.model, request.adapter)
+    return mgam.apply(loaded.model, request.method, **request.settings, **adapter), None
 
 
 def _estimate(model: Any, tokenizer: Any, sources: Sequence[Source], stage: Stage) -> Estimate:

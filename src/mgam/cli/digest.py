@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from mgam.cli.ask import Lookahead, NumberFormat, quiet_libraries, whole_number
-from mgam.cli.digests import MEMORY_HELP, facts, load_for
+from mgam.cli.digests import ADAPTER_DEFAULT, ADAPTER_HELP, MEMORY_HELP, adapter_of, facts, load_for
 from mgam.errors import SettingError
 
 if TYPE_CHECKING:
@@ -33,6 +33,7 @@ class Request:
     download: bool
     method: str | None
     settings: dict[str, Any]
+    adapter: str | None
 
 
 def digest(
@@ -60,13 +61,27 @@ def digest(
         int | None,
         typer.Option(parser=whole_number, metavar="TOKENS", help="Tokens before this position read everything."),
     ] = None,
+    adapter: Annotated[
+        str | None, typer.Option(metavar="FOLDER", help=ADAPTER_HELP, show_default=ADAPTER_DEFAULT)
+    ] = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object and nothing else.")] = False,
 ) -> None:
     """Digest texts into a folder; the same command goes on where it was stopped."""
     dials = {"budget": budget, "lookahead": lookahead and lookahead.value, "dense_until": dense_until}
     given = {name: value for name, value in dials.items() if value is not None}
     request = Request(
-        files or [], out, append, memory, eight_bits, model, device, dtype and dtype.value, download, method, given
+        files or [],
+        out,
+        append,
+        memory,
+        eight_bits,
+        model,
+        device,
+        dtype and dtype.value,
+        download,
+        method,
+        given,
+        adapter,
     )
     quiet_libraries()
     started = time.perf_counter()
@@ -117,7 +132,8 @@ def _run(request: Request, *, silent: bool) -> Manifest:
                 download=request.download,
                 on_status=stage.say,
             )
-        model = apply(loaded.model, settings.pop("method"), **settings)
+        adapter = adapter_of(loaded.model, request.adapter) if there is None else {}
+        model = apply(loaded.model, settings.pop("method"), **settings, **adapter)
         stage.say("making tokens of the texts")
         begun = False
 
@@ -148,6 +164,8 @@ def _settings(request: Request, there: Manifest | None) -> dict[str, Any]:
     if there is None:
         methods.get(request.method or "mgam").settings(**request.settings)
         return {"method": "mgam", **given}
+    if request.adapter is not None:
+        given["adapter"] = None if request.adapter == "none" else request.adapter
     kept = {**there.settings.as_dict(), "dense_until": there.dense_until}
     if differing := [name for name, value in given.items() if kept[name] != value]:
         words = ", ".join(f"{name} {kept[name]}" for name in differing)

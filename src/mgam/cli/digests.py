@@ -16,6 +16,19 @@ SUFFIX = ".mgam"
 MEMORY_HELP = "Bound of keys, values, summaries and search keys, such as 2GiB; weights and work come on top."
 
 
+ADAPTER_HELP = "Adapters with which the model looks things up: from mgam fit --adapter-only, a hub id, or none."
+ADAPTER_DEFAULT = "the shipped ones, with the default model"
+
+
+def adapter_of(model: Any, adapter: str | None) -> dict[str, Any]:
+    """The setting for adapters that were asked for; the default model reads with those that are shipped for it."""
+    from mgam.integrations.loading import DEFAULT_MODEL
+
+    if adapter is None:
+        return {"adapter": "default"} if getattr(model, "name_or_path", None) == DEFAULT_MODEL else {}
+    return {} if adapter == "none" else {"adapter": adapter}
+
+
 def is_digest(name: str) -> bool:
     """Whether a name is that of a digest, be it whole or not."""
     from mgam.documents.store.manifest import NAME

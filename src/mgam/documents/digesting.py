@@ -107,7 +107,10 @@ def _has_manifest(path: Path) -> bool:
 def _new(model: Any, tokenizer: Any, sources: Sequence[Source], applied: Applied, shape: Shape, grid: Grid) -> Manifest:
     """The manifest of a digest of which nothing is written yet."""
     return Manifest(
-        model={"name": getattr(model, "name_or_path", "") or "", "fingerprint": fingerprint.of_model(model)},
+        model={
+            "name": getattr(model, "name_or_path", "") or "",
+            "fingerprint": fingerprint.of_model(model, applied.settings.adapter),
+        },
         tokenizer=fingerprint.of_tokenizer(tokenizer),
         shape=shape,
         settings=applied.settings,

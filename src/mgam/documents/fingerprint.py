@@ -8,12 +8,15 @@ from typing import Any
 
 import torch
 
+from mgam.integrations.transformers import low_rank
+
 SAMPLE = 64
 """Numbers of each weight that are looked at, evenly spread: a fine-tuned model differs in nearly all."""
 
 
-def of_model(model: Any) -> str:
-    """A hash of shapes, number formats and a sample of all weights; the device does not matter."""
+def of_model(model: Any, adapter: str | None = None) -> str:
+    """A hash of shapes, number formats and a sample of all weights, and of the adapters that `adapter` names; the
+    device does not matter."""
     found = hashlib.sha256()
     with torch.no_grad():
         for name, weight in sorted(model.named_parameters()):
@@ -23,6 +26,8 @@ def of_model(model: Any) -> str:
             found.update(flat[::step][:SAMPLE].contiguous().cpu().view(torch.uint8).numpy().tobytes())
     rotary = getattr(model.config.get_text_config(decoder=True), "rope_parameters", None)
     found.update(json.dumps(rotary, sort_keys=True, default=str).encode())
+    if adapter is not None:
+        found.update(low_rank.fingerprint(adapter).encode())
     return found.hexdigest()
 
 

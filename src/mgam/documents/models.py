@@ -79,9 +79,11 @@ def check_model(manifest: Manifest, model: Any, tokenizer: Any, path: Path) -> N
             f"{path} has {shape.layers} layers of {shape.query_heads} heads, the model {config.num_hidden_layers} of "
             f"{config.num_attention_heads}; load {named}, or digest again"
         )
-    if fingerprint.of_model(model) != manifest.model["fingerprint"]:
+    adapter = manifest.settings.adapter
+    if fingerprint.of_model(model, adapter) != manifest.model["fingerprint"]:
+        those = "" if adapter is None else f" and the adapters {adapter} as they were then"
         raise DigestError(
-            f"{path} was made with {named}, and other weights were given; load that model, or digest again"
+            f"{path} was made with {named}{those}, and other weights were given; load that model, or digest again"
         )
     if fingerprint.of_tokenizer(tokenizer) != manifest.tokenizer:
         raise DigestError(

@@ -221,7 +221,7 @@ def _check_shapes(weights: SearchWeights, shape: tuple[int, int, int], width: in
 
 
 def resolve(name: str | Path) -> Path:
-    """The folder that a policy's name means: a folder, one that is shipped, or a hub id that is on this machine.
+    """The folder that the name of a policy, or of adapters, means: a folder, a shipped one, or a hub id that is here.
 
     Raises:
         SettingError: nothing of that name.
@@ -242,4 +242,6 @@ def resolve(name: str | Path) -> Path:
             raise SettingError(
                 f"{name} is no folder, and no hub id that is on this machine; fetch it with: hf download {name}"
             ) from error
-    raise SettingError(f"there is no policy {name}: give a folder that mgam fit wrote, a hub id, or default")
+    raise SettingError(
+        f"there is no policy and no adapter {name}: give a folder that mgam fit wrote, a hub id, or default"
+    )

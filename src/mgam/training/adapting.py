@@ -22,7 +22,7 @@ from torch.utils.data import Dataset, Sampler, SequentialSampler
 from transformers import PrinterCallback, Trainer, TrainingArguments
 
 from mgam.errors import SettingError
-from mgam.integrations.transformers.low_rank import FOLDER
+from mgam.integrations.transformers.low_rank import CONFIG, FOLDER, WEIGHTS
 from mgam.integrations.transformers.models import architecture
 from mgam.processes import world
 from mgam.training.checkpoints import last_whole
@@ -259,7 +259,7 @@ def save_adapter(tuned: Any, folder: Path) -> None:
     state = get_peft_model_state_dict(tuned, save_embedding_layers=False)
     save_file(
         {name: one.detach().cpu().half().contiguous() for name, one in state.items()},
-        folder / "adapter_model.safetensors",
+        folder / WEIGHTS,
     )
     config = tuned.peft_config["default"]
     body = {
@@ -267,4 +267,4 @@ def save_adapter(tuned: Any, folder: Path) -> None:
         "target_modules": sorted(config.target_modules), "bias": "none", "lora_dropout": 0.0, "use_dora": False,
         "use_rslora": False, "base_model_name_or_path": "", "inference_mode": True,
     }  # fmt: skip
-    (folder / "adapter_config.json").write_text(json.dumps(body, indent=1) + "\n", encoding="utf-8")
+    (folder / CONFIG).write_text(json.dumps(body, indent=1) + "\n", encoding="utf-8")

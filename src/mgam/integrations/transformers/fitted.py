@@ -7,8 +7,7 @@ from typing import Any
 
 import torch
 
-from mgam.errors import SettingError
-from mgam.integrations.transformers.low_rank import FOLDER
+from mgam.integrations.transformers.low_rank import adapters
 from mgam.integrations.transformers.models import attention_layers
 from mgam.policies.files import FittedPolicy, ModelShape, resolve
 from mgam.settings import Settings
@@ -38,12 +37,7 @@ def adapters_of(fitted: FittedPolicy | None, settings: Settings) -> list[Path]:
     """
     found = [fitted.folder] if fitted is not None and fitted.folder is not None else []
     if settings.adapter is not None:
-        folder = resolve(settings.adapter)
-        if not (folder / FOLDER).is_dir():
-            raise SettingError(
-                f"{settings.adapter} holds no adapters ({FOLDER}/adapter_model.safetensors is wanted); make some with: "
-                "mgam fit MODEL --adapter-only --data ... -o FOLDER"
-            )
+        folder = adapters(settings.adapter)
         found += [folder] if folder not in found else []
     return found
 

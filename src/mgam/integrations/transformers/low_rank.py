@@ -5,6 +5,7 @@ They are read as PEFT writes them (`adapter_config.json`, `adapter_model.safeten
 
 from __future__ import annotations
 
+import hashlib
 import json
 from dataclasses import dataclass
 from pathlib import Path
@@ -13,9 +14,11 @@ from typing import Any
 from torch import Tensor, nn
 
 from mgam.errors import SettingError
+from mgam.policies.files import resolve
 
 FOLDER = "lora"
 """Where a policy's folder keeps the adapter that belongs to it."""
+CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
 PREFIX = "base_model.model."
 
 
@@ -34,6 +37,34 @@ class _Addition:
         return out + nn.functional.linear(nn.functional.linear(states, self.down), self.up) * self.scale
 
 
+def adapters(name: str | Path) -> Path:
+    """The folder whose adapters a name means: a folder, the shipped ones, or a hub id that is on this machine.
+
+    Raises:
+        SettingError: nothing of that name, or no adapters in it.
+    """
+    folder = resolve(name)
+    if not (folder / FOLDER).is_dir():
+        raise SettingError(
+            f"{name} holds no adapters ({FOLDER}/{WEIGHTS} is wanted); make some with: mgam fit MODEL --adapter-only "
+            "--data ... -o FOLDER"
+        )
+    return folder
+
+
+def fingerprint(name: str | Path) -> str:
+    """A hash of adapters.
+
+    Raises:
+        SettingError: as `adapters` does, and where they cannot be read.
+    """
+    place = adapters(name) / FOLDER
+    try:
+        return hashlib.sha256(b"".join((place / file).read_bytes() for file in (CONFIG, WEIGHTS))).hexdigest()
+    except OSError as error:
+        raise SettingError(f"the adapters in {place} cannot be read: {error}") from error
+
+
 def attach(model: Any, folder: Path) -> list[Any]:
     """Adds the adapter in `folder`, if there is one; returns the hooks whose removal takes it off.
 
@@ -46,8 +77,8 @@ def attach(model: Any, folder: Path) -> list[Any]:
     from safetensors.torch import load_file
 
     try:
-        config = json.loads((place / "adapter_config.json").read_text(encoding="utf-8"))
-        tensors = load_file(place / "adapter_model.safetensors")
+        config = json.loads((place / CONFIG).read_text(encoding="utf-8"))
+        tensors = load_file(place / WEIGHTS)
         if config.get("peft_type") != "LORA" or config.get("use_dora") or config.get("bias", "none") != "none":
             raise ValueError("it is no plain LoRA")
         rank, alpha = config["r"], config["lora_alpha"]
