@@ -24,7 +24,7 @@ from mgam.policies.scored import Scored
 from mgam.positions import Positions
 from mgam.pyramid import Pyramid
 from mgam.schedule import Blocks, Piece, Schedule
-from mgam.segments import Segment, padded
+from mgam.segments import Segment, follow, padded
 
 CPU_ELEMENTS = 1 << 22
 GPU_ELEMENTS = 1 << 27
@@ -325,7 +325,8 @@ def _segments(
     step = max(1, limit // max(per_block, 1))
 
     def cut() -> list[Segment]:
-        parts = [sized[first : first + step] for first in range(0, len(sized), step)]
+        each = -(-len(sized) // max(1, -(-len(sized) // step)))
+        parts = [sized[first : first + each] for first in range(0, len(sized), max(1, each))]
         return [Segment.of(dense, part, plan.first, plan.before, plan.columns, device) for part in parts]
 
     return sized.once(("segments", step, device), cut)
@@ -352,8 +353,11 @@ def _elements(
 
 
 def _kernel_elements(blocks: Blocks, tokens: int, reading: Reading, heads: int, queries: Tensor) -> int:
-    """Elements that one block takes at most where kernels read in place: queries, votes, result, scores and lists."""
+    """Elements that one block takes at most where kernels read in place: scores and lists; and queries, votes and
+    result, unless all of these are views."""
     states = 4 * queries.shape[1] * max(blocks.size, blocks.votes) * queries.shape[3]
+    if blocks.once("views", lambda: follow(blocks) and torch.equal(blocks.vote_from, blocks.start)):
+        states = 0
     return states + 8 * heads * (tokens // reading.levels.chunk)
 
 

@@ -126,10 +126,15 @@ class Segment:
         out.transpose(1, 2).index_put_(self.target, chosen)
 
 
-def _span(blocks: Blocks, column: Tensor) -> tuple[int, int, int] | None:
+def follow(blocks: Blocks) -> bool:
+    """Whether blocks are whole and follow one another in one row."""
     whole = blocks.length == blocks.size
-    together = (blocks.row[1:] == blocks.row[:-1]) & (column[1:, 0] == column[:-1, 0] + blocks.size)
-    if not len(blocks) or not bool(whole.all() & together.all()) or int(column[0, 0]) < 0:
+    together = (blocks.row[1:] == blocks.row[:-1]) & (blocks.start[1:] == blocks.start[:-1] + blocks.size)
+    return len(blocks) > 0 and bool(whole.all() & together.all())
+
+
+def _span(blocks: Blocks, column: Tensor) -> tuple[int, int, int] | None:
+    if not follow(blocks) or int(column[0, 0]) < 0:
         return None
     return int(blocks.row[0]), int(column[0, 0]), int(column[-1, 0]) + blocks.size
 
