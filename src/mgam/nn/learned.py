@@ -147,9 +147,9 @@ class LearnedGranularAttention(SelfAttention):
 
     def plan(self, tokens: int) -> Plan:
         """What kernels know of a text of so many tokens."""
-        from mgam.nn.fused.attend import Plan
+        from mgam.nn.fused.attend import plan_of
 
-        return Plan(tokens, self.block, self.side, self.causal, self.every, self.chooser, self.mass, self.scale)
+        return plan_of(tokens, self.block, self.side, self.causal, self.every, self.chooser, self.mass, self.scale)
 
     def fused(self, states: Tensor) -> Tensor:
         """What `attend` gives for a whole text (B, T, width), as (B, T, heads, D), by kernels."""

@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
+from functools import cached_property, lru_cache
 from typing import Any
 
 import torch
 import triton
 from torch import Tensor
+from torch.autograd.function import once_differentiable
 
 from mgam.levels import Levels
 from mgam.nn.chosen import Chooser, Chosen
@@ -44,12 +46,12 @@ class Plan:
         """Of the pyramid."""
         return self.chooser.levels
 
-    @property
+    @cached_property
     def blocks(self) -> int:
         """N."""
         return -(-self.tokens // self.block)
 
-    @property
+    @cached_property
     def chunks(self) -> int:
         """C: those of whole blocks."""
         return self.blocks * self.block // self.levels.chunk
@@ -59,7 +61,7 @@ class Plan:
         """Levels of summaries that are read."""
         return self.levels.top if self.chooser.rest == "summaries" else 0
 
-    @property
+    @cached_property
     def regions(self) -> list[int]:
         """Regions of each level."""
         found = [self.chunks]
@@ -67,35 +69,37 @@ class Plan:
             found.append(-(-found[-1] // self.levels.ratio(level)))
         return found[: self.top]
 
-    @property
+    @cached_property
     def firsts(self) -> tuple[int, ...]:
         """Line of each level's first summary."""
         counts = self.regions
         return tuple(sum(counts[:level]) for level in range(len(counts)))
 
-    @property
+    @cached_property
     def most(self) -> int:
         """Chunks that a block opens at most."""
         return min(self.chooser.budget // self.levels.chunk, self.chunks)
 
-    @property
+    @cached_property
     def room(self) -> int:
         """Summaries that a block reads at most."""
         return sum(self.chooser.limits(self.chunks)) + self.regions[-1] if self.top else 1
 
-    @property
+    @cached_property
     def spans(self) -> tuple[int, ...]:
         """Chunks in a region of each level."""
         return tuple(self.levels.sizes[level + 1] // self.levels.chunk for level in range(self.top))
 
+    @cached_property
     def geometry(self) -> dict[str, Any]:
         """What kernels know of windows when they are compiled."""
         return {"BLOCK": self.block, "SIDE": self.side, "CAUSAL": self.causal, "CHUNK": self.levels.chunk}
 
+    @cached_property
     def voters(self) -> dict[str, Any]:
         """What kernels know of voters when they are compiled."""
         return {
-            **self.geometry(), "FAR": FAR, "V": self.block // self.every, "STEP": -1 if self.causal else 1,
+            **self.geometry, "FAR": FAR, "V": self.block // self.every, "STEP": -1 if self.causal else 1,
             "S": self.levels.search_per_chunk, "BN": BN, "BC": BC,
         }  # fmt: skip
 
@@ -103,6 +107,14 @@ class Plan:
         """First block and number of blocks whose scores are in memory together."""
         step = max(1, SCORES // max(1, pairs * self.chunks))
         return [(begin, min(step, self.blocks - begin)) for begin in range(0, self.blocks, step)]
+
+
+@lru_cache(64)
+def plan_of(
+    tokens: int, block: int, side: int, causal: bool, every: int, chooser: Chooser, mass: float, scale: float
+) -> Plan:
+    """The plan of these; made once."""
+    return Plan(tokens, block, side, causal, every, chooser, mass, scale)
 
 
 @dataclass(frozen=True)
@@ -187,7 +199,7 @@ def judged(plan: Plan, searched: Searched, heads: int, begin: int, blocks: int) 
     near = torch.empty(rows, heads, blocks, dtype=torch.float32, device=ask.device)
     score_kernel[(triton.cdiv(blocks, BN), triton.cdiv(plan.chunks, BC), rows * heads)](
         ask, find, searched.prior, score, near, heads, begin, blocks, plan.chunks, ask.shape[1], dims**-0.5 * LOG2E,
-        R=dims, PRECISION=precision(ask.dtype), num_warps=4, **plan.voters(),
+        R=dims, PRECISION=precision(ask.dtype), num_warps=4, **plan.voters,
     )  # fmt: skip
     return score, near
 
@@ -202,7 +214,7 @@ def choose(plan: Plan, lists: Lists, score: Tensor, near: Tensor | None, begin: 
         score, score if near is None else near, lists.fine, lists.list, lists.count, begin, blocks, plan.blocks,
         chunks, plan.tokens, plan.most, plan.room, plan.chooser.middle, plan.chooser.share or 0.0, plan.firsts,
         TOP=plan.top, RATIOS=ratios, WIDTHS=widths, SHARED=near is not None and plan.chooser.share is not None,
-        SUMMARIES=plan.top > 0, CP=wide, num_warps=1 if wide <= 128 else 4 if wide <= 2048 else 8, **plan.geometry(),
+        SUMMARIES=plan.top > 0, CP=wide, num_warps=1 if wide <= 128 else 4 if wide <= 2048 else 8, **plan.geometry,
     )  # fmt: skip
 
 
@@ -233,7 +245,10 @@ def attend(plan: Plan, q: Tensor, k: Tensor, v: Tensor, searched: Searched | Non
 
 
 class Reading(torch.autograd.Function):
-    """Reading of covers that were chosen; gradients of summaries go to what they are means of."""
+    """Reading of covers that were chosen; gradients of summaries go to what they are means of.
+
+    Gradients are summed in float32 in whatever order programs end, so their last bits differ from call to call.
+    """
 
     @staticmethod
     def forward(
@@ -247,13 +262,14 @@ class Reading(torch.autograd.Function):
         read_kernel[(plan.blocks, rows * heads * group)](
             *_strided(q, k, v), means, bias, lists.fine, lists.list, lists.count, out, lse, heads, plan.blocks, tokens,
             lists.fine.shape[-1], lists.list.shape[-1], means.shape[3], rows * heads, plan.scale * LOG2E,
-            G=group, D=dim, TILE=TILE, PRECISION=precision(q.dtype), num_warps=4, num_stages=2, **plan.geometry(),
+            G=group, D=dim, TILE=TILE, PRECISION=precision(q.dtype), num_warps=4, num_stages=2, **plan.geometry,
         )  # fmt: skip
         ctx.plan = plan
         ctx.save_for_backward(q, k, v, means, bias, out, lse, lists.fine, lists.list, lists.count, *searched)
         return out
 
     @staticmethod
+    @once_differentiable
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
         q, k, v, means, bias, out, lse, fine, listed, count, *parts = ctx.saved_tensors
         searched = None if parts[0] is None else Searched(*parts)
@@ -272,7 +288,7 @@ class Reading(torch.autograd.Function):
             dq, token_sums, mean_sums, fine_grad, list_grad, heads, plan.blocks, tokens, fine.shape[-1],
             listed.shape[-1], lines, pairs, plan.scale * LOG2E, plan.scale,
             G=group, D=dim, TILE=TILE, GATED=searched is not None, PRECISION=precision(q.dtype), num_warps=4,
-            num_stages=2, **plan.geometry(),
+            num_stages=2, **plan.geometry,
         )  # fmt: skip
         dk, dv = (
             torch.empty(rows, tokens, heads, dim, dtype=part.dtype, device=q.device).transpose(1, 2) for part in (k, v)
@@ -315,6 +331,6 @@ def _score_grads(
         score_grad_kernel[(triton.cdiv(blocks, BN), triton.cdiv(plan.chunks, BC), rows * heads)](
             ask, find, grad, near, dask, dfind, dprior, heads, begin, blocks, plan.chunks, ask.shape[1],
             dims**-0.5 * LOG2E, dims**-0.5,
-            R=dims, PRECISION=precision(ask.dtype), num_warps=4, **plan.voters(),
+            R=dims, PRECISION=precision(ask.dtype), num_warps=4, **plan.voters,
         )  # fmt: skip
     return tuple(one.to(part.dtype) for one, part in zip((dask, dfind, dprior), parts, strict=True))

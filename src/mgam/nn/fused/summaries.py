@@ -20,7 +20,7 @@ def mean_kernel(
     pair = tl.program_id(1)
     row = (pair // heads).to(tl.int64)
     head = pair % heads
-    inside = region * RATIO + tl.arange(0, RATIO)
+    inside = (region * RATIO + tl.arange(0, RATIO)).to(tl.int64)
     column = tl.arange(0, D)
     there = (inside < count)[:, None]
     base = key_ptr + row * key_row + head * key_head
