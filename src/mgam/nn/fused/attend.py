@@ -24,8 +24,25 @@ from mgam.nn.scores import FAR
 
 SCORES = 1 << 27
 """Scores that are in memory at a time."""
-TILE, BN, BC = 64, 32, 32
+BN, BC = 32, 32
+"""Blocks and chunks whose scores one program makes."""
 LOG2E = math.log2(math.e)
+
+
+@dataclass(frozen=True)
+class Tiles:
+    """Entries of a tile, warps, pipeline stages."""
+
+    entries: int = 64
+    warps: int = 4
+    stages: int = 2
+
+    def options(self) -> dict[str, Any]:
+        """As kernels take them."""
+        return {"TILE": self.entries, "num_warps": self.warps, "num_stages": self.stages}
+
+
+READ, GRADIENT = Tiles(), Tiles()
 
 
 @dataclass(frozen=True)
@@ -262,7 +279,7 @@ class Reading(torch.autograd.Function):
         read_kernel[(plan.blocks, rows * heads * group)](
             *_strided(q, k, v), means, bias, lists.fine, lists.list, lists.count, out, lse, heads, plan.blocks, tokens,
             lists.fine.shape[-1], lists.list.shape[-1], means.shape[3], rows * heads, plan.scale * LOG2E,
-            G=group, D=dim, TILE=TILE, PRECISION=precision(q.dtype), num_warps=4, num_stages=2, **plan.geometry,
+            G=group, D=dim, PRECISION=precision(q.dtype), **READ.options(), **plan.geometry,
         )  # fmt: skip
         ctx.plan = plan
         ctx.save_for_backward(q, k, v, means, bias, out, lse, lists.fine, lists.list, lists.count, *searched)
@@ -287,8 +304,8 @@ class Reading(torch.autograd.Function):
             *_strided(q, k, v), means, bias, fine, listed, count, out, lse, grad, *grad.stride()[:3],
             dq, token_sums, mean_sums, fine_grad, list_grad, heads, plan.blocks, tokens, fine.shape[-1],
             listed.shape[-1], lines, pairs, plan.scale * LOG2E, plan.scale,
-            G=group, D=dim, TILE=TILE, GATED=searched is not None, PRECISION=precision(q.dtype), num_warps=4,
-            num_stages=2, **plan.geometry,
+            G=group, D=dim, GATED=searched is not None, PRECISION=precision(q.dtype), **GRADIENT.options(),
+            **plan.geometry,
         )  # fmt: skip
         dk, dv = (
             torch.empty(rows, tokens, heads, dim, dtype=part.dtype, device=q.device).transpose(1, 2) for part in (k, v)
