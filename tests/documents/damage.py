@@ -201,7 +201,7 @@ def _lead_out(body: dict[str, Any], choice: random.Random) -> None:
 
 
 def _other_format(body: dict[str, Any], choice: random.Random) -> None:
-    body["version"] = choice.choice([0, 1, -1, 3, 99, "2", None, True, 2.0, [2]])
+    body["version"] = choice.choice([0, 2, -1, 4, 99, "3", None, True, 3.0, [3]])
 
 
 def _lose_a_part(body: dict[str, Any], choice: random.Random) -> None:
@@ -228,9 +228,9 @@ def _other_list(body: dict[str, Any], choice: random.Random) -> None:
 def _not_a_manifest(folder: Path, choice: random.Random) -> None:
     junk = [
         b"", b"null", b"[]", b"{}", b'{"format": "mgam digest"}', b"[" * 100_000, b"{\"a\":" * 50_000, b"9" * 10_000,
-        b'{"format": "mgam digest", "version": 2, "tokens": NaN}', b"\xff\xfe\x00", choice.randbytes(300),
+        b'{"format": "mgam digest", "version": 3, "tokens": NaN}', b"\xff\xfe\x00", choice.randbytes(300),
         b"\x80\x04K\x01.",
-        b'{"format": "mgam digest", "version": 0}', b'{"format": "mgam digest", "version": 2}' + b" " * (17 << 20),
+        b'{"format": "mgam digest", "version": 0}', b'{"format": "mgam digest", "version": 3}' + b" " * (17 << 20),
     ]  # fmt: skip
     (folder / "manifest.json").write_bytes(choice.choice(junk))
 

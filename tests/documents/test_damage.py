@@ -107,7 +107,7 @@ def test_many_pages_at_once_are_those_read_one_by_one_and_checked(
 
 def test_an_older_and_a_newer_format_say_so(scene: Scene, tmp_path: Path) -> None:
 
-    for version, said in ((1, "older mgam"), (3, "newer mgam")):
+    for version, said in ((2, "older mgam"), (4, "newer mgam")):
         folder = tmp_path / f"{version}.mgam"
         shutil.copytree(scene.whole, folder)
         body = json.loads((folder / "manifest.json").read_bytes())

@@ -13,10 +13,12 @@ from safetensors import safe_open
 from mgam.documents import building, rehearsal, tiers
 from mgam.documents.document import Document
 from mgam.documents.sources import Source
+from mgam.documents.store.layout import Shape
 from mgam.documents.tokens import Frame, encode
 from mgam.errors import DigestError, DocumentError, MemoryBudgetError
 from mgam.integrations.transformers import PyramidCache
 from mgam.integrations.transformers.apply import apply
+from mgam.levels import Levels
 from mgam.schedule import Schedule, Span
 
 from . import tiny
@@ -241,6 +243,25 @@ def test_disk_bytes_are_as_stated_and_halved_by_eight_bits(digest: Make, tmp_pat
         assert bytes_ / len(document.tokens) == pytest.approx(document.manifest.shape.disk_bytes_per_token, rel=0.25)
         sizes[eight] = document.manifest.shape.page_bytes_per_token
     assert sizes[True] < sizes[False] / 2
+    default = {bits: Shape(30, 9, 3, 64, "bfloat16", Levels(), 0, bits).disk_bytes_per_token for bits in (16, 8)}
+    assert default[8] < 0.52 * default[16]
+
+
+def test_rounded_summaries_and_search_keys_are_near_what_they_stand_for(
+    model: Any, tokenizer: Any, digest: Make
+) -> None:
+    """Half a step from the exact ones, but for what the rounded tokens before them changed: so of the first segment."""
+    exact, rounded = (digest(source(1000), name=f"{bits}.mgam", eight_bits=bits == 8) for bits in (16, 8))
+    for number, layer in exact.cache.pyramids.items():
+        small = rounded.cache.pyramids[number].pyramid
+        pairs = [*zip(layer.pyramid.keys[1:], small.keys[1:], strict=True)]
+        pairs += [*zip(layer.pyramid.values[1:], small.values[1:], strict=True), (layer.pyramid.search, small.search)]
+        for level, (plain, found) in enumerate(pairs):
+            chunks = slice(0, 2) if level % 2 and level < 4 else slice(0, 8)  # of the segment's 128 tokens
+            own, near = plain[..., chunks, :].float(), found[..., chunks, :].float()
+            step = own.abs().amax(tuple(range(2, own.dim() - 1)), keepdim=True) / 127
+            assert bool(((own - near).abs() <= 0.55 * step + 2**-8 * own.abs()).all())
+            assert not torch.equal(own, near)
 
 
 def test_a_method_without_search_digests_too(tokenizer: Any, digest: Make) -> None:

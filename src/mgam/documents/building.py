@@ -14,7 +14,7 @@ from torch import Tensor
 
 from mgam.documents.paged import PagedPyramid
 from mgam.documents.pool import Pool
-from mgam.documents.store import files
+from mgam.documents.store import files, rounding
 from mgam.documents.store.lock import NAME as LOCK_NAME
 from mgam.documents.store.manifest import NAME as MANIFEST_NAME
 from mgam.documents.store.manifest import Manifest, Segment
@@ -201,14 +201,11 @@ class Builder:
         if shape.recent:
             assert layer.recent is not None
             recent = layer.recent[0, :, -min(shape.recent, last - first) :]
-        return LayerPart(
-            pages,
-            list(_between(pyramid.keys, pyramid, first, last)),
-            list(_between(pyramid.values, pyramid, first, last)),
-            pyramid.search[0, :, :, first // chunk : last // chunk] if pyramid.search is not None else keys,
-            rest,
-            recent,
-        )
+        kept = dict(_between(pyramid, first, last))
+        steps = _round(pyramid, kept) if shape.bits == 8 else {}
+        levels = range(1, shape.levels.top + 1)
+        coarse = [kept[f"keys.{level}"] for level in levels], [kept[f"values.{level}"] for level in levels]
+        return LayerPart(pages, *coarse, kept["search"], rest, recent, steps)
 
     def _refuse_full_disk(self) -> None:
         need = int((self.manifest.tokens - self.manifest.done) * self.shape.disk_bytes_per_token)
@@ -253,7 +250,22 @@ def is_ours(name: str) -> bool:
     return plain in (LOCK_NAME, MANIFEST_NAME) or plain.startswith(("text-", "segment-"))
 
 
-def _between(states: list[Tensor], pyramid: Pyramid, first: int, last: int) -> Iterator[Tensor]:
-    """The summaries of every level of tokens [first, last)."""
+def _between(pyramid: Pyramid, first: int, last: int) -> Iterator[tuple[str, Tensor]]:
+    """Summaries of every level (H, n, D) and search keys (H, S, C, D) of tokens [first, last), by name."""
+    assert pyramid.search is not None
     for level, size in enumerate(pyramid.levels.sizes[1:], start=1):
-        yield states[level][0, :, first // size : last // size]
+        span = slice(first // size, last // size)
+        yield f"keys.{level}", pyramid.keys[level][0, :, span]
+        yield f"values.{level}", pyramid.values[level][0, :, span]
+    yield "search", pyramid.search[0, :, :, first // pyramid.levels.chunk : last // pyramid.levels.chunk]
+
+
+def _round(pyramid: Pyramid, kept: dict[str, Tensor]) -> dict[str, Tensor]:
+    """Rounds what is kept to 8 bits, in the pyramid too: from here on all read it so. Returns the steps (H, D)."""
+    steps = {}
+    for name, states in kept.items():
+        kept[name], step = rounding.small(states, *range(1, states.dim() - 1))
+        states.copy_(rounding.plain(kept[name], step, states.dtype))
+        steps[name] = step.flatten(1)
+    pyramid.derived.clear()
+    return steps

@@ -29,6 +29,8 @@ from mgam.integrations.transformers.call_size import LEAST, call_size
 
 SEGMENT = 4096
 """Tokens in a segment, unless calls, blocks and chunks need more."""
+LARGEST = 16384
+"""Tokens of a call at most, unless more are asked for: what was read is written while the next call runs."""
 
 
 @dataclass(frozen=True)
@@ -42,11 +44,11 @@ class Grid:
     def of(cls, model: Any, applied: Applied, memory: int | None, call: int | None, segment: int) -> Grid:
         """Calls of about `call` tokens in whole blocks, and segments on which calls, blocks and all chunks end.
 
-        Without `call`, calls are as large as they are everywhere, but small under a memory bound: what a call reads
-        stays in memory until its segment is written.
+        Without `call`, calls are as large as they are everywhere, up to `LARGEST`, but small under a memory bound: what a
+        call reads stays in memory until its segment is written.
         """
         if call is None:
-            call = call_size(model) if memory is None else LEAST
+            call = min(LARGEST, call_size(model)) if memory is None else LEAST
         call = -(-call // applied.settings.block) * applied.settings.block
         step = step_of(applied.settings, call)
         return cls(call, -(-segment // step) * step)

@@ -44,11 +44,11 @@ def load_segment(pyramids: Mapping[int, Pyramid], part: Segment, found: Resident
     for level, size in enumerate(levels.sizes[1:], start=1):
         span = slice(part.first // size, (part.first + part.tokens) // size)
         for kind in ("keys", "values"):
-            for layer, new in enumerate(found.across(f"{kind}.{level}").unbind()):
+            for layer, new in enumerate(found.states(f"{kind}.{level}").unbind()):
                 states = pyramids[layer].keys if kind == "keys" else pyramids[layer].values
                 states[level][0, :, span] = new
     span = slice(part.first // levels.chunk, (part.first + part.tokens) // levels.chunk)
-    for layer, new in enumerate(found.across("search").unbind()):
+    for layer, new in enumerate(found.states("search").unbind()):
         search = pyramids[layer].search
         assert search is not None
         search[0, :, :, span] = new

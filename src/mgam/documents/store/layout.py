@@ -13,7 +13,7 @@ from functools import cached_property, lru_cache
 
 from mgam.levels import Levels
 
-SIZES = {"F64": 8, "F32": 4, "BF16": 2, "F16": 2, "I64": 8, "I32": 4, "U32": 4, "U8": 1}
+SIZES = {"F64": 8, "F32": 4, "BF16": 2, "F16": 2, "I64": 8, "I32": 4, "U32": 4, "U8": 1, "I8": 1}
 """Bytes of safetensors' number formats."""
 CODES = {"float64": "F64", "float32": "F32", "bfloat16": "BF16", "float16": "F16"}
 """torch's names of number formats and safetensors'."""
@@ -34,7 +34,7 @@ class Shape:
     recent: int
     """Last queries kept with each segment, for blocks whose votes reach back; 0 with lookahead=block."""
     bits: int
-    """Bits of a number in a page: those of `dtype`, or 8."""
+    """Bits of a number on disk: those of `dtype` (search keys: of `search_code`), or 8."""
 
     @property
     def page_bytes(self) -> int:
@@ -51,9 +51,12 @@ class Shape:
     def resident_bytes_per_token(self) -> float:
         """Bytes that stay in memory for each token: summaries and search keys."""
         size, per_layer = SIZES[CODES[self.dtype]], self.heads * self.dim
-        summaries = sum(2 * size / length for length in self.levels.sizes[1:])
-        search = SIZES[self.search_code] / self.levels.search
-        return self.layers * per_layer * (summaries + search)
+        return self.layers * per_layer * (self._summaries * size + SIZES[self.search_code] / self.levels.search)
+
+    @property
+    def _summaries(self) -> float:
+        """Numbers of summaries for each token, in a dimension of a KV head."""
+        return sum(2 / length for length in self.levels.sizes[1:])
 
     @property
     def page_bytes_per_token(self) -> float:
@@ -62,8 +65,11 @@ class Shape:
 
     @property
     def disk_bytes_per_token(self) -> float:
-        """All bytes on disk for each token, without its text."""
-        return self.resident_bytes_per_token + self.page_bytes_per_token + 4 + 4 + 16
+        """All bytes on disk for each token, without its text; with 8 bits the steps of a segment come on top."""
+        resident = self.resident_bytes_per_token
+        if self.bits == 8:
+            resident = self.layers * self.heads * self.dim * (self._summaries + 1 / self.levels.search)
+        return resident + self.page_bytes_per_token + 4 + 4 + 16
 
 
 @dataclass(frozen=True)
@@ -109,15 +115,25 @@ class Layout:
             ("texts", "I32", (n,)),
         ]
         found += [(f"layers.{i}.checks", "U32", (self.chunks, s.heads)) for i in layers]
-        for i in layers:
-            for level, size in enumerate(s.levels.sizes[1:], start=1):
-                found += [
-                    (f"layers.{i}.{part}.{level}", code, (s.heads, n // size, s.dim)) for part in ("keys", "values")
-                ]
-            found.append((f"layers.{i}.rest", code, (2, s.heads, n % s.levels.chunk, s.dim)))
-            found.append((f"layers.{i}.recent", code, (s.query_heads, min(s.recent, n), s.dim)))
-        places = (s.heads, s.levels.search_per_chunk, self.chunks, s.dim)
-        return found + [(f"layers.{i}.search", s.search_code, places) for i in layers]
+        kept = [(f"{part}.{level}", n // size) for level, size in self._levels for part in ("keys", "values")]
+        summaries = [(name, code, (s.heads, count, s.dim)) for name, count in kept]
+        search = ("search", s.search_code, (s.heads, s.levels.search_per_chunk, self.chunks, s.dim))
+        live = [
+            ("rest", code, (2, s.heads, n % s.levels.chunk, s.dim)),
+            ("recent", code, (s.query_heads, min(s.recent, n), s.dim)),
+        ]
+        groups: list[list[tuple[str, str, tuple[int, ...]]]] = [[*summaries, *live], [search]]
+        if s.bits == 8:
+            steps = [(f"{name}.step", "BF16", (s.heads, s.dim)) for name in (*dict(kept), "search")]
+            groups = [[*live], [*steps], [(name, "I8", dims) for name, _, dims in (*summaries, search)]]
+        for group in groups:
+            found += [(f"layers.{i}.{name}", kind, dims) for i in layers for name, kind, dims in group]
+        return found
+
+    @property
+    def _levels(self) -> list[tuple[int, int]]:
+        """Levels of summaries and their sizes."""
+        return list(enumerate(self.shape.levels.sizes[1:], start=1))
 
     @cached_property
     def _built(self) -> tuple[bytes, dict[str, Place]]:

@@ -20,7 +20,7 @@ from mgam.settings import Settings
 
 NAME = "manifest.json"
 FORMAT = "mgam digest"
-VERSION = 2
+VERSION = 3
 MOST_BYTES = 1 << 24
 MOST_TOKENS = 1 << 40
 _OLDER = "it was made by an older mgam; digest the texts again"

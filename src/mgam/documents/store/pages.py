@@ -13,6 +13,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
+from mgam.documents.store import rounding
 from mgam.documents.store.layout import Shape
 
 
@@ -22,10 +23,8 @@ def encode(keys: Tensor, values: Tensor, shape: Shape) -> Tensor:
     both = torch.stack([states.unflatten(1, (-1, chunk)).transpose(0, 1) for states in (keys, values)], 2)
     if shape.bits != 8:
         return both.contiguous().view(torch.uint8).flatten(2)
-    wide = both.float()  # (C, H, 2, chunk, D)
-    step = (wide.abs().amax(3) / 127).clamp_min(1e-30).to(torch.bfloat16)
-    small = (wide / step.float()[:, :, :, None]).round().clamp(-127, 127).to(torch.int8)
-    return torch.cat((small.flatten(2).view(torch.uint8), step.flatten(2).view(torch.uint8)), 2)
+    numbers, step = rounding.small(both, 3)  # of (C, H, 2, chunk, D)
+    return torch.cat((numbers.flatten(2).view(torch.uint8), step.flatten(2).view(torch.uint8)), 2)
 
 
 def decode(pages: Tensor, shape: Shape) -> tuple[Tensor, Tensor]:
@@ -38,7 +37,7 @@ def decode(pages: Tensor, shape: Shape) -> tuple[Tensor, Tensor]:
     numbers = 2 * chunk * dim
     small = pages[:, :numbers].contiguous().view(torch.int8).view(count, 2, chunk, dim)
     step = pages[:, numbers:].contiguous().view(torch.bfloat16).view(count, 2, 1, dim)
-    both = (small.float() * step.float()).to(dtype)
+    both = rounding.plain(small, step, dtype)
     return both[:, 0], both[:, 1]
 
 

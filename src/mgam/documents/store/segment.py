@@ -5,8 +5,8 @@ from __future__ import annotations
 import hashlib
 import math
 import os
-from collections.abc import Callable
-from dataclasses import dataclass, replace
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -15,8 +15,8 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from mgam.documents.store import files
-from mgam.documents.store.layout import SIZES, Layout, Place
+from mgam.documents.store import files, rounding
+from mgam.documents.store.layout import CODES, SIZES, Layout, Place
 from mgam.documents.store.pages import checksums
 from mgam.errors import DigestError
 
@@ -25,7 +25,7 @@ Numbers = NDArray[Any]
 
 DTYPES = {
     "F64": torch.float64, "F32": torch.float32, "BF16": torch.bfloat16, "F16": torch.float16,
-    "I64": torch.int64, "I32": torch.int32, "U32": torch.uint32, "U8": torch.uint8,
+    "I64": torch.int64, "I32": torch.int32, "U32": torch.uint32, "U8": torch.uint8, "I8": torch.int8,
 }  # fmt: skip
 
 
@@ -34,7 +34,8 @@ class LayerPart:
     """What one layer puts into a segment.
 
     Shapes: pages (C, H, page_bytes) uint8; keys[l-1], values[l-1] (H, n//size[l], D); search (H, S, C, D); rest
-    (2, H, r, D): keys and values of the tokens after the last complete chunk; recent (Hq, R, D).
+    (2, H, r, D): keys and values of the tokens after the last complete chunk; recent (Hq, R, D). With 8 bits keys,
+    values and search are int8, and `steps` (H, D) has a step for each by its name in the layout.
     """
 
     pages: Tensor
@@ -43,11 +44,13 @@ class LayerPart:
     search: Tensor
     rest: Tensor
     recent: Tensor
+    steps: Mapping[str, Tensor] = field(default_factory=dict)
 
     def on_cpu(self) -> LayerPart:
         """The same in main memory."""
         keys, values = ([states.cpu() for states in level] for level in (self.keys, self.values))
-        return LayerPart(self.pages.cpu(), keys, values, self.search.cpu(), self.rest.cpu(), self.recent.cpu())
+        steps = {name: step.cpu() for name, step in self.steps.items()}
+        return LayerPart(self.pages.cpu(), keys, values, self.search.cpu(), self.rest.cpu(), self.recent.cpu(), steps)
 
 
 @dataclass(frozen=True)
@@ -90,6 +93,8 @@ def write(folder: Path, name: str, layout: Layout, tokens: TokenPart, layer: Cal
                 put(f"layers.{index}.values.{level}", raw(values))
             for kind in ("search", "rest", "recent"):
                 put(f"layers.{index}.{kind}", raw(getattr(part, kind)))
+            for name, step in part.steps.items():
+                put(f"layers.{index}.{name}.step", raw(step))
         files.write_at(descriptor, memoryview(head), 0)
         if files.size_of(descriptor) < layout.bytes:  # the last pages may be none
             os.ftruncate(descriptor, layout.bytes)
@@ -177,6 +182,15 @@ class Resident:
         inner = [math.prod(first.shape[axis + 1 :]) for axis in range(len(first.shape))]
         flat = self._whole[first.begin : last.end].view(numbers)
         return flat.as_strided((layers, *first.shape), (step, *inner))
+
+    def states(self, kind: str) -> Tensor:
+        """Summaries or search keys of every layer, (layers, H, ..., D), as they are read."""
+        found, shape = self.across(kind), self.layout.shape
+        if shape.bits != 8:
+            return found
+        step = self.across(f"{kind}.step")
+        step = step.reshape(*step.shape[:2], *(1,) * (found.dim() - 3), step.shape[-1])
+        return rounding.plain(found, step, DTYPES[shape.search_code if kind == "search" else CODES[shape.dtype]])
 
     def numbers(self, name: str) -> Numbers:
         """A tensor of whole numbers, as a copy that outlives the rest."""
