@@ -13,7 +13,7 @@ import mgam
 from documents.tiny import make_plain_model, make_tokenizer, text
 from mgam.errors import SettingError
 from mgam.training import adapting
-from mgam.training.adapting import SINK, Adapting, crowded, fit_adapter
+from mgam.training.adapting import SINK, Adapting, crowded, crowding, fit_adapter, with_adapters
 from mgam.training.lookups import Asked, LookupMaker
 
 DIALS: dict[str, Any] = {
@@ -49,15 +49,31 @@ def test_a_crowd_is_the_text_said_so_many_times() -> None:
     mask = crowded(200, 140, (asked,), 3, torch.float32, query.device)
     assert mask is not None
     assert crowded(200, 140, (asked,), 1, torch.float32, query.device) is None
-    found = attend(query, key, value, attn_mask=mask)[0, 0]
-    plain = attend(query, key, value, is_causal=True)[0, 0]
-    torch.testing.assert_close(found[:150], plain[:150])
-    torch.testing.assert_close(found[180:], plain[180:])
+    found = attend(query[:, :, 140:], key, value, attn_mask=mask)[0, 0]
+    plain = attend(query, key, value, is_causal=True)[0, 0, 140:]
+    torch.testing.assert_close(found[:10], plain[:10])
+    torch.testing.assert_close(found[40:], plain[40:])
     evidence = {*range(90, 95), *range(100, 102)}
     times = [3 if SINK <= place < 140 and place not in evidence else 1 for place in range(161)]
     many = torch.repeat_interleave(torch.arange(161), torch.tensor(times))
     expected = attend(query[:, :, 160:161], key[:, :, many], value[:, :, many])[0, 0, 0]
-    torch.testing.assert_close(found[160], expected)
+    torch.testing.assert_close(found[20], expected)
+
+
+def test_a_crowd_of_one_is_the_model_as_it_is() -> None:
+    """A model that attends in two parts, with nothing added, against itself; and with something added it differs."""
+    model = with_adapters(make_plain_model(window=2560), 2)
+    ids = torch.tensor(make_tokenizer()(text(300))["input_ids"])[None, :200]
+    asked = (Asked((150, 170), (170, 180), (90, 95)),)
+    decoder = model.get_base_model().get_decoder()
+    plain = decoder(input_ids=ids).last_hidden_state
+    with crowding(model, crowded(200, 140, asked, 8, torch.float32, ids.device)):
+        crowd = decoder(input_ids=ids).last_hidden_state
+    with crowding(model, crowded(200, 140, (), 8, torch.float32, ids.device)):
+        torch.testing.assert_close(decoder(input_ids=ids).last_hidden_state, plain)
+    torch.testing.assert_close(crowd[:, :150], plain[:, :150])
+    assert (crowd[:, 150:180] - plain[:, 150:180]).abs().max() > 1e-2
+    assert torch.equal(decoder(input_ids=ids).last_hidden_state, plain)
 
 
 def test_the_folder_reads_as_the_trained_model_and_leaves_no_trace(trained: tuple[Path, Any]) -> None:
