@@ -11,6 +11,7 @@ from torch import Tensor
 
 from mgam.nn import LearnedGranularAttention
 from mgam.nn.base import Seen
+from mgam.positions import Rotary, rotate
 from triton_cases import DEVICE, needs_triton
 
 pytestmark = needs_triton
@@ -143,3 +144,24 @@ def test_what_kernels_do_not_serve_is_read_without(changes: dict[str, Any]) -> N
     with half():
         assert not module.served(text(100))
         assert torch.isfinite(module(text(100))).all()
+
+
+@pytest.mark.parametrize(("dim", "half"), [(64, 16), (32, 16), (16, 4)])
+def test_rotation_and_its_gradient(dim: int, half: int) -> None:
+    """One pass turns as written out; queries may be a view of a projection."""
+    from mgam.nn.fused.rotary import Rotation, serves
+
+    rotary = Rotary.plain(2 * half, 256)
+    cos, sin = rotary.table(torch.device(DEVICE), torch.float32, 256)
+    drawn = torch.randn(2, 2, 77, 3 * dim, generator=torch.Generator().manual_seed(2)).to(DEVICE)
+    states = [part.unflatten(2, (3, dim)).transpose(1, 2) for part in drawn]
+    assert serves(states[0], half)
+    found = []
+    for turn in (Rotation.apply, rotate):
+        given = states[0].clone().requires_grad_()
+        out = turn(given, cos[5:82], sin[5:82])
+        (out * states[1]).sum().backward()
+        found.append((out.detach(), given.grad))
+    for got, want in zip(*found, strict=True):
+        assert want is not None
+        torch.testing.assert_close(got, want, atol=1e-5, rtol=1e-5)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import resource
 import statistics
 import time
@@ -14,6 +15,7 @@ from typing import Any
 import numpy as np
 import torch
 from torch import nn
+from torch.utils.data import DataLoader, Dataset
 
 from mgam.nn import FullAttention, LearnedGranularAttention, LongformerAttention
 from papertable.library import Library
@@ -80,28 +82,58 @@ def evaluate(
     cells: Sequence[tuple[int, int]],
     tokens: int,
     device: str,
+    workers: int = 0,
 ) -> dict[str, Any]:
     """Figures of every task and length, in percent: {task: {length: {figure: value}}}; entries read, {length: ...}."""
     model.eval()
-    found: dict[str, Any] = {task: {} for task in tasks}
-    reading: dict[str, Any] = {}
-    for length, count in cells:
-        counted: list[dict[str, float]] = []
-        for task in tasks:
-            scores: dict[str, list[float]] = defaultdict(list)
-            rows = max(1, tokens // length)
-            for low in range(0, count, rows):
-                samples = [library.sample(task, part, length, SEED, at) for at in range(low, min(count, low + rows))]
-                with torch.autocast("cuda", torch.bfloat16) if device.startswith("cuda") else nullcontext():
-                    units, spans, entries = _watched(model, samples, device)
-                counted.append(entries)
-                for sample, choice in zip(samples, choices(units, spans, samples), strict=True):
-                    for name, value in score(library, sample, choice).items():
-                        scores[name].append(100 * value)
-            found[task][str(length)] = {name: round(statistics.mean(all_), 4) for name, all_ in scores.items()}
-        names = counted[0]
-        reading[str(length)] = {name: round(statistics.mean(one[name] for one in counted), 4) for name in names}
-    return {"scores": found, "entries": reading}
+    made = Batches(library, tasks, part, cells, tokens)
+    scores: dict[str, dict[int, dict[str, list[float]]]] = {
+        task: {length: defaultdict(list) for length, _ in cells} for task in tasks
+    }
+    counted: dict[int, list[dict[str, float]]] = {length: [] for length, _ in cells}
+    for (length, task, _), samples in zip(made.every, ready(made, workers), strict=True):
+        with torch.autocast("cuda", torch.bfloat16) if device.startswith("cuda") else nullcontext():
+            units, spans, entries = _watched(model, samples, device)
+        counted[length].append(entries)
+        for sample, choice in zip(samples, choices(units, spans, samples), strict=True):
+            for name, value in score(library, sample, choice).items():
+                scores[task][length][name].append(100 * value)
+    reading = {length: {name: [one[name] for one in parts] for name in parts[0]} for length, parts in counted.items()}
+    return {
+        "scores": {task: {str(length): _means(one) for length, one in own.items()} for task, own in scores.items()},
+        "entries": {str(length): _means(one) for length, one in reading.items()},
+    }
+
+
+def _means(values: dict[str, list[float]]) -> dict[str, float]:
+    return {name: round(statistics.mean(all_), 4) for name, all_ in values.items()}
+
+
+class Batches(Dataset[list[Sample]]):
+    """Samples that are read together, of every length and task: of as many tokens as a step of training has."""
+
+    def __init__(
+        self, library: Library, tasks: Sequence[str], part: Part, cells: Sequence[tuple[int, int]], tokens: int
+    ) -> None:
+        self.library, self.part = library, part
+        self.every = [
+            (length, task, range(low, min(count, low + max(1, tokens // length))))
+            for length, count in cells for task in tasks for low in range(0, count, max(1, tokens // length))
+        ]  # fmt: skip
+
+    def __len__(self) -> int:
+        return len(self.every)
+
+    def __getitem__(self, index: int) -> list[Sample]:
+        length, task, numbers = self.every[index]
+        return [self.library.sample(task, self.part, length, SEED, number) for number in numbers]
+
+
+def ready(made: Dataset[Any], workers: int, pinned: bool = False) -> DataLoader[Any]:
+    """Batches in their order, made by other processes where there are some."""
+    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+    more: dict[str, Any] = {"prefetch_factor": 4} if workers else {}
+    return DataLoader(made, batch_size=None, num_workers=workers, pin_memory=pinned, **more)
 
 
 @contextmanager

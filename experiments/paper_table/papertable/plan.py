@@ -129,14 +129,14 @@ def work(
 
 
 def _seconds_left(folder: Path, run: Run) -> float:
-    """What a run will take, by the finished ones of its model: those of this commit, and of its length, if any. 0 where
-    nothing is known."""
+    """What a run will take, by those of its model that this commit finished, the ones of its length if any. 0 where
+    nothing is known: other code may be much slower or faster."""
     own = [
         one for one in results(folder).values()
-        if (one["run"]["model"], one["run"]["tuning"]) == (run.model, run.tuning) and one["diverged"] is None
+        if (one["run"]["model"], one["run"]["tuning"], one["diverged"]) == (run.model, run.tuning, None)
+        and one["conditions"]["commit"] == COMMIT
     ]  # fmt: skip
-    here = [one for one in own if one["conditions"]["commit"] == COMMIT] or own
-    alike = [one for one in here if one["run"]["steps"] == run.total] or here
+    alike = [one for one in own if one["run"]["steps"] == run.total] or own
     if not alike:
         return 0.0
     progress = folder / "checkpoints" / run.name / "progress.json"

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import math
-import os
 import shutil
 import time
 from collections.abc import Iterator
@@ -16,11 +15,11 @@ from typing import Any
 import numpy as np
 import torch
 from safetensors.torch import load_file, save_file
-from torch.utils.data import DataLoader, Dataset
+from torch.utils.data import Dataset
 
 from mgam.evaluation.machine import conditions
 from papertable.library import TASKS, Library
-from papertable.measure import evaluate, wide_open
+from papertable.measure import evaluate, ready, wide_open
 from papertable.models import Reader, kernels, loss_of, parameters
 from papertable.sample import Batch, collate
 from papertable.shelf import Part
@@ -101,10 +100,7 @@ class Steps(Dataset[Batch]):
 
 def batches(run: Run, library: Library, first: int, workers: int) -> Iterator[Batch]:
     """Batches from a step on, made by other processes where there are some."""
-    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
-    more: dict[str, Any] = {"prefetch_factor": 4} if workers else {}
-    pinned = torch.cuda.is_available() and workers > 0
-    yield from DataLoader(Steps(run, library, first), batch_size=None, num_workers=workers, pin_memory=pinned, **more)
+    yield from ready(Steps(run, library, first), workers, torch.cuda.is_available() and workers > 0)
 
 
 @dataclass
@@ -145,13 +141,14 @@ def train(
         part: Part = "dev" if run.tuning else "test"
         cells = run.size.dev if run.tuning else run.size.test
         with kernels(run.model, device):
-            found["test"] = evaluate(model, library, run.tasks, part, cells, run.size.tokens, device)
+            found["test"] = evaluate(model, library, run.tasks, part, cells, run.size.tokens, device, workers)
         found["test_seconds"] = round(time.perf_counter() - began, 1)
     found |= {"library": library.name, "conditions": conditions(device)}
     _write(result, found)
     if run.model.startswith("mgam") and run.seed == 0 and not run.changes and progress.diverged is None:
         with kernels(run.model, device), wide_open(model):
-            found["wide open"] = evaluate(model, library, (WIDE,), "test", run.size.wide, run.size.tokens, device)
+            cells = run.size.wide
+            found["wide open"] = evaluate(model, library, (WIDE,), "test", cells, run.size.tokens, device, workers)
         _write(result, found)
     shutil.rmtree(kept, ignore_errors=True)
     return found

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from mgam.errors import SettingError
+from mgam.kernels import serve
 from mgam.positions import Rotary, rotate
 
 # Shape letters: B rows, T tokens so far, L new tokens, H query heads, K KV heads, G = H/K, D head dim.
@@ -173,6 +174,11 @@ class SelfAttention(nn.Module, ABC):
             return states
         last = first + states.shape[2]
         cos, sin = self.rotary.table(states.device, states.dtype, max(last, TABLE))
+        if serve(states):
+            from mgam.nn.fused.rotary import Rotation, serves
+
+            if serves(states, cos.shape[1]):
+                return Rotation.apply(states, cos[first:last], sin[first:last])
         return rotate(states, cos[first:last], sin[first:last])
 
     def _merge(self, heads: Tensor) -> Tensor:

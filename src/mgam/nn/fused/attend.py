@@ -333,10 +333,9 @@ def _score_grads(
     rows, heads, _, group, fines = fine_grad.shape
     ask, find, dims = searched.ask, searched.find, searched.find.shape[2] // heads
     parts = (ask, find, searched.prior)
-    sums = torch.zeros(sum(part.numel() for part in parts), dtype=torch.float32, device=ask.device)
-    dask, dfind, dprior = (
-        one.view(part.shape) for one, part in zip(sums.split([part.numel() for part in parts]), parts, strict=True)
-    )
+    sizes = [part.numel() for part in parts]
+    sums = torch.zeros(sum(sizes), dtype=torch.float32, device=ask.device)
+    dask, dfind, dprior = sums.split(sizes)
     for begin, blocks in plan.segments(rows * heads):
         grad = torch.zeros(rows, heads, blocks, plan.chunks, dtype=torch.float32, device=ask.device)
         near = torch.empty(rows, heads, blocks, dtype=torch.float32, device=ask.device)
@@ -350,4 +349,6 @@ def _score_grads(
             dims**-0.5 * LOG2E, dims**-0.5,
             R=dims, PRECISION=precision(ask.dtype), num_warps=4, **plan.voters,
         )  # fmt: skip
-    return tuple(one.to(part.dtype) for one, part in zip((dask, dfind, dprior), parts, strict=True))
+    if ask.dtype == find.dtype:
+        dask, dfind = sums[: sizes[0] + sizes[1]].to(ask.dtype).split(sizes[:2])
+    return tuple(one.view(part.shape).to(part.dtype) for one, part in zip((dask, dfind, dprior), parts, strict=True))
