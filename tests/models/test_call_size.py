@@ -30,7 +30,7 @@ def test_calls_grow_with_the_gpu_and_shrink_with_the_batch(monkeypatch: pytest.M
     monkeypatch.setattr(torch.cuda, "get_device_properties", lambda device: memory)
     small, large = _Somewhere("cuda", 576, 1536), _Somewhere("cuda", 4096, 14336)
     assert call_size(BY_NAME["llama"].make()) == sizes.LEAST
-    assert [call_size(small, rows) for rows in (1, 8, 64)] == [16384, 16384, 2048]
+    assert [call_size(small, rows) for rows in (1, 8, 64)] == [131072, 16384, 2048]
     assert [call_size(large, rows) for rows in (1, 2, 16)] == [16384, 8192, 2048]
     assert call_size(_Somewhere("cuda", 576, 1536, applied=False)) == sizes.LEAST
     memory.total_memory = 2**30

@@ -105,18 +105,25 @@ def mass_kernel(
     score (N, H, chunks) float32, 0 where a chunk may not be judged.
     """
     pair = (tl.program_id(0) // tiles).to(tl.int64)
-    chunk = tl.program_id(0) % tiles * BLOCK_C + tl.arange(0, BLOCK_C)
+    first = tl.program_id(0) % tiles * BLOCK_C
+    cut = first // CUT + tl.arange(0, BLOCK_C // CUT)
+    chunk = cut[:, None] * CUT + tl.arange(0, CUT)[None, :]
     visible = tl.load(visible_ptr + pair // heads).to(tl.int32)
-    score = tl.zeros((BLOCK_C,), tl.float32)
-    if tl.program_id(0) % tiles * BLOCK_C < visible:
+    total = tl.zeros((BLOCK_M, BLOCK_C // CUT, CUT), tl.float32)
+    if first < visible:
         for start in tl.range(0, M, BLOCK_M):
             m = start + tl.arange(0, BLOCK_M)
-            there = (m < M)[:, None] & (chunk < visible)[None, :]
-            line = (pair * M + m)[:, None]
-            power = tl.load(power_ptr + line * (cuts * CUT) + chunk[None, :], mask=there, other=0.0)
-            share = tl.load(share_ptr + line * cuts + (chunk // CUT)[None, :], mask=there, other=0.0)
-            score += tl.sum(power.to(tl.float32) * share, 0)
-    tl.store(score_ptr + pair * chunks + chunk, score, mask=chunk < chunks)
+            line = pair * M + m
+            power = tl.load(
+                power_ptr + line[:, None, None] * (cuts * CUT) + chunk[None],
+                mask=(m < M)[:, None, None] & (chunk < visible)[None], other=0.0,
+            )  # fmt: skip
+            share = tl.load(
+                share_ptr + line[:, None] * cuts + cut[None, :],
+                mask=(m < M)[:, None] & (cut * CUT < visible)[None, :], other=0.0,
+            )  # fmt: skip
+            total += power.to(tl.float32) * share[:, :, None]
+    tl.store(score_ptr + pair * chunks + chunk, tl.sum(total, 0), mask=chunk < chunks)
 
 
 @triton.jit

@@ -91,7 +91,7 @@ def scores(asked: Asked, chunks: int, tiles: SearchTiles | None = None) -> Tenso
         wide = triton.cdiv(chunks, 512)
         mass_kernel[(wide * blocks * heads,)](
             powers, shares, visible, found[some], heads, wide, chunks, cuts,
-            M=voters, BLOCK_M=8, BLOCK_C=512, CUT=tiles.chunks, num_warps=4,
+            M=voters, BLOCK_M=2, BLOCK_C=512, CUT=tiles.chunks, num_warps=4,
         )  # fmt: skip
     return found
 

@@ -8,14 +8,15 @@ import torch
 
 LEAST = 2048
 """Columns of a call wherever nothing says otherwise."""
-MOST = 16384
-"""Columns of a call on a GPU: each layer launches its kernels once a call, whatever the call holds."""
+MOST = 131072
+"""Columns of a call on a GPU: each layer launches its kernels once a call, whatever the call holds, and for thin layers
+that takes longer than they run."""
 SHARE = 16
 """A call's activations take at most one part in so many of a GPU's memory."""
 
 
 def call_size(model: Any, rows: int = 1) -> int:
-    """Columns that `rows` rows of a long text are read in at once: a power of two from 2,048 to 16,384.
+    """Columns that `rows` rows of a long text are read in at once: a power of two from 2,048 to 131,072.
 
     It follows from the model and the device's whole memory, not from what is free: one machine always reads one text
     in the same calls. A model that mgam was not applied to takes small ones: its masks hold a number for each pair of
