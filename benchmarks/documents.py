@@ -48,6 +48,7 @@ Again = Annotated[bool, typer.Option("--again", help="Make the cell anew.")]
 Budget = Annotated[int, typer.Option(help="Tokens that a query may read in full.")]
 Sources = Annotated[str, typer.Option(help="Text sources, one after the other, with commas; see mgam data list.")]
 Asking = Annotated[int | None, typer.Option(help="The same for questions and answers.", show_default="mgam's own")]
+Adapter = Annotated[str | None, typer.Option(help="Low-rank adapters to read with: a folder, or a shipped name.")]
 Host = Annotated[bool, typer.Option("--host", help="Pages wait in main memory, not on disk.")]
 
 
@@ -65,11 +66,13 @@ class Cell:
     sources: str = ""
     host: bool = False
     question_budget: int | None = None
+    adapter: str | None = None
 
     @property
     def path(self) -> Path:
         """The digest's folder; the memory bound changes no byte of it."""
         name = f"{Path(self.model or 'default').stem}-{self.device}-{self.tokens}-{self.budget}"
+        name += f"-{Path(self.adapter).name}" if self.adapter else ""
         return self.folder / f"{name}{'-8bit' if self.eight_bits else ''}.mgam"
 
 
@@ -77,10 +80,10 @@ class Cell:
 def digest(
     tokens: Tokens = 32_000, memory: Memory = None, model: Model = None, device: Device = "auto",
     folder: Folder = Path("digests"), eight_bits: Eight = False, budget: Budget = 1024, sources: Sources = "",
-    again: Again = False,
+    adapter: Adapter = None, again: Again = False,
 ) -> None:  # fmt: skip
     """Seconds, peak memory of the process and bytes on disk of digesting."""
-    cell = Cell(tokens, memory, model, device, folder, eight_bits, budget, sources)
+    cell = Cell(tokens, memory, model, device, folder, eight_bits, budget, sources, adapter=adapter)
     _keep("digest", cell, again, lambda: _apart("digest", cell))
 
 
@@ -88,10 +91,10 @@ def digest(
 def ask(
     tokens: Tokens = 32_000, memory: Memory = None, model: Model = None, device: Device = "auto",
     folder: Folder = Path("digests"), eight_bits: Eight = False, budget: Budget = 1024, sources: Sources = "",
-    host: Host = False, question_budget: Asking = None, again: Again = False,
+    host: Host = False, question_budget: Asking = None, adapter: Adapter = None, again: Again = False,
 ) -> None:  # fmt: skip
     """Opening (with cold and warm file caches), first token of 20 questions, hits by depth, peak memory."""
-    cell = Cell(tokens, memory, model, device, folder, eight_bits, budget, sources, host, question_budget)
+    cell = Cell(tokens, memory, model, device, folder, eight_bits, budget, sources, host, question_budget, adapter)
     if not (cell.path / "manifest.json").exists():
         _keep("digest", cell, True, lambda: _apart("digest", cell))  # also where its figures are known already
     kind = "ask, host tier" if host else "ask"
@@ -168,7 +171,7 @@ def _load(cell: Cell) -> tuple[Any, Any]:
     from mgam.integrations.loading import load
 
     loaded = load(cell.model, device=cell.device)
-    mgam.apply(loaded.model, budget=cell.budget)
+    mgam.apply(loaded.model, budget=cell.budget, adapter=cell.adapter)
     return loaded.model, loaded.tokenizer
 
 
