@@ -72,9 +72,10 @@ def test_the_wheel_holds_the_package_and_nothing_else(built: dict[str, Path]) ->
     assert any(name.endswith("licenses/LICENSE") for name in names)
     there = {path.relative_to(ROOT / "src").as_posix() for path in (ROOT / "src" / "mgam").rglob("*.py")}
     assert there <= set(names)
-    policy = {"mgam/adapters/default/policy.json", "mgam/adapters/default/policy.safetensors"}
-    assert policy <= set(names)
-    assert built["wheel"].stat().st_size - sum((ROOT / "src" / name).stat().st_size for name in policy) < 5_000_000
+    adapters = {name for name in names if name.startswith("mgam/adapters/")}
+    lookup = "mgam/adapters/lookup/lora"
+    assert adapters >= {"mgam/adapters/default/policy.safetensors", f"{lookup}/adapter_model.safetensors"}
+    assert built["wheel"].stat().st_size - sum((ROOT / "src" / name).stat().st_size for name in adapters) < 5_000_000
 
 
 def test_the_sdist_can_be_tested_and_built(built: dict[str, Path]) -> None:

@@ -112,7 +112,7 @@ class Settings:
 
     adapter: str | None = None
     """Low-rank adapters with which the model looks things up better: a folder from `mgam fit --adapter-only`, a hub id,
-    or "default", those that are shipped for the default model. None: the model as it is."""
+    or "lookup", those that are shipped for the default model. None: the model as it is."""
 
     recall: float | None = None
     """Of a learned policy: the share of all attention that is read as tokens on average over texts. Blocks that look

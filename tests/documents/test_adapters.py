@@ -77,7 +77,7 @@ def test_other_adapters_are_refused(command: Command, tmp_path: Path) -> None:
         (("digest", "book.txt", "-o", "book.mgam", "--adapter", "none"), "was begun with adapter"),
         (("ask", "book.txt", "Who?", "--adapter", "nowhere"), "no adapter nowhere"),
         (("ask", "book.txt", "Who?", "--adapter", str(tmp_path)), "holds no adapters"),
-        (("ask", "book.txt", "Who?", "--adapter", "default"), "of another model"),
+        (("ask", "book.txt", "Who?", "--adapter", "lookup"), "of another model"),
         (("ask", "book.txt", "Who?", "--adapter", folder, "--method", "infini-retri"), "has no part in"),
     ):
         code, _, err = command(*words)

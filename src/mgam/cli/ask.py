@@ -359,7 +359,7 @@ def _applied(request: Request, loaded: Loaded, dials: Any) -> tuple[Any, Any]:
         if request.adapter is not None:
             raise SettingError(f"--adapter has no part in --method {request.method}; leave it out")
         return loaded.model, dials
-    adapter = adapter_of(loaded.model, request.adapter)
+    adapter = adapter_of(loaded.model, request.adapter, request.settings.get("policy"))
     return mgam.apply(loaded.model, request.method, **request.settings, **adapter), None
 
 

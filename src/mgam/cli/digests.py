@@ -17,15 +17,17 @@ MEMORY_HELP = "Bound of keys, values, summaries and search keys, such as 2GiB; w
 
 
 ADAPTER_HELP = "Adapters with which the model looks things up: from mgam fit --adapter-only, a hub id, or none."
-ADAPTER_DEFAULT = "the shipped ones, with the default model"
+ADAPTER_DEFAULT = "lookup, which is shipped, with the default model"
 
 
-def adapter_of(model: Any, adapter: str | None) -> dict[str, Any]:
-    """The setting for adapters that were asked for; the default model reads with those that are shipped for it."""
+def adapter_of(model: Any, adapter: str | None, policy: str | None = None) -> dict[str, Any]:
+    """The setting for adapters that were asked for. The default model reads with those that are shipped for it, but not
+    by a learned policy, which knows the model without them."""
     from mgam.integrations.loading import DEFAULT_MODEL
 
     if adapter is None:
-        return {"adapter": "default"} if getattr(model, "name_or_path", None) == DEFAULT_MODEL else {}
+        default = getattr(model, "name_or_path", None) == DEFAULT_MODEL and policy is None
+        return {"adapter": "lookup"} if default else {}
     return {} if adapter == "none" else {"adapter": adapter}
 
 
