@@ -41,20 +41,21 @@ def main() -> None:
     asking.add_argument("--documents", type=int, default=24)
     asking.add_argument("--tokens", type=int, default=1200, help="of prose in each text")
     asking.add_argument("--model", default=None)
+    asking.add_argument("--adapter", default=None, help="low-rank adapters to read with, as mgam ask takes them")
     asking.add_argument("--out", type=Path, required=True)
     what.add_parser("report").add_argument("files", type=Path, nargs="+")
     given = parser.parse_args()
     if given.what == "ask":
-        ask_all(given.split, given.documents, given.tokens, given.model, given.out)
+        ask_all(given.split, given.documents, given.tokens, given.model, given.adapter, given.out)
     else:
         rows = [json.loads(line) for file in given.files for line in file.read_text(encoding="utf-8").splitlines()]
         report(rows)
 
 
-def ask_all(split: Split, documents: int, tokens: int, name: str | None, out: Path) -> None:
+def ask_all(split: Split, documents: int, tokens: int, name: str | None, adapter: str | None, out: Path) -> None:
     """Adds a line of JSON for each question."""
     model, tokenizer = load(name)
-    mgam.apply(model)
+    mgam.apply(model, adapter=adapter)
     library, rng = TextLibrary(), random.Random(split)
     facts = FACTS[: len(FACTS) // 2] if split == "tune" else FACTS[len(FACTS) // 2 :]
     texts = [text for source in PROSE if library.has(source) for text in library.texts(source, split)]
