@@ -61,6 +61,9 @@ def test_gradients_of_whole_tiles_equal_oracle(name: str, monkeypatch: pytest.Mo
     monkeypatch.setattr(gradient, "WHOLE", prefill.WholeTiles(32, 16, registers=None))
     monkeypatch.setattr(prefill, "FAR_BYTES", 1 << 16)
     seen: list[bool] = []
+    launched: list[object] = []
+    described = gradient.described
+    monkeypatch.setattr(gradient, "described", lambda *args: launched.append(args) or described(*args))
     monkeypatch.setattr(gradient, "fits", lambda *args: seen.append(prefill.fits(*args)) or seen[-1])
     for dtype in DTYPES:
         made = WHOLE_CASES[name].make(dtype)
@@ -68,6 +71,7 @@ def test_gradients_of_whole_tiles_equal_oracle(name: str, monkeypatch: pytest.Mo
         compare(made)
     assert seen
     assert all(seen)
+    assert bool(launched) == (made.cover.levels.chunk % 16 == 0)
 
 
 def compare(made: Made) -> None:

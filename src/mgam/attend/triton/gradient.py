@@ -12,8 +12,9 @@ from torch import Tensor
 from mgam.attend.triton.backward import entry_grad_kernel, query_grad_kernel
 from mgam.attend.triton.lists import Lists
 from mgam.attend.triton.prefill import WholeTiles, fits, pieces
-from mgam.attend.triton.tables import Turn, biases, block, precision, strides
+from mgam.attend.triton.tables import STEP, Turn, biases, block, copyable, described, precision, strides
 from mgam.attend.triton.whole_backward import whole_query_grad_kernel
+from mgam.attend.triton.whole_entries import turn_queries_kernel, whole_entry_grad_kernel
 from mgam.merge import Part
 
 WHOLE = WholeTiles(rows=128, entries=64, warps=8, stages=3, registers=None)
@@ -22,7 +23,9 @@ SUMMARY_PARTS = 32
 SINK_PARTS = 16
 """Programs that share the readers of what nearly all blocks read: coarse summaries, and the first chunk."""
 TILE = 16
-"""Summaries whose gradients one program sums: about the children that one parent has."""
+"""Summaries whose gradients one program sums: about the children that one parent has. Whole tiles take more."""
+ENTRY_ROWS = (64, 32, 16)
+"""Queries at a time, in whole tiles."""
 
 
 @dataclass(frozen=True)
@@ -66,10 +69,14 @@ def gradients(
     grad = grad.contiguous()
     delta = (grad.float() * part.out.float()).sum(-1).contiguous()
     dq = _query_grads(grad, delta, part.lse, queries, lists, keys, values, scale, turn, softcap)
+    whole = fits(queries, lists, keys, values, turn, WHOLE) and lists.levels.chunk % WHOLE.entries == 0
+    far = (turn.far(keys[0].shape[2]) if turn.pairs else (turn.cos, turn.sin)) if whole else None
+    turned = queries if far is None else _turned(queries, lists, turn, far)
     dks = [torch.zeros(level.shape, dtype=level.dtype, device=level.device) for level in keys]
     dvs = [torch.zeros(level.shape, dtype=level.dtype, device=level.device) for level in values]
     for level in range(len(keys)):
-        reads = _token_reads(lists, turn) if level == 0 else _summary_reads(lists, level)
+        tile = WHOLE.entries if whole else TILE
+        reads = _token_reads(lists, turn) if level == 0 else _summary_reads(lists, level, tile)
         if reads is not None:
             _entry_grads(
                 level,
@@ -77,7 +84,7 @@ def gradients(
                 grad,
                 delta,
                 part.lse,
-                queries,
+                turned,
                 lists,
                 keys[level],
                 values[level],
@@ -86,8 +93,22 @@ def gradients(
                 scale,
                 turn,
                 softcap,
+                far,
             )
     return dq, dks, dvs
+
+
+def _turned(queries: Tensor, lists: Lists, turn: Turn, far: tuple[Tensor, Tensor]) -> Tensor:
+    """Queries as whole tiles of entries' gradients take them: turned by their true positions where anything is."""
+    count, query_heads, size, _ = queries.shape
+    if not turn.pairs:
+        return queries if copyable(queries) else queries.contiguous()
+    turned = torch.empty(queries.shape, dtype=queries.dtype, device=queries.device)
+    turn_queries_kernel[(size // WHOLE.entries * count * query_heads,)](
+        queries, turned, lists.blocks, turn.cos, turn.sin, *far, count, query_heads,
+        *queries.stride()[:3], Q=size, R=turn.pairs, STEP=STEP, BLOCK_M=WHOLE.entries, num_warps=4,
+    )  # fmt: skip
+    return turned
 
 
 @dataclass(frozen=True)
@@ -118,15 +139,15 @@ def _token_reads(lists: Lists, turn: Turn) -> _Reads | None:
     return _Reads(unit, unit, ranks.contiguous(), chunk)
 
 
-def _summary_reads(lists: Lists, level: int) -> _Reads | None:
-    """The first place of each tile of summaries that a block reads; its neighbours follow it in the list."""
+def _summary_reads(lists: Lists, level: int, size: int) -> _Reads | None:
+    """The first place of each tile of `size` summaries that a block reads; its neighbours follow it in the list."""
     index = lists.index[level]
     if not index.shape[-1]:
         return None
-    tile = torch.div(index, TILE, rounding_mode="floor")
+    tile = torch.div(index, size, rounding_mode="floor")
     again = torch.zeros_like(index, dtype=torch.bool)
     again[..., 1:] = tile[..., 1:] == tile[..., :-1]
-    return _Reads(tile.masked_fill((index < 0) | again, -1), index, lists.ranks[level], TILE)
+    return _Reads(tile.masked_fill((index < 0) | again, -1), index, lists.ranks[level], size)
 
 
 def _query_grads(
@@ -192,7 +213,9 @@ def _entry_grads(
     scale: float,
     turn: Turn,
     softcap: float | None,
+    far: tuple[Tensor, Tensor] | None,
 ) -> None:
+    """Gradients of one level. `far`: turns by whole steps, where the call is made of whole tiles."""
     _, query_heads, size, dim = queries.shape
     rows, heads, count, _ = keys.shape
     group = query_heads // heads
@@ -201,6 +224,8 @@ def _entry_grads(
         return
     inverse = Inverse.of(reads.unit, lists.blocks[0], rows, units)
     across = max(16, min(64 if dim <= 128 else 32, triton.next_power_of_2(reads.size)))
+    if far is not None:
+        across = WHOLE.entries
     subs = triton.cdiv(reads.size, across)
     relative = level == 0 and turn.rotary is not None and turn.rotary.compose(queries.device)
 
@@ -213,19 +238,30 @@ def _entry_grads(
             into_k, into_v = (
                 torch.zeros(splits, rows, heads, kept, dim, dtype=torch.float32, device=dk.device) for _ in range(2)
             )
-        entry_grad_kernel[(subs * splits * rows * heads * (last - first),)](
-            queries, grad, lse, delta, keys, values, into_k, into_v, lists.blocks, inverse.begin, inverse.end,
-            inverse.order, reads.index, reads.ranks, turn.cos, turn.sin, turn.cos.shape[0] - 1, turn.anchor, scale,
-            softcap or 1.0, biases(lists)[level],
-            lists.blocks.shape[1], heads, rows * heads, units, first, count, kept, origin, reads.unit.shape[-1],
-            keys.stride(0), keys.stride(1), keys.stride(2), values.stride(0), values.stride(1), values.stride(2),
-            queries.stride(0), queries.stride(1), queries.stride(2),
-            G=group, Q=size, KIND=0 if level == 0 else 1, OPENED_WIDTH=lists.index[0].shape[-1], UNIT=reads.size,
-            SUBS=subs, SPLITS=splits, D=dim, R=turn.pairs, BLOCK_M=_row_tile(group * size, dim, 64), BLOCK_N=across,
-            BLOCK_D=block(dim), BLOCK_R=block(turn.pairs), BLOCK_P=block(dim - 2 * turn.pairs),
-            CAP=softcap is not None, BARE=lists.bare, RELATIVE=relative, PRECISION=precision(queries.dtype),
-            num_warps=8 if across == 64 else 4, num_stages=2,
-        )  # fmt: skip
+        tables = lists.blocks, inverse.begin, inverse.end, inverse.order, reads.index, reads.ranks, turn.cos, turn.sin
+        sizes = rows * heads, units, first, count, kept, origin, reads.unit.shape[-1]
+        grid = (subs * splits * rows * heads * (last - first),)
+        if far is not None:
+            below = next(most for most in ENTRY_ROWS if size % most == 0)
+            whole_entry_grad_kernel[grid](
+                described(queries, below, dim // 2), described(grad, below, dim), lse, delta, keys, values, into_k,
+                into_v, *tables, *far, scale, softcap or 1.0, biases(lists)[level], lists.blocks.shape[1], heads,
+                *sizes, *keys.stride()[:3], *values.stride()[:3],
+                G=group, Q=size, KIND=0 if level == 0 else 1, OPENED_WIDTH=lists.index[0].shape[-1], UNIT=reads.size,
+                SUBS=subs, SPLITS=splits, D=dim, R=turn.pairs, STEP=STEP, BLOCK_M=below, BLOCK_N=across,
+                CAP=softcap is not None, PRECISION=precision(queries.dtype), num_warps=8, num_stages=2,
+            )  # fmt: skip
+        else:
+            entry_grad_kernel[grid](
+                queries, grad, lse, delta, keys, values, into_k, into_v, *tables, turn.cos.shape[0] - 1, turn.anchor,
+                scale, softcap or 1.0, biases(lists)[level], lists.blocks.shape[1], heads, *sizes,
+                *keys.stride()[:3], *values.stride()[:3], *queries.stride()[:3],
+                G=group, Q=size, KIND=0 if level == 0 else 1, OPENED_WIDTH=lists.index[0].shape[-1], UNIT=reads.size,
+                SUBS=subs, SPLITS=splits, D=dim, R=turn.pairs, BLOCK_M=_row_tile(group * size, dim, 64),
+                BLOCK_N=across, BLOCK_D=block(dim), BLOCK_R=block(turn.pairs), BLOCK_P=block(dim - 2 * turn.pairs),
+                CAP=softcap is not None, BARE=lists.bare, RELATIVE=relative, PRECISION=precision(queries.dtype),
+                num_warps=8 if across == 64 else 4, num_stages=2,
+            )  # fmt: skip
         if splits > 1:
             dk[:, :, span] = into_k.sum(0).to(dk.dtype)
             dv[:, :, span] = into_v.sum(0).to(dv.dtype)

@@ -1,0 +1,147 @@
+"""Gradients of keys and values in whole tiles: queries and what comes back to them arrive by the copy engine.
+
+Where positions are granular, queries are turned once, by their true positions. An entry is turned to where each of its
+readers sees it, and its gradient back from there, once for all queries of the reader.
+"""
+
+from __future__ import annotations
+
+import triton
+import triton.language as tl
+
+from mgam.attend.triton.tiles import OPENED, angle, placed, rows
+
+
+@triton.jit(do_not_specialize=["blocks", "query_heads"])
+def turn_queries_kernel(
+    q_ptr, turned_ptr, block_ptr, cos_ptr, sin_ptr, far_cos_ptr, far_sin_ptr, blocks, query_heads, q_block, q_head,
+    q_row, Q: tl.constexpr, R: tl.constexpr, STEP: tl.constexpr, BLOCK_M: tl.constexpr,
+):  # fmt: skip
+    """One program: BLOCK_M queries of one block and head, by strides, turned by their true positions into turned_ptr
+    (N, Hq, Q, 2 R)."""
+    pid = tl.program_id(0)
+    first = pid % (Q // BLOCK_M) * BLOCK_M
+    line = pid // (Q // BLOCK_M)
+    block = (line // query_heads).to(tl.int64)
+    query = first + tl.arange(0, BLOCK_M)
+    start = tl.load(block_ptr + blocks + block).to(tl.int32)
+    offset = block * q_block + (line % query_heads).to(tl.int64) * q_head + query.to(tl.int64) * q_row
+    q0, q1 = placed(
+        q_ptr, offset, query >= 0, start + query, cos_ptr, sin_ptr, far_cos_ptr, far_sin_ptr, R, STEP
+    )  # fmt: skip
+    target = (line.to(tl.int64) * Q + query)[:, None] * (2 * R) + tl.arange(0, R)[None, :]
+    tl.store(turned_ptr + target, q0)
+    tl.store(turned_ptr + target + R, q1)
+
+
+@triton.jit(
+    do_not_specialize=["blocks", "heads", "pairs", "units", "first_unit", "count", "kept", "origin", "width"],
+    do_not_specialize_on_alignment=["block_ptr", "begin_ptr", "end_ptr", "order_ptr"],
+)
+def whole_entry_grad_kernel(
+    q_desc, grad_desc, lse_ptr, delta_ptr, key_ptr, value_ptr, dk_ptr, dv_ptr, block_ptr, begin_ptr, end_ptr, order_ptr,
+    list_ptr, rank_ptr, cos_ptr, sin_ptr, far_cos_ptr, far_sin_ptr, scale, cap, bias, blocks, heads, pairs, units,
+    first_unit, count, kept, origin, width, key_row, key_head, key_step, value_row, value_head, value_step,
+    G: tl.constexpr, Q: tl.constexpr, KIND: tl.constexpr, OPENED_WIDTH: tl.constexpr, UNIT: tl.constexpr,
+    SUBS: tl.constexpr, SPLITS: tl.constexpr, D: tl.constexpr, R: tl.constexpr, STEP: tl.constexpr,
+    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, CAP: tl.constexpr, PRECISION: tl.constexpr,
+):  # fmt: skip
+    """As `entry_grad_kernel`, for calls in whole tiles: q_desc and grad_desc (N, H*G, Q, D), queries turned by their
+    true positions where R > 0; BLOCK_M divides Q, and BLOCK_N divides UNIT."""
+    pid = tl.program_id(0)
+    sub = pid % SUBS
+    part = pid // SUBS % SPLITS
+    row_head = pid // (SUBS * SPLITS) % pairs
+    unit = first_unit + pid // (SUBS * SPLITS) // pairs
+    row = (row_head // heads).to(tl.int64)
+    head = row_head % heads
+    bucket = row_head.to(tl.int64) * units + unit
+    first_reader = tl.load(begin_ptr + bucket)
+    readers = tl.load(end_ptr + bucket) - first_reader
+    begin = first_reader + readers * part // SPLITS
+    end = first_reader + readers * (part + 1) // SPLITS
+    inside = sub * BLOCK_N + tl.arange(0, BLOCK_N)
+    index = unit.to(tl.int64) * UNIT + inside
+    live = index < count
+    HALF: tl.constexpr = D // 2
+    if begin < end:
+        key_offset = row * key_row + head.to(tl.int64) * key_head + index * key_step
+        value_offset = row * value_row + head.to(tl.int64) * value_head + index * value_step
+        value = rows(value_ptr, value_offset, live, 0, D, D, True)
+        dk0 = tl.zeros((BLOCK_N, HALF), tl.float32)
+        dk1 = tl.zeros((BLOCK_N, HALF), tl.float32)
+        dv = tl.zeros((BLOCK_N, D), tl.float32)
+        for p in tl.range(begin, end):
+            spot = tl.load(order_ptr + p)
+            slot = spot % width
+            pair = spot // width
+            block = pair // heads
+            start = tl.load(block_ptr + blocks + block).to(tl.int32)
+            window = tl.load(block_ptr + 3 * blocks + block).to(tl.int32)
+            there = live
+            place = inside
+            if KIND == OPENED:
+                if R > 0:
+                    place = window + tl.load(rank_ptr + spot).to(tl.int32) + inside
+                there = live & ((slot < OPENED_WIDTH) | (index >= window))
+            else:
+                near = tl.arange(0, BLOCK_N)
+                held = tl.load(list_ptr + spot + near, mask=slot + near < width, other=-1)
+                same = held[:, None] == index[None, :]
+                there = live & (tl.max(same.to(tl.int32), 0) > 0)
+                if R > 0:
+                    ranks = tl.load(rank_ptr + spot + near, mask=slot + near < width, other=0).to(tl.int32)
+                    place = window + tl.sum(tl.where(same, ranks[:, None], 0), 0)
+            place = tl.maximum(place, 0)
+            raw0 = rows(key_ptr, key_offset, live, 0, HALF, HALF, True)
+            raw1 = rows(key_ptr, key_offset, live, HALF, HALF, HALF, True)
+            if R > 0:
+                cos, sin = angle(cos_ptr, sin_ptr, far_cos_ptr, far_sin_ptr, place, R, STEP, R)
+                key0 = (raw0 * cos - raw1 * sin).to(raw0.dtype)
+                key1 = (raw1 * cos + raw0 * sin).to(raw0.dtype)
+                own0 = tl.zeros((BLOCK_N, HALF), tl.float32)
+                own1 = tl.zeros((BLOCK_N, HALF), tl.float32)
+            else:
+                key0 = raw0
+                key1 = raw1
+                own0 = dk0
+                own1 = dk1
+            for tile in tl.range(0, G * Q, BLOCK_M):
+                member = head * G + tile // Q
+                first = tile % Q
+                q0 = q_desc.load([block.to(tl.int32), member, first, 0]).reshape(BLOCK_M, HALF)
+                q1 = q_desc.load([block.to(tl.int32), member, first, HALF]).reshape(BLOCK_M, HALF)
+                grad = grad_desc.load([block.to(tl.int32), member, first, 0]).reshape(BLOCK_M, D)
+                line = pair * (G * Q) + tile + tl.arange(0, BLOCK_M)
+                lse = tl.load(lse_ptr + line) * 1.4426950408889634
+                delta = tl.load(delta_ptr + line)
+                raw = tl.dot(key0, tl.trans(q0), input_precision=PRECISION)
+                raw = tl.dot(key1, tl.trans(q1), raw, input_precision=PRECISION) * scale
+                slope = scale
+                if CAP:
+                    bent = 1.0 - 2.0 / (1.0 + tl.exp(2.0 * raw / cap))
+                    slope = scale * (1.0 - bent * bent)
+                    raw = cap * bent
+                weight = tl.exp2(raw * 1.4426950408889634 + bias - lse[None, :])
+                seen = there[:, None]
+                if KIND == OPENED:
+                    seen = seen & (index[:, None] <= (start + first + tl.arange(0, BLOCK_M))[None, :])
+                weight = tl.where(seen, weight, 0.0)
+                dv = tl.dot(weight.to(grad.dtype), grad, dv, input_precision=PRECISION)
+                steep = tl.dot(value, tl.trans(grad), input_precision=PRECISION) - delta[None, :]
+                slopes = (weight * steep * slope).to(q0.dtype)
+                own0 = tl.dot(slopes, q0, own0, input_precision=PRECISION)
+                own1 = tl.dot(slopes, q1, own1, input_precision=PRECISION)
+            if R > 0:
+                cos, sin = angle(cos_ptr, sin_ptr, far_cos_ptr, far_sin_ptr, place, R, STEP, R)
+                dk0 += own0 * cos + own1 * sin
+                dk1 += own1 * cos - own0 * sin
+            else:
+                dk0 = own0
+                dk1 = own1
+        target = ((part * pairs + row_head).to(tl.int64) * kept + index - origin) * D
+        half = tl.arange(0, HALF)
+        tl.store(dk_ptr + target[:, None] + half[None, :], dk0.to(dk_ptr.dtype.element_ty), mask=live[:, None])
+        tl.store(dk_ptr + target[:, None] + (HALF + half)[None, :], dk1.to(dk_ptr.dtype.element_ty), mask=live[:, None])
+        column = tl.arange(0, D)
+        tl.store(dv_ptr + target[:, None] + column[None, :], dv.to(dv_ptr.dtype.element_ty), mask=live[:, None])
