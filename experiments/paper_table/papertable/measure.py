@@ -98,11 +98,19 @@ def evaluate(
         for sample, choice in zip(samples, choices(units, spans, samples), strict=True):
             for name, value in score(library, sample, choice).items():
                 scores[task][length][name].append(100 * value)
-    reading = {length: {name: [one[name] for one in parts] for name in parts[0]} for length, parts in counted.items()}
     return {
         "scores": {task: {str(length): _means(one) for length, one in own.items()} for task, own in scores.items()},
-        "entries": {str(length): _means(one) for length, one in reading.items()},
+        "entries": {str(length): _means(_together(parts)) for length, parts in counted.items()},
     }
+
+
+def _together(parts: Sequence[dict[str, float]]) -> dict[str, list[float]]:
+    """All values by name, of those parts that have one."""
+    found: dict[str, list[float]] = defaultdict(list)
+    for part in parts:
+        for name, value in part.items():
+            found[name].append(value)
+    return found
 
 
 def _means(values: dict[str, list[float]]) -> dict[str, float]:
@@ -175,17 +183,14 @@ def _watched(
 ) -> tuple[torch.Tensor, torch.Tensor, dict[str, float]]:
     """Logits, and entries that a query reads on average over queries, heads and layers, by level."""
     layers = [layer.attention for layer in model.layers]  # type: ignore[union-attr]
-    for layer in layers:
-        if isinstance(layer, LearnedGranularAttention):
-            layer.seen_covers = []
+    granular = [layer for layer in layers if isinstance(layer, LearnedGranularAttention)]
+    for layer in granular:
+        layer.seen_covers = []
     units, spans = model(collate(samples).to(device))
-    found: dict[str, list[float]] = defaultdict(list)
-    for layer in layers:
-        for name, value in _entries(layer, samples).items():
-            found[name].append(value)
-        if isinstance(layer, LearnedGranularAttention):
-            layer.seen_covers = None
-    return units, spans, {name: statistics.mean(values) for name, values in found.items()}
+    each = _granular_entries(granular, samples) if granular else [_entries(layer, samples) for layer in layers]
+    for layer in granular:
+        layer.seen_covers = None
+    return units, spans, {name: statistics.mean(one[name] for one in each) for name in each[0]}
 
 
 def _entries(layer: nn.Module, samples: Sequence[Sample]) -> dict[str, float]:
@@ -198,23 +203,37 @@ def _entries(layer: nn.Module, samples: Sequence[Sample]) -> dict[str, float]:
         own = high - low + np.clip(low, 0, layer.global_tokens)
         own[: layer.global_tokens] = tokens
         return {"tokens": float(own.mean())}
-    assert isinstance(layer, LearnedGranularAttention)
-    assert layer.seen_covers is not None
-    chunk, block = layer.levels.chunk, layer.block
-    fine, coarse, blocks, held = 0.0, [0.0] * layer.levels.top, 0, []
-    for part, cover in layer.seen_covers:
-        blocks += len(part.start)
-        low, high = part.left.cpu().numpy(), np.minimum(part.right.cpu().numpy(), tokens)
-        near = high - low - ((block - 1) / 2 if layer.causal else 0)
-        fine += float((near + chunk * (low >= chunk)).sum())
-        fine += float((cover.opened >= 0).sum(-1).double().mean((0, 1)).sum()) * chunk
-        for level, read in enumerate(cover.read):
-            coarse[level] += float(read.sum(-1).double().mean((0, 1)).sum())
-        if int(part.start[-1]) + block >= tokens:
-            held += _held(cover.opened[:, :, -1].cpu(), int(low[-1]), samples, chunk)
-    found = {"tokens": fine / blocks}
-    found |= {f"level {level + 1}": value / blocks for level, value in enumerate(coarse)}
-    return found | ({"gold read as tokens": statistics.mean(held)} if held else {})
+    raise TypeError(f"{type(layer).__name__} does not say what it reads")
+
+
+def _granular_entries(layers: Sequence[LearnedGranularAttention], samples: Sequence[Sample]) -> list[dict[str, float]]:
+    """Of each layer by its covers. What is counted on a device comes back at once: others wait for it too."""
+    tokens = len(samples[0].tokens)
+    counted, last = [], []
+    for layer in layers:
+        chunk, covers = layer.levels.chunk, layer.seen_covers or []
+        numbers = torch.zeros(layer.levels.top + 1, dtype=torch.float64, device=covers[0][1].opened.device)
+        for part, cover in covers:
+            near = (part.right.clamp_max(tokens) - part.left + chunk * (part.left >= chunk)).double()
+            numbers[0] += (near - ((layer.block - 1) / 2 if layer.causal else 0)).sum()
+            numbers[0] += (cover.opened >= 0).sum(-1).double().mean((0, 1)).sum() * chunk
+            for level, read in enumerate(cover.read, start=1):
+                numbers[level] += read.sum(-1).double().mean((0, 1)).sum()
+        counted.append(numbers)
+        last.append(covers[-1][1].opened[:, :, -1])
+    whole = torch.cat([torch.stack(counted).flatten(), torch.stack(last).double().flatten()]).cpu()
+    counts, opened = whole.split([sum(map(len, counted)), sum(one.numel() for one in last)])
+    found = []
+    apart = (counts.view(len(layers), -1), opened.view(len(layers), *last[0].shape))
+    for layer, own, ends in zip(layers, *apart, strict=True):
+        blocks = -(-tokens // layer.block)
+        window = max(0, (blocks - 1) * layer.block - layer.side)
+        held = _held(ends, window, samples, layer.levels.chunk)
+        entries = [value / blocks for value in own.tolist()]
+        found.append({"tokens": entries[0], **{f"level {at}": value for at, value in enumerate(entries[1:], start=1)}})
+        if held:
+            found[-1]["gold read as tokens"] = statistics.mean(held)
+    return found
 
 
 def _held(opened: torch.Tensor, window: int, samples: Sequence[Sample], chunk: int) -> list[float]:

@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
+import torch
 from torch import Tensor
 
 from mgam.evaluation.metrics import token_f1
@@ -36,9 +37,12 @@ SILENCE = Choice((), None)
 def choices(units: Tensor, tokens: Tensor, samples: Sequence[Sample]) -> list[Choice]:
     """The best units and the best span of each sample, from a model's logits (B, M) and (B, 2, T)."""
     few = min(LOOKED_AT, units.shape[1])
-    best = units.topk(few, -1).indices.cpu().numpy()
     looked = tokens.float().topk(LOOKED_AT, -1)
-    values, places = looked.values.cpu().numpy(), looked.indices.cpu().numpy()
+    parts = [units.topk(few, -1).indices, looked.values.flatten(1), looked.indices.flatten(1)]
+    sent = torch.cat([part.double() for part in parts], 1).cpu().numpy()  # at once: others wait for the device too
+    best, values, places = np.split(sent, np.cumsum([part.shape[1] for part in parts])[:-1], 1)
+    best, places = best.astype(int), places.astype(int).reshape(len(samples), 2, -1)
+    values = values.astype(np.float32).reshape(len(samples), 2, -1)
     return [
         Choice([at for at in best[row].tolist() if at < len(sample.ends)], _span(sample, values[row], places[row]))
         for row, sample in enumerate(samples)
