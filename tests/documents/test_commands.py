@@ -66,7 +66,7 @@ def test_digest_ask_chat_info_verify(command: Command, book: str, monkeypatch: p
     answer = json.loads(out)
     assert answer["tokens"]["document"] == made["tokens"]
     monkeypatch.setattr("sys.stdin", io.StringIO("who?\nand where?\n"))
-    code, out, _ = command("chat", "book.mgam", "--max-new-tokens", "4", "--json")
+    code, out, _ = command("chat", "book.mgam", "--tier", "host", "--max-new-tokens", "4", "--json")
     lines = [json.loads(line) for line in out.splitlines()]
     assert [line["question"] for line in lines] == ["who?", "and where?"]
     assert lines[0]["answer"] == answer["answer"]

@@ -10,7 +10,7 @@ from typing import Annotated
 import typer
 
 from mgam.cli.ask import quiet_libraries, whole_number
-from mgam.cli.digests import MEMORY_HELP, open_document
+from mgam.cli.digests import MEMORY_HELP, TIER_HELP, Tier, open_document
 
 
 def chat(
@@ -18,6 +18,7 @@ def chat(
     model: Annotated[str | None, typer.Option(help="Hub id, folder or GGUF file of the model that made it.")] = None,
     device: Annotated[str, typer.Option(help="auto, cpu, cuda, cuda:1, mps.")] = "auto",
     memory: Annotated[str | None, typer.Option(metavar="SIZE", help=MEMORY_HELP)] = None,
+    tier: Annotated[Tier, typer.Option(help=TIER_HELP)] = Tier.DISK,
     max_new_tokens: Annotated[
         int, typer.Option(parser=whole_number, metavar="TOKENS", help="An answer's greatest length.")
     ] = 128,
@@ -29,7 +30,7 @@ def chat(
     from mgam.cli.progress import Stage
 
     with Stage(silent=as_json) as stage:
-        document, _ = open_document(path, model, device, download, memory, stage)
+        document, _ = open_document(path, model, device, download, memory, stage, tier=tier)
     talk = document.chat()
     try:
         while question := _ask(as_json):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+from enum import StrEnum
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -16,6 +17,16 @@ SUFFIX = ".mgam"
 MEMORY_HELP = "Bound of keys, values, summaries and search keys, such as 2GiB; weights and work come on top."
 
 
+class Tier(StrEnum):
+    """Where pages wait."""
+
+    DISK = "disk"
+    HOST = "host"
+
+
+TIER_HELP = "Where pages wait: on disk, or in main memory (host: slower to open, then quicker), pinned for a GPU."
+    "Where pages of a digest wait: on disk, or in main memory (host: slow to open, then quick), pinned for a GPU."
+)
 ADAPTER_HELP = "Adapters with which the model looks things up: from mgam fit --adapter-only, a hub id, or none."
 ADAPTER_DEFAULT = "lookup, which is shipped, with the default model"
 
@@ -59,6 +70,7 @@ def open_document(
     memory: str | None,
     stage: Stage,
     question_budget: int | None = None,
+    tier: Tier = Tier.DISK,
 ) -> tuple[Document, dict[str, float]]:
     """An open digest, and the seconds that loading the model and opening took."""
     from mgam.documents.document import Document
@@ -71,7 +83,9 @@ def open_document(
     loaded = load_for(manifest, model, device, download, stage)
     between = time.perf_counter()
     stage.say("opening the digest")
-    document = Document.open(path, loaded.model, loaded.tokenizer, memory=memory, question_budget=question_budget)
+    document = Document.open(
+        path, loaded.model, loaded.tokenizer, memory=memory, tier=tier.value, question_budget=question_budget
+    )
     seconds = {"loading": between - started, "opening": time.perf_counter() - between}
     for name in document.changed():
         stage.say(f"note: {name} has changed since it was digested; the answer is from the text as it was")
