@@ -25,8 +25,6 @@ class Tier(StrEnum):
 
 
 TIER_HELP = "Where pages wait: on disk, or in main memory (host: slower to open, then quicker), pinned for a GPU."
-    "Where pages of a digest wait: on disk, or in main memory (host: slow to open, then quick), pinned for a GPU."
-)
 ADAPTER_HELP = "Adapters with which the model looks things up: from mgam fit --adapter-only, a hub id, or none."
 ADAPTER_DEFAULT = "lookup, which is shipped, with the default model"
 
