@@ -10,6 +10,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 from itertools import groupby
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
@@ -25,6 +26,9 @@ from mgam.positions import Positions
 from mgam.pyramid import Pyramid
 from mgam.schedule import Blocks, Piece, Schedule
 from mgam.segments import Segment, follow, padded
+
+if TYPE_CHECKING:
+    from mgam.step import Stepped
 
 CPU_ELEMENTS = 1 << 22
 GPU_ELEMENTS = 1 << 27
@@ -210,11 +214,11 @@ def read(
     watched = record is not None and record.evidence_from is not None
     stepped = _step(queries, pyramid, plan, reading, scale, softcap, watched)
     if stepped is not None:
-        got, cover, mass = stepped
         if record is not None:
             assert plan.newest is not None
-            _watch(record, queries, plan.newest, cover, pyramid, reading, scale, softcap, layer, mass)
-        return got
+            seen = stepped.cover, pyramid, reading, scale, softcap, layer, stepped.mass
+            _watch(record, queries, plan.newest, *seen)
+        return stepped.out
     observe, evict = getattr(reading.policy, "observe", None), getattr(reading.policy, "evict", None)
     if observe or evict:
         places = plan.first.tolist(), plan.before.tolist(), plan.dense_to.tolist()
@@ -248,9 +252,8 @@ def read(
 
 def _step(
     queries: Tensor, pyramid: Pyramid, plan: Plan, reading: Reading, scale: float, softcap: float | None, watched: bool
-) -> tuple[Tensor, Cover, Tensor | None] | None:
-    """One new token per row that is found and read by kernels alone, as `mgam.step.read` gives it; None for other
-    calls."""
+) -> Stepped | None:
+    """One new token per row that is found and read by kernels alone; None for other calls."""
     blocks = plan.newest
     policy = None if blocks is None else reading.policy_of(blocks)
     if blocks is None or not isinstance(policy, Scored) or any(pyramid.gone) or _learns(queries, pyramid):

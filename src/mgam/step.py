@@ -6,9 +6,10 @@ layer from token to token, until what the kernels read lies elsewhere.
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+from collections.abc import Callable
+from dataclasses import dataclass, field, replace
 from functools import cache
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
@@ -16,6 +17,7 @@ from torch import Tensor
 from mgam.cover import Cover, Known
 from mgam.cover import window_start as first_of_window
 from mgam.device import Decoded, decode
+from mgam.levels import Levels
 from mgam.policies.compact import CompactKeys
 from mgam.policies.scored import Scored
 from mgam.policies.search_triton import most_entries
@@ -23,8 +25,10 @@ from mgam.positions import Positions
 from mgam.pyramid import Pyramid
 from mgam.schedule import Blocks, sent
 
+Made = TypeVar("Made")
 
-@dataclass(frozen=True)
+
+@dataclass(frozen=True, eq=False)
 class Moment:
     """Where the rows of a call stand that has one new token for each; the same for all layers."""
 
@@ -36,6 +40,7 @@ class Moment:
     """Complete chunks before the last token of any row."""
     full: bool
     """Whether every row searches full keys, for want of the tokens that give compact ones a basis."""
+    _entries: dict[tuple[Scored, Positions], int] = field(default_factory=dict)
 
     @classmethod
     def of(cls, blocks: Blocks, policy: Scored, pyramid: Pyramid) -> Moment | None:
@@ -47,6 +52,21 @@ class Moment:
             return None
         judged = int(blocks.decide.max()) // levels.chunk
         return cls(sent(blocks.stop, device), begin, judged, not bool(late.any()))
+
+    def entries(self, policy: Scored, positions: Positions, levels: Levels) -> int:
+        """Most entries before a window; found and checked once for layers that share policy and positions.
+
+        Raises:
+            SettingError: when so many do not fit the positions.
+        """
+        key = policy, positions
+        if key not in self._entries:
+            chunks = int(self.begin.max()) // levels.chunk
+            found = most_entries(chunks, policy.budget // levels.chunk, levels, policy.rest)
+            if positions.kind == "granular":
+                positions.check(found)
+            self._entries[key] = found
+        return self._entries[key]
 
 
 def moment(blocks: Blocks, policy: Scored, pyramid: Pyramid) -> Moment | None:
@@ -64,20 +84,14 @@ def read(
     scale: float,
     softcap: float | None = None,
     watched: bool = False,
-) -> tuple[Tensor, Cover, Tensor | None]:
-    """Attention (B, H*G, 1, D) of one new token per row, the cover that it read, and, where it is `watched`, the
-    attention (B, H, K) that opened chunks got.
-
-    Cover and attention to chunks are written over by the next call over the same pyramid.
+) -> Stepped:
+    """Attention of one new token per row; where it is `watched`, that of opened chunks is summed too.
 
     Raises:
         SettingError: when the cover does not fit the positions.
     """
     levels = pyramid.levels
-    chunks = int(now.begin.max()) // levels.chunk
-    entries = most_entries(chunks, policy.budget // levels.chunk, levels, policy.rest)
-    if positions.kind == "granular":
-        positions.check(entries)
+    entries = now.entries(policy, positions, levels)
     read_from: list[Tensor] = [*pyramid.keys, *pyramid.values]
     assert pyramid.search is not None
     room = pyramid.search.shape[3]
@@ -96,8 +110,28 @@ def read(
 
     if not isinstance(pyramid.step, Step):
         pyramid.step = Step()
-    made, out = pyramid.step(same, call, queries, now.lengths)
-    return out, replace(made.cover, known=Known(now.begin, entries)), made.mass
+    made, out = pyramid.step(same, call, queries, now)
+    return Stepped(out, made, Known(now.begin, entries))
+
+
+@dataclass(frozen=True)
+class Stepped:
+    """What one new token per row read. Cover and masses are written over by the next call over the same pyramid."""
+
+    out: Tensor
+    """(B, H*G, 1, D)"""
+    made: Decoded
+    known: Known
+
+    @property
+    def cover(self) -> Cover:
+        """The cover that was read."""
+        return replace(self.made.cover, known=self.known)
+
+    @property
+    def mass(self) -> Tensor | None:
+        """(B, H, K): the attention that opened chunks got, where it was watched."""
+        return self.made.mass
 
 
 class Step:
@@ -106,7 +140,7 @@ class Step:
     def __init__(self) -> None:
         self._same: object = None
         self._graph: torch.cuda.CUDAGraph | None = None
-        self._given: tuple[Tensor, Tensor] | None = None
+        self._asked: Tensor | None = None
         self._made: Decoded | None = None
 
     def __deepcopy__(self, memo: dict[int, Any]) -> Step:
@@ -116,57 +150,71 @@ class Step:
     def __reduce__(self) -> tuple[type[Step], tuple[()]]:
         return Step, ()
 
-    def __call__(self, same: object, call: Any, queries: Tensor, lengths: Tensor) -> tuple[Decoded, Tensor]:
+    def __call__(
+        self, same: tuple[object, ...], call: Callable[[Tensor, Tensor], Decoded], queries: Tensor, now: Moment
+    ) -> tuple[Decoded, Tensor]:
         """What `call(queries, lengths)` gives, and a result that nobody writes to again. `same`: what tells this call
         from others, all places that it reads from included."""
         if not queries.is_cuda or torch.cuda.is_current_stream_capturing():
-            made = call(queries, lengths)
+            made = call(queries, now.lengths)
             return made, made.out
-        if same != self._same:
-            self._same, self._graph, self._given, self._made = same, None, None, None
-            made = call(queries, lengths)
+        stream = torch.cuda.current_stream(queries.device).cuda_stream
+        if (stream, same) != self._same:
+            self._same, self._graph, self._asked, self._made = (stream, same), None, None, None
+            made = call(queries, now.lengths)
             return made, made.out
-        if self._graph is None:
-            self._given = queries.clone(memory_format=torch.contiguous_format), lengths.clone()
-            self._graph, self._made = _captured(call, *self._given)
+        beside = _beside(queries.device, stream)
+        lengths = beside.lengths_of(now)
+        if self._graph is None or self._asked is None or self._made is None:
+            self._asked = queries.clone(memory_format=torch.contiguous_format)
+            self._graph, self._made = beside.captured(call, self._asked, lengths)
         else:
-            assert self._given is not None
-            self._given[0].copy_(queries)
-            self._given[1].copy_(lengths)
+            self._asked.copy_(queries)
         self._graph.replay()
-        assert self._made is not None
         return self._made, self._made.out.clone()
 
 
-def _captured(call: Any, queries: Tensor, lengths: Tensor) -> tuple[torch.cuda.CUDAGraph, Decoded]:
-    """The call in a graph that reads from these tensors. Graphs share their working memory, since the layers of a
-    model follow one another in a stream."""
-    here = torch.cuda.current_stream(queries.device)
-    side, pool, _ = _aside(queries.device, here.cuda_stream)
-    graph = torch.cuda.CUDAGraph()
-    side.wait_stream(here)
-    with torch.cuda.stream(side):
-        call(queries, lengths)  # kernels are loaded before the capture begins, in which nothing may be loaded
-        graph.capture_begin(pool=pool, capture_error_mode="thread_local")
-        try:
-            made = call(queries, lengths)
-        finally:
-            graph.capture_end()
-    here.wait_stream(side)
-    return graph, made
+class Beside:
+    """What the captured calls of a stream share: a stream to capture on; working memory, since the layers of a model
+    follow one another; and the lengths of the rows, which are the same for all of them."""
+
+    def __init__(self, device: torch.device) -> None:
+        self._aside, self._pool = torch.cuda.Stream(device), torch.cuda.graph_pool_handle()
+        self._lengths: dict[int, tuple[Tensor, Moment]] = {}
+        some = torch.zeros(1, device=device)
+        self._keeps = self._capture(lambda: some.add_(1))[0]  # a pool must not be without a graph in between
+
+    def lengths_of(self, now: Moment) -> Tensor:
+        """Lengths (B,), at one place for each number of rows; written when another moment's stand there."""
+        rows = now.lengths.shape[0]
+        if rows not in self._lengths:
+            self._lengths[rows] = now.lengths.clone(), now
+        place, owner = self._lengths[rows]
+        if owner is not now:
+            place.copy_(now.lengths)
+            self._lengths[rows] = place, now
+        return place
+
+    def captured(
+        self, call: Callable[[Tensor, Tensor], Decoded], queries: Tensor, lengths: Tensor
+    ) -> tuple[torch.cuda.CUDAGraph, Decoded]:
+        """The call in a graph that reads from these tensors."""
+        return self._capture(lambda: call(queries, lengths))
+
+    def _capture(self, call: Callable[[], Made]) -> tuple[torch.cuda.CUDAGraph, Made]:
+        here, graph = torch.cuda.current_stream(self._aside.device), torch.cuda.CUDAGraph()
+        self._aside.wait_stream(here)
+        with torch.cuda.stream(self._aside):
+            call()  # kernels are loaded before the capture begins, in which nothing may be loaded
+            graph.capture_begin(pool=self._pool, capture_error_mode="thread_local")
+            try:
+                made = call()
+            finally:
+                graph.capture_end()
+        here.wait_stream(self._aside)
+        return graph, made
 
 
 @cache
-def _aside(device: torch.device, stream: int) -> tuple[torch.cuda.Stream, Any, torch.cuda.CUDAGraph]:
-    """A stream to capture on and a pool of memory, for the calls that follow one another in a stream of a device; and
-    a graph that keeps the pool while no other does."""
-    side, pool, graph = torch.cuda.Stream(device), torch.cuda.graph_pool_handle(), torch.cuda.CUDAGraph()
-    some = torch.zeros(1, device=device)
-    side.wait_stream(torch.cuda.current_stream(device))
-    with torch.cuda.stream(side):
-        some.add_(1)
-        graph.capture_begin(pool=pool, capture_error_mode="thread_local")
-        some.add_(1)
-        graph.capture_end()
-    torch.cuda.current_stream(device).wait_stream(side)
-    return side, pool, graph
+def _beside(device: torch.device, stream: int) -> Beside:
+    return Beside(device)

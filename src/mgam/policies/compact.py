@@ -66,6 +66,8 @@ class CompactKeys:
             kept = _empty(pyramid, compact)
             pyramid.derived[compact] = kept
         targets = [length // levels.chunk if length >= compact.calibrate else 0 for length in pyramid.lengths]
+        if kept.chunks == targets:
+            return kept
         for row, target in enumerate(targets):
             if target and not kept.chunks[row]:
                 kept._calibrate(pyramid, row, compact.calibrate // levels.chunk)

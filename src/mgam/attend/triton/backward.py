@@ -14,6 +14,22 @@ import triton.language as tl
 from mgam.attend.triton.tiles import OPENED, SUMMARIES, WINDOW, entries, half_tables, products, rows, states
 
 
+@triton.jit(do_not_specialize=["lines", "query_heads", "size"])
+def delta_kernel(
+    grad_ptr, out_ptr, delta_ptr, lines, query_heads, size, out_block, out_head, out_row,
+    D: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_M: tl.constexpr,
+):  # fmt: skip
+    """Products of results and their gradients, row by row: grad (N, Hq, Q, D) contiguous, out by strides, delta
+    (N, Hq, Q) float32."""
+    line = tl.program_id(0).to(tl.int64) * BLOCK_M + tl.arange(0, BLOCK_M)
+    live = line < lines
+    block = line // size // query_heads
+    offset = block * out_block + line // size % query_heads * out_head + line % size * out_row
+    grad = rows(grad_ptr, line * D, live, 0, D, BLOCK_D, True).to(tl.float32)
+    out = rows(out_ptr, offset, live, 0, D, BLOCK_D, True).to(tl.float32)
+    tl.store(delta_ptr + line, tl.sum(grad * out, 1), mask=live)
+
+
 @triton.jit
 def _slopes(
     q0, q1, q2, k0, k1, k2, value, grad, lse, delta, seen, scale, bias, cap,

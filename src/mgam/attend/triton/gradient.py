@@ -9,7 +9,7 @@ import torch
 import triton
 from torch import Tensor
 
-from mgam.attend.triton.backward import entry_grad_kernel, query_grad_kernel
+from mgam.attend.triton.backward import delta_kernel, entry_grad_kernel, query_grad_kernel
 from mgam.attend.triton.lists import Lists
 from mgam.attend.triton.prefill import WholeTiles, fits, pieces
 from mgam.attend.triton.tables import STEP, Turn, biases, block, copyable, described, precision, strides
@@ -67,7 +67,12 @@ def gradients(
 ) -> tuple[Tensor, list[Tensor], list[Tensor]]:
     """Gradients of queries (N, H*G, Q, D), and of keys and values (B, H, n_l, D) per level."""
     grad = grad.contiguous()
-    delta = (grad.float() * part.out.float()).sum(-1).contiguous()
+    count, query_heads, size, dim = queries.shape
+    delta = torch.empty(count, query_heads, size, dtype=torch.float32, device=queries.device)
+    delta_kernel[(triton.cdiv(delta.numel(), 32),)](
+        grad, part.out, delta, delta.numel(), query_heads, size, *part.out.stride()[:3], D=dim, BLOCK_D=block(dim),
+        BLOCK_M=32, num_warps=4,
+    )  # fmt: skip
     dq = _query_grads(grad, delta, part.lse, queries, lists, keys, values, scale, turn, softcap)
     whole = fits(queries, lists, keys, values, turn, WHOLE) and lists.levels.chunk % WHOLE.entries == 0
     far = (turn.far(keys[0].shape[2]) if turn.pairs else (turn.cos, turn.sin)) if whole else None
