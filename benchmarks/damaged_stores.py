@@ -28,6 +28,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--trials", type=int, default=10_000)
     parser.add_argument("--first", type=int, default=0, help="first seed")
+    parser.add_argument("--eight-bits", action="store_true", help="digests in 8 bits")
     parser.add_argument("--out", type=Path)
     arguments = parser.parse_args()
     import torch
@@ -38,7 +39,7 @@ def main() -> None:
     began = time.perf_counter()
     outcomes: Counter[str] = Counter()
     with tempfile.TemporaryDirectory() as folder:
-        scene = make_scene(Path(folder), tiny.make_tokenizer())
+        scene = make_scene(Path(folder), tiny.make_tokenizer(), arguments.eight_bits)
         taken = int(Path("/proc/self/statm").read_text().split()[0]) * resource.getpagesize()
         resource.setrlimit(resource.RLIMIT_AS, (taken + BOUND, resource.getrlimit(resource.RLIMIT_AS)[1]))
         for number in range(arguments.trials):
@@ -52,6 +53,7 @@ def main() -> None:
     result = {
         "trials": arguments.trials,
         "first_seed": arguments.first,
+        "eight_bits": arguments.eight_bits,
         "failed": failed,
         "outcomes": dict(sorted(outcomes.items())),
         "seconds": round(time.perf_counter() - began, 1),

@@ -23,18 +23,18 @@ from .damage import QUESTION, Scene
 TRIALS = 300
 
 
-@pytest.fixture(scope="module")
-def scene(tmp_path_factory: pytest.TempPathFactory, tokenizer: Any) -> Scene:
+@pytest.fixture(scope="module", params=[False, True], ids=["plain", "eight bits"])
+def scene(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory, tokenizer: Any) -> Scene:
     folder = tmp_path_factory.mktemp("scene")
-    return make_scene(folder, tokenizer)
+    return make_scene(folder, tokenizer, request.param)
 
 
-def make_scene(folder: Path, tokenizer: Any) -> Scene:
+def make_scene(folder: Path, tokenizer: Any, eight_bits: bool = False) -> Scene:
     model = tiny.make_model()
     whole, foreign = folder / "whole.mgam", folder / "foreign.mgam"
-    with_answer = Document.digest(model, tokenizer, [tiny.source(400)], whole, **tiny.GRID)
+    with_answer = Document.digest(model, tokenizer, [tiny.source(400)], whole, eight_bits=eight_bits, **tiny.GRID)
     answer = with_answer.ask(QUESTION, max_new_tokens=3).answer
-    Document.digest(tiny.make_model(1), tokenizer, [tiny.source(400, 1)], foreign, **tiny.GRID)
+    Document.digest(tiny.make_model(1), tokenizer, [tiny.source(400, 1)], foreign, eight_bits=eight_bits, **tiny.GRID)
     return Scene(model, tokenizer, whole, foreign, answer)
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import time
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
@@ -145,7 +146,7 @@ class Document:
             if applied is None or applied.settings != wanted:
                 settings = wanted.as_dict()
                 apply(model, settings.pop("method"), **{**settings, "dense_until": manifest.dense_until})
-            with rehearsing(model, tokenizer, manifest):
+            with rehearsing(model, tokenizer, manifest) if bound is None else nullcontext():
                 slots = slots_for(manifest.shape, manifest.tokens, room, bound, device)
                 pool, cache = prepare(model, manifest.shape, manifest.tokens + room, slots)
                 tokens, recent = _load(store, parts, cache)

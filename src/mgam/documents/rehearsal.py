@@ -30,7 +30,8 @@ _rehearsed: set[tuple[Any, ...]] = set()
 def rehearsing(model: Any, tokenizer: Any, manifest: Manifest) -> Iterator[None]:
     """Rehearses beside what is done in this context, once a process; other devices than CUDA's need no rehearsal.
 
-    The model must not be called meanwhile. What fails here fails when it is asked, and is told then.
+    It takes some memory of its own. The model must not be called meanwhile. What fails here fails when a question is
+    asked, and is told then.
     """
     what = (model.device, model.dtype, type(model), manifest.shape, manifest.settings)
     if model.device.type != "cuda" or what in _rehearsed:
