@@ -92,6 +92,53 @@ def nsa_row(setting: Setting, machine: Machine, tokens: int) -> Row:
     return rated(row, machine, 4 * setting.dim * setting.query_heads * tokens * entries, 0, entries)
 
 
+def moba_row(setting: Setting, machine: Machine, tokens: int) -> Row:
+    """Mixture of Block Attention (Lu et al. 2025, arXiv 2502.13189) by flash-linear-attention, over PyTorch's build of
+    the flash kernels that it is written for.
+
+    Blocks of 512 tokens, as many as our budget and window hold. It knows no groups: keys and values are repeated.
+    """
+    from fla.ops.moba import parallel as moba
+
+    moba.flash_attn_varlen_func = moba._flash_attn_varlen_forward = _flash_packed
+    queries, keys, values = (part.transpose(1, 2) for part in states(setting, tokens))
+    group = setting.query_heads // setting.kv_heads
+    keys, values = (part.repeat_interleave(group, 2) for part in (keys, values))
+    borders = torch.tensor([0, tokens], dtype=torch.int32, device="cuda")
+    chunk = 512
+    count = (setting.budget + setting.window) // chunk
+
+    def call() -> Tensor:
+        with torch.no_grad():
+            found: Tensor = moba.parallel_moba(queries.contiguous(), keys, values, borders, tokens, chunk, count)
+        return found
+
+    time = timed(call)
+    row = row_of("prefill", "search + read", "MoBA of flash-linear-attention, PyTorch's flash kernels", tokens, 1, time)
+    entries = setting.budget + chunk / 2
+    return rated(row, machine, 4 * setting.dim * setting.query_heads * tokens * entries, 0, entries)
+
+
+def _flash_packed(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    cu_seqlens_q: Tensor,
+    cu_seqlens_k: Tensor,
+    max_seqlen_q: int,
+    max_seqlen_k: int,
+    softmax_scale: float,
+    causal: bool,
+    dropout_p: float = 0.0,
+) -> tuple[Tensor, Tensor, None, None]:
+    """Results (T, H, D) and log-sum-exp (H, T) of packed texts, as flash-attn gives them."""
+    out, lse, *_ = torch.ops.aten._flash_attention_forward(
+        q, k, v, cu_seqlens_q.int(), cu_seqlens_k.int(), max_seqlen_q, max_seqlen_k, dropout_p, causal, False,
+        scale=softmax_scale,
+    )  # fmt: skip
+    return out, lse, None, None
+
+
 def quest_row(setting: Setting, machine: Machine, tokens: int, batch: int, page: int = 16) -> Row:
     """A Quest-like selection at decode (Tang et al. 2024, arXiv 2406.10774): pages by the bound of their keys'
     minima and maxima."""

@@ -12,7 +12,7 @@ from pathlib import Path
 from mgam.benchmarks.decode import decode_rows
 from mgam.benchmarks.dense import DENSE_AT_MOST, dense_rows
 from mgam.benchmarks.machine import Machine, here
-from mgam.benchmarks.peers import flex_row, nsa_row, quest_row, same_blocks_row
+from mgam.benchmarks.peers import flex_row, moba_row, nsa_row, quest_row, same_blocks_row
 from mgam.benchmarks.prefill import prefill_rows, window_row
 from mgam.benchmarks.setting import Row, Setting, guarded
 from mgam.benchmarks.training import training_rows
@@ -78,7 +78,7 @@ def _rows(setting: Setting, machine: Machine, lengths: Sequence[int], phases: Se
             yield from guarded("prefill", partial(prefill_rows, setting, machine, tokens))
             yield from guarded("prefill", partial(dense_rows, setting, machine, tokens))
         if "peers" in phases:
-            for make in (window_row, same_blocks_row, flex_row, nsa_row):
+            for make in (window_row, same_blocks_row, flex_row, nsa_row, moba_row):
                 yield from guarded("prefill", partial(_alone, make, setting, machine, tokens))
         if "training" in phases and tokens <= DENSE_AT_MOST:
             for positions in ("granular", "absolute"):
