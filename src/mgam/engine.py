@@ -263,6 +263,8 @@ def _step(
     levels, dtype = pyramid.levels, pyramid.keys[0].dtype
     if policy.budget < levels.chunk or queries.dtype != dtype or levels != reading.levels:
         return None
+    if hasattr(reading.policy, "observe") or hasattr(reading.policy, "evict"):
+        return None
     from mgam import step
 
     now = step.moment(blocks, policy, pyramid)
