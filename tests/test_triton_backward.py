@@ -74,6 +74,21 @@ def test_gradients_of_whole_tiles_equal_oracle(name: str, monkeypatch: pytest.Mo
     assert bool(launched) == (made.cover.levels.chunk % 16 == 0)
 
 
+@pytest.mark.parametrize("granular", [False, True])
+def test_gradients_of_whole_tiles_as_they_come_equal_oracle(granular: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    """With the shapes of tiles that calls really take."""
+    from mgam.attend.triton import gradient, prefill
+
+    seen: list[bool] = []
+    monkeypatch.setattr(gradient, "fits", lambda *args: seen.append(prefill.fits(*args)) or seen[-1])
+    case = Case(tokens=384, sizes=(1, 64, 128), block=64, window=64, opened=2, heads=1, few=2, granular=granular)
+    made = case.make(DTYPES[-1])
+    made.cover = replace(made.cover, known=Known(made.cover.window_start.cpu(), 0))
+    compare(made)
+    assert seen == [True] * len(seen)
+    assert seen
+
+
 def compare(made: Made) -> None:
     """Gradients of all states against the oracle's."""
     wide = in_float64(made)

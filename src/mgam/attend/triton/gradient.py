@@ -254,7 +254,7 @@ def _entry_grads(
                 *sizes, *keys.stride()[:3], *values.stride()[:3],
                 G=group, Q=size, KIND=0 if level == 0 else 1, OPENED_WIDTH=lists.index[0].shape[-1], UNIT=reads.size,
                 SUBS=subs, SPLITS=splits, D=dim, R=turn.pairs, STEP=STEP, BLOCK_M=below, BLOCK_N=across,
-                CAP=softcap is not None, PRECISION=precision(queries.dtype), num_warps=8, num_stages=2,
+                CAP=softcap is not None, PRECISION=precision(queries.dtype), num_warps=4, num_stages=2,
             )  # fmt: skip
         else:
             entry_grad_kernel[grid](
