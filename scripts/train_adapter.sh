@@ -11,8 +11,8 @@ mkdir -p "$out"
 texts=(--data novels --data speeches --data wikipedia --data essays)
 needles=(--tasks needle_prose --prose novels --batch-size 20 --keep-out 64,768)
 
-mgam fit "${texts[@]}" --data factbook -o "$out/lookup" --adapter-only --lora-steps 9000 --lora-minutes 4 --questions 24 --quotes 0.25 \
-  --lengths 4096,8192 --seed 1 --json | tee "$out/lookup.out"
+mgam fit "${texts[@]}" --data factbook -o "$out/lookup" --adapter-only --lora-steps 9000 --lora-minutes 3.2 --questions 24 --quotes 0.25 \
+  --seed 1 --json | tee "$out/lookup.out"
 mgam eval "${needles[@]}" --lengths 8k,16k,32k,64k,128k --trials 60 --results "$out/needles_lookup.jsonl" --methods "mgam,mgam:adapter=$out/lookup"
 
 mgam fit "${texts[@]}" -o "$out/policy" --tokens 8192 --steps 3000 --minutes 3 --lookup-tokens 4096 --check 3 --json | tee "$out/policy.out"

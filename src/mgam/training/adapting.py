@@ -6,14 +6,11 @@ covers of texts far longer than the window too. No policy is needed, and none is
 
 from __future__ import annotations
 
-import copy
 import json
-import math
 import os
 import random
 import time
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -21,11 +18,11 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.utils.data import Dataset, Sampler, SequentialSampler
-from transformers import AttentionInterface, PrinterCallback, Trainer, TrainingArguments
+from transformers import PrinterCallback, Trainer, TrainingArguments
 
-from mgam.errors import SettingError, UnsupportedModelError
+from mgam.errors import SettingError
 from mgam.integrations.transformers.low_rank import CONFIG, FOLDER, WEIGHTS
-from mgam.integrations.transformers.models import architecture, attention_layers
+from mgam.integrations.transformers.models import architecture
 from mgam.processes import world
 from mgam.training.checkpoints import last_whole
 from mgam.training.fit import Clock, Log, Say
@@ -34,10 +31,6 @@ from mgam.training.runs import CHECKPOINTS, LOG, NotANumberError, open_run, sayi
 
 TARGETS = ("q_proj", "k_proj", "v_proj", "o_proj")
 """Linear layers that get adapters."""
-NAME = "mgam_crowd"
-_attend = nn.functional.scaled_dot_product_attention
-SINK = 64
-"""First tokens of a text: a model rests its attention there, however long the text."""
 
 
 @dataclass(frozen=True)
@@ -54,12 +47,10 @@ class Adapting:
     questions: int = 16
     rate: float = 6e-4
     rank: int = 32
+    prose: float = 0.3
+    """Weight of the loss on text, beside that on answers."""
     stretch: int = 1024
-    """Tokens of each text on which the model is held to what it was, or taught."""
-    keep: float = 1.0
-    """Weight of the divergence there from the model without adapters."""
-    crowds: tuple[int, ...] = (1, 4, 16)
-    """Each lookup is answered as if what does not hold the answer were there so many times: as in a longer text."""
+    """Tokens of each text whose loss counts."""
     save_every: int = 100
     seed: int = 0
 
@@ -107,101 +98,28 @@ class Pupil(nn.Module):
     def forward(
         self, ids: Tensor, document: int, asked: tuple[Asked, ...], place: int
     ) -> tuple[Tensor, dict[str, Tensor]]:
-        """Loss of one lookup: ids (T,); `place` draws the stretch of text and the crowd."""
-        crowd = self.dials.crowds[place % len(self.dials.crowds)]
-        with crowding(self.model, crowded(len(ids), document, asked, crowd, self.model.dtype, ids.device)):
-            hidden = self._hidden(ids)
-        text = self._stretch(document, place, ids.device)
-        told, moved = self._told(hidden, ids, asked), self._moved(hidden, ids, text)
-        return told + self.dials.keep * moved, {"answers": told.detach(), "moved": moved.detach()}
+        """Loss of one lookup: ids (T,); `place` draws the stretch of the text whose loss counts."""
+        return self._losses(self._hidden(ids), ids, document, asked, place)
 
     def _hidden(self, ids: Tensor) -> Tensor:
         decoder = self.model.get_base_model().get_decoder()
         hidden: Tensor = decoder(input_ids=ids[None], use_cache=False).last_hidden_state[0]
         return hidden
 
-    def _stretch(self, document: int, place: int, device: torch.device) -> Tensor:
-        """Places of a stretch of the text that `place` draws."""
+    def _losses(
+        self, hidden: Tensor, ids: Tensor, document: int, asked: tuple[Asked, ...], place: int
+    ) -> tuple[Tensor, dict[str, Tensor]]:
+        """The loss of answers and of a stretch of text, from hidden states (T, width)."""
+        answers = torch.cat([torch.arange(*one.answer) for one in asked]).to(ids.device)
         first = place % max(1, document - self.dials.stretch - 1)
-        return torch.arange(first + 1, min(first + 1 + self.dials.stretch, document), device=device)
-
-    def _told(self, hidden: Tensor, ids: Tensor, asked: tuple[Asked, ...]) -> Tensor:
-        """The loss of answers, from hidden states (T, width)."""
-        return self._loss(hidden, ids, torch.cat([torch.arange(*one.answer) for one in asked]).to(ids.device))
-
-    def _moved(self, hidden: Tensor, ids: Tensor, text: Tensor) -> Tensor:
-        """Mean divergence, in nats, of what is expected at `text` from what the model without adapters expects."""
-        head = self.model.get_base_model().get_output_embeddings()
-        with torch.no_grad(), self.model.disable_adapter():
-            before = head(self._hidden(ids[: int(text[-1])])[text - 1]).float().log_softmax(-1)
-        now = head(hidden[text - 1]).float().log_softmax(-1)
-        return nn.functional.kl_div(now, before, reduction="batchmean", log_target=True)
+        text = torch.arange(first + 1, min(first + 1 + self.dials.stretch, document), device=ids.device)
+        told, read = self._loss(hidden, ids, answers), self._loss(hidden, ids, text)
+        return told + self.dials.prose * read, {"answers": told.detach(), "text": read.detach()}
 
     def _loss(self, hidden: Tensor, ids: Tensor, targets: Tensor) -> Tensor:
         """Mean loss of the tokens at `targets`."""
         head = self.model.get_base_model().get_output_embeddings()
         return nn.functional.cross_entropy(head(hidden[targets - 1]).float(), ids[targets])
-
-
-def crowded(
-    tokens: int, document: int, asked: tuple[Asked, ...], crowd: int, dtype: torch.dtype, device: torch.device
-) -> Tensor | None:
-    """What is added to attention scores of all that follows the text (T - document, T), so that questions and answers
-    see the text, but for its first tokens and what they ask for, `crowd` times. None where that is once."""
-    if crowd == 1:
-        return None
-    mask = torch.full((tokens - document, tokens), -torch.inf, dtype=dtype, device=device).triu(document + 1)
-    louder = math.log(crowd)
-    for one in asked:
-        rows = slice(one.question[0] - document, one.answer[1] - document)
-        mask[rows, SINK:document] += louder
-        for begin, end in (one.evidence, *one.more):
-            mask[rows, max(begin, SINK) : end] -= louder
-    return mask
-
-
-@contextmanager
-def crowding(model: Any, mask: Tensor | None) -> Iterator[None]:
-    """While it lasts, what follows a text attends with `mask` (see `crowded`); the text itself causally, as ever."""
-    if mask is None:
-        yield
-        return
-    AttentionInterface.register(NAME, _attention)
-    base = model.get_base_model()
-    layers: list[Any] = [
-        one.module for one in attention_layers(base.get_decoder(), base.config).values() if one.window is None
-    ]
-    before = [layer.config for layer in layers]
-    for layer in layers:
-        layer.config = copy.copy(layer.config)
-        layer.config._attn_implementation = NAME
-        layer._mgam_crowd = mask
-    try:
-        yield
-    finally:
-        for layer, config in zip(layers, before, strict=True):
-            layer.config = config
-            del layer._mgam_crowd
-
-
-def _attention(
-    module: nn.Module, query: Tensor, key: Tensor, value: Tensor, attention_mask: Any, scaling: float, **rest: Any
-) -> tuple[Tensor, None]:
-    """Attention of a text and of what follows it, each in one call.
-
-    Shapes: query (1, H*G, T, D), key and value (1, H, T, D); returns (1, T, H*G, D).
-    """
-    if rest.get("softcap") is not None or rest.get("s_aux") is not None:
-        raise UnsupportedModelError(
-            "the model caps its attention scores or has learned sinks, which training adapters alone does not know; "
-            "train them by a policy: mgam fit --lora"
-        )
-    mask: Tensor = module._mgam_crowd  # type: ignore[assignment]
-    key, value = (one.repeat_interleave(query.shape[1] // one.shape[1], 1) for one in (key, value))
-    text = query.shape[2] - len(mask)
-    first = _attend(query[:, :, :text], key[:, :, :text], value[:, :, :text], is_causal=True, scale=scaling)
-    rest_of_it = _attend(query[:, :, text:], key, value, attn_mask=mask[None, None], scale=scaling)
-    return torch.cat((first, rest_of_it), 2).transpose(1, 2).contiguous(), None
 
 
 class _Trainer(Trainer):

@@ -20,9 +20,6 @@ from mgam.evaluation.texts import TextLibrary, split_sentences
 from mgam.training.texts import read_texts
 from mgam.training.wordings import ALMANAC, BRIEFLY, QUOTES, fact
 
-DOSSIERS = 0.3
-"""Part of the lookups that ask for facts of countries, where they are among the sources."""
-
 
 @dataclass(frozen=True)
 class Asked:
@@ -31,8 +28,6 @@ class Asked:
     question: tuple[int, int]
     answer: tuple[int, int]
     evidence: tuple[int, int]
-    more: tuple[tuple[int, int], ...] = ()
-    """Further places that the answer needs."""
 
 
 @dataclass(frozen=True)
@@ -48,8 +43,8 @@ class Lookup:
 class _Pair:
     question: str
     answer: str
-    evidence: tuple[tuple[int, int], ...]
-    """Characters in the text: one place, or several."""
+    evidence: tuple[int, int]
+    """Characters in the text."""
 
 
 class LookupMaker:
@@ -83,7 +78,7 @@ class LookupMaker:
     def make(self, number: int, tokens: int, questions: int) -> Lookup:
         """A lookup of at most `tokens` tokens, and nearly as many."""
         rng = random.Random(f"{self.seed}/{number}/{tokens}")
-        profiles = bool(self.profiles) and rng.random() < DOSSIERS
+        profiles = bool(self.profiles) and rng.random() < 0.25
         room = tokens - 64 * questions - 120
         characters = int(room * 3.9)
         for _ in range(12):
@@ -111,30 +106,22 @@ class LookupMaker:
             pieces, start = rng.choices(self.sentences, weights=self._sizes)[0], 0
         quoted = sum(rng.random() < self.quotes for _ in range(questions)) if self.quotes else 0
         facts = [fact(rng) for _ in range(questions - quoted)]
-        hidden = sorted(
-            (place, number, statement)
-            for number, one in enumerate(facts)
-            for place, statement in zip(
-                sorted(rng.randrange(len(chosen)) for _ in (one.statement, *one.more)),
-                (one.statement, *one.more),
-                strict=True,
-            )
-        )[::-1]
+        places = sorted(rng.randrange(len(chosen)) for _ in facts)
         parts: list[str] = []
-        spans: list[list[tuple[int, int]]] = [[] for _ in facts]
+        spans: list[tuple[int, int]] = []
         begins: list[int] = []
-        length = 0
+        length, hidden = 0, list(zip(places, facts, strict=True))[::-1]
         for place, piece in enumerate(chosen):
             while hidden and hidden[-1][0] == place:
-                _, number, statement = hidden.pop()
+                statement = hidden.pop()[1].statement
                 parts.append(" " + statement)
-                spans[number].append((length + 1, length + 1 + len(statement)))
+                spans.append((length + 1, length + 1 + len(statement)))
                 length += 1 + len(statement)
             parts.append(piece)
             begins.append(length)
             length += len(piece)
         text = "".join(parts)
-        pairs = [_Pair(one.question, one.answer, tuple(span)) for one, span in zip(facts, spans, strict=True)]
+        pairs = [_Pair(one.question, one.answer, span) for one, span in zip(facts, spans, strict=True)]
         for place in rng.sample(range(len(chosen)), min(len(chosen), 4 * quoted)):
             if len(pairs) < questions and (pair := _quote(rng, text, begins[place], chosen[place])) is not None:
                 pairs.append(pair)
@@ -160,7 +147,7 @@ class LookupMaker:
                     )))  # fmt: skip
                     brief = rng.choice(BRIEFLY["text"])
                     span = (length + used + 1, length + used + len(line))
-                    answers.append(_Pair(asked + brief, profile.answer(one), (span,)))
+                    answers.append(_Pair(asked + brief, profile.answer(one), span))
                 lines.append(line)
                 used += len(line)
             for line in profile.long_lines:
@@ -182,8 +169,8 @@ class LookupMaker:
 
         asked = []
         for pair, (question, answer, stop) in zip(pairs, marks, strict=True):
-            places = [tokens(origin + begin, origin + end) for begin, end in pair.evidence]
-            asked.append(Asked(tokens(question, answer), tokens(answer, stop), places[0], tuple(places[1:])))
+            begin, end = pair.evidence
+            asked.append(Asked(tokens(question, answer), tokens(answer, stop), tokens(origin + begin, origin + end)))
         document = tokens(0, origin + len(text))[1]
         return Lookup(torch.tensor(encoded["input_ids"]), document, tuple(asked))
 
@@ -227,4 +214,4 @@ def _quote(rng: random.Random, text: str, begin: int, sentence: str) -> _Pair | 
     said = " ".join(sentence[first:last].split())
     answer = " ".join(sentence[last:stop].split())
     question = rng.choice(QUOTES).format(said=said, more=more)
-    return _Pair(question, answer, ((begin + first, begin + stop),))
+    return _Pair(question, answer, (begin + first, begin + stop))

@@ -51,8 +51,6 @@ class Reading(Adapting):
     questions: int = 8
     rate: float = 4e-4
     rank: int = 16
-    prose: float = 0.3
-    """Weight of the loss on text, beside that on answers."""
     search_weight: float = 0.2
     settings: tuple[tuple[str, Any], ...] = ()
     """Settings of `mgam.apply` to read with."""
@@ -89,11 +87,9 @@ class CoverPupil(Pupil):
 
         with shown(self.model, visit):
             hidden = self._hidden(ids)
-        told = self._told(hidden, ids, asked)
-        read = self._loss(hidden, ids, self._stretch(document, place, ids.device))
-        found = torch.stack(searched).mean() if searched else told.new_zeros(())
-        loss = told + self.dials.prose * read + self.dials.search_weight * found
-        return loss, {"answers": told.detach(), "text": read.detach(), "search": found.detach()}
+        loss, parts = self._losses(hidden, ids, document, asked, place)
+        found = torch.stack(searched).mean() if searched else loss.new_zeros(())
+        return loss + self.dials.search_weight * found, {**parts, "search": found.detach()}
 
     @torch.no_grad()
     def _renew(self, applied: Applied) -> None:

@@ -5,8 +5,7 @@ from __future__ import annotations
 import hashlib
 import random
 from collections.abc import Callable
-from dataclasses import dataclass, replace
-from itertools import pairwise
+from dataclasses import dataclass
 
 from mgam.evaluation.texts import words
 
@@ -46,8 +45,6 @@ class Fact:
     answer: str
     brief: str
     """What may be said after the question: how to answer."""
-    more: tuple[str, ...] = ()
-    """Further sentences to hide, each after the one before, which the answer needs too."""
 
 
 def training_words() -> tuple[str, ...]:
@@ -195,53 +192,12 @@ def _keyword(rng: random.Random) -> Fact:
     )
 
 
-def _marks(rng: random.Random) -> Fact:
-    key, what = _key(rng), rng.choice(("crate", "sack", "cask", "bale"))
-    values = [_digits(rng) for _ in range(rng.randint(2, 4))]
-    said = [
-        _pick(
-            rng,
-            f"A {what} of {key} bears the mark {value}.",
-            f"On a {what} that belongs to {key} stands {value}.",
-            f"One more {what} for {key}, marked {value}, came in.",
-        )
-        for value in values
-    ]
-    return Fact(
-        said[0],
-        _pick(rng, f"Which marks do the {what}s of {key} bear?", f"List every mark on a {what} of {key}."),
-        ", ".join(values),
-        "all",
-        tuple(said[1:]),
-    )
-
-
-def _chain(rng: random.Random) -> Fact:
-    value = _digits(rng)
-    tanks = [
-        "".join(rng.choices("BCDFGHKLMNPQRSTVWXZ", k=3)) + str(rng.randrange(10)) for _ in range(rng.randint(2, 4))
-    ]
-    said = [f"Tank {tanks[0]} was filled with batch {value}."]
-    said += [
-        _pick(rng, f"Tank {last} was filled from tank {first}.", f"From tank {first} they filled tank {last}.")
-        for first, last in pairwise(tanks)
-    ]
-    return Fact(
-        said[0],
-        _pick(rng, f"Which tanks hold batch {value}?", f"Name each tank that got something of batch {value}."),
-        ", ".join(tanks),
-        "all",
-        tuple(said[1:]),
-    )
-
-
 KINDS: tuple[Callable[[random.Random], Fact], ...] = (
-    _vault, _vault, _account, _account, _telephone, _count, _colour, _place, _keyword, _marks, _chain,
+    _vault, _vault, _account, _account, _telephone, _count, _colour, _place, _keyword,
 )  # fmt: skip
 BRIEFLY = {
     "digits": ("", " Reply with the figure alone.", " Give nothing but the digits.", " Only the number, please."),
     "word": ("", " Reply with the word alone.", " One word is enough.", " Say only what was asked."),
-    "all": ("", " Leave none out.", " Only the list, please."),
     "text": ("", " Be brief.", " Give the bare answer.", " Say only what was asked."),
 }
 
@@ -249,7 +205,7 @@ BRIEFLY = {
 def fact(rng: random.Random) -> Fact:
     """A fact of any kind."""
     made = rng.choice(KINDS)(rng)
-    return replace(made, question=made.question + rng.choice(BRIEFLY[made.brief]))
+    return Fact(made.statement, made.question + rng.choice(BRIEFLY[made.brief]), made.answer, made.brief)
 
 
 ALMANAC = {
