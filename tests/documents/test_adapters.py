@@ -67,6 +67,8 @@ def test_a_digest_is_asked_with_the_adapters_it_was_read_with(command: Command, 
     assert there[1] == folder
     assert answer("plain.mgam") == answer("book.txt") == answer("book.txt", "--adapter", "none")
     assert there[0] != answer("plain.mgam")[0]
+    assert "adapters" in command("ask", "book.mgam", "Who?", "--max-new-tokens", "2")[1]
+    assert "adapters" not in command("ask", "plain.mgam", "Who?", "--max-new-tokens", "2")[1]
 
 
 def test_other_adapters_are_refused(command: Command, tmp_path: Path) -> None:

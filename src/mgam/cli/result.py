@@ -28,6 +28,8 @@ def show(answer: Answer, console: Console | None = None) -> None:
         facts.add_row("found", f"{'yes' if answer.found else 'no'}, confidence {answer.confidence:.2f}")
     facts.add_row("tokens", _listed({name: f"{count:,}" for name, count in answer.tokens.items()}))
     facts.add_row("entries", _entries(answer.entries_per_level))
+    if adapter := answer.settings.get("adapter"):
+        facts.add_row("adapters", f"{adapter} (the model as it is: --adapter none)")
     facts.add_row("time", _listed({name: f"{seconds:,.1f} s" for name, seconds in answer.seconds.items()}))
     facts.add_row("memory", f"{answer.peak_memory_bytes / 2**30:.2f} GiB at the peak of the process")
     console.print()
