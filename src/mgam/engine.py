@@ -8,8 +8,9 @@ from __future__ import annotations
 from collections import defaultdict
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from functools import cached_property
+from functools import cache, cached_property
 from itertools import groupby
+from types import ModuleType
 from typing import TYPE_CHECKING
 
 import torch
@@ -250,6 +251,14 @@ def read(
     return torch.zeros_like(queries) if out is None else out
 
 
+@cache
+def _stepping() -> ModuleType:
+    """`mgam.step`, which needs Triton."""
+    from mgam import step
+
+    return step
+
+
 def _step(
     queries: Tensor, pyramid: Pyramid, plan: Plan, reading: Reading, scale: float, softcap: float | None, watched: bool
 ) -> Stepped | None:
@@ -265,8 +274,7 @@ def _step(
         return None
     if hasattr(reading.policy, "observe") or hasattr(reading.policy, "evict"):
         return None
-    from mgam import step
-
+    step = _stepping()
     now = step.moment(blocks, policy, pyramid)
     if now is None:
         return None

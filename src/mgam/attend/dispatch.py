@@ -136,8 +136,8 @@ def attend(
     return choose(queries, backend).run(queries, blocks, cover, pyramid, positions, scale, softcap, out=out)
 
 
-def _refused(name: str, queries: Tensor) -> list[str]:
-    return list(_reasons(name, queries.device, queries.dtype, queries.shape[-1]))
+def _refused(name: str, queries: Tensor) -> tuple[str, ...]:
+    return _reasons(name, queries.device, queries.dtype, queries.shape[-1])
 
 
 @cache

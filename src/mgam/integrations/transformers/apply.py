@@ -53,7 +53,7 @@ class Applied:
     schedule: Schedule | None = None
     """Of whole texts without a cache, where they are not to be read in uniform blocks."""
     hooks: list[Any] = field(default_factory=list)
-    _plans: dict[Any, Plan] = field(default_factory=dict)
+    _plan: tuple[Any, Plan] | None = None
     _readings: dict[Any, Reading] = field(default_factory=dict)
     _known: list[tuple[tuple[Any, ...], Any]] = field(default_factory=list)
 
@@ -108,13 +108,13 @@ class Applied:
     ) -> Plan:
         """The plan of a call, made once for all layers."""
         key = (tuple(schedules), tuple(before), tuple(counts), columns, None if first is None else tuple(first))
-        if key not in self._plans:
-            self._plans.clear()
+        if self._plan is None or self._plan[0] != key:  # layers share their schedules: nothing is hashed
             reading = self.reading
-            self._plans[key] = Plan.of(
+            made = Plan.of(
                 schedules, before, counts, columns, reading.dense_until, first, dense_prompt=reading.dense_prompt
             )
-        return self._plans[key]
+            self._plan = key, made
+        return self._plan[1]
 
     def begin_call(self, layer: int) -> None:
         """Forgets what was found about the last call when the first layer begins another."""
