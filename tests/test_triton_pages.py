@@ -2,10 +2,16 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import numpy as np
 import pytest
 import torch
 
+from documents import tiny
+from mgam import engine, kernels, pyramid
+from mgam.cover import Cover
+from mgam.documents.document import Document
 from mgam.documents.pool import Pool
 from mgam.documents.store.layout import Shape
 from mgam.documents.tiers import HostPages
@@ -62,3 +68,35 @@ def test_a_gpu_takes_plain_pinned_pages_itself() -> None:
     assert one.fetch is None
     assert other.place is None
     assert other.fetch is not None
+
+
+@pytest.mark.skipif(DEVICE == "cuda", reason="a GPU rounds what is compared here")
+def test_a_digest_is_asked_alike_with_covers_made_by_kernels(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """On a GPU kernels search and make the covers by which pages are fetched and read."""
+    model, tokenizer = tiny.make_model(), tiny.make_tokenizer()
+    Document.digest(model, tokenizer, [tiny.source(1500)], tmp_path / "book.mgam", **tiny.GRID).close()
+    monkeypatch.setattr(pyramid, "search_dtype", lambda dtype: dtype)  # Triton's interpreter multiplies no bfloat16
+    document = Document.open(tmp_path / "book.mgam", model, tokenizer)
+    covers: list[Cover] = []
+    choose = engine._choose
+
+    def kept(*given: object) -> Cover:
+        covers.append(choose(*given))  # type: ignore[arg-type]
+        return covers[-1]
+
+    monkeypatch.setattr(engine, "_choose", kept)
+    ids, count = torch.arange(40, 70)[None], len(document.tokens)
+    logits = []
+    for served in (False, True):
+        monkeypatch.setattr(kernels, "serve", lambda states, served=served: served)
+        cache = document.start(ids.shape[1])
+        with torch.no_grad():
+            places = torch.arange(count, count + ids.shape[1])[None]
+            logits.append(model(ids, position_ids=places, past_key_values=cache, use_cache=True).logits)
+    torch.testing.assert_close(logits[0], logits[1], atol=1e-4, rtol=1e-4)
+    half = len(covers) // 2
+    for plain, made in zip(covers[:half], covers[half:], strict=True):
+        assert made.known is not None
+        for one, other in ((plain.opened, made.opened), *zip(plain.summaries, made.summaries, strict=True)):
+            for block, same in zip(one.flatten(0, 1).tolist(), other.flatten(0, 1).tolist(), strict=True):
+                assert {index for index in block if index >= 0} == {index for index in same if index >= 0}
