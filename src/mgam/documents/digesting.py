@@ -44,8 +44,8 @@ class Grid:
     def of(cls, model: Any, applied: Applied, memory: int | None, call: int | None, segment: int) -> Grid:
         """Calls of about `call` tokens in whole blocks, and segments on which calls, blocks and all chunks end.
 
-        Without `call`, calls are as large as they are everywhere, up to `LARGEST`, but small under a memory bound: what a
-        call reads stays in memory until its segment is written.
+        Without `call`, calls are as large as they are everywhere, up to `LARGEST`, but small under a memory bound: what
+        a call reads stays in memory until its segment is written.
         """
         if call is None:
             call = min(LARGEST, call_size(model)) if memory is None else LEAST
