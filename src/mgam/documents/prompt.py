@@ -58,6 +58,7 @@ def build(tokenizer: Any, sources: Sequence[Source], question: str) -> Prompt:
     if not sources:
         raise DocumentError("no text was given; name at least one file, or - for standard input")
     body, starts = joined(sources)
+    body = body.rstrip()  # a text that ends with a line break is asked as one that does not
     content = BEFORE + body + AFTER + question.strip()
     if getattr(tokenizer, "chat_template", None):
         messages = [{"role": "user", "content": content}]

@@ -120,7 +120,7 @@ def tokens_of(tokenizer: Any, sources: Sequence[Source]) -> Tokens:
 
     def add_words(words: str, *, first: bool = False) -> None:
         new = np.array(
-            (_first_token(tokenizer) if first and frame.special else []) + encode(tokenizer, words), np.int32
+            (_first_token(tokenizer) if first and frame.special else []) + _before_text(tokenizer, words), np.int32
         )
         add(new, -1, np.zeros((len(new), 2), np.int64))
 
@@ -128,7 +128,7 @@ def tokens_of(tokenizer: Any, sources: Sequence[Source]) -> Tokens:
     for number, source in enumerate(sources):
         if number:
             add_words(f"\n\n[{source.name}]\n")
-        for begin, piece in _pieces(source.text):
+        for begin, piece in _pieces(source.text.rstrip()):
             found = tokenizer(piece, add_special_tokens=False, return_offsets_mapping=True, verbose=False)
             places = np.array(found["offset_mapping"], np.int64).reshape(-1, 2) + begin
             add(np.array(found["input_ids"], np.int32), number, places)
@@ -141,6 +141,13 @@ def tokens_of(tokenizer: Any, sources: Sequence[Source]) -> Tokens:
 def encode(tokenizer: Any, text: str) -> list[int]:
     """Tokens of a text without the tokenizer's own additions."""
     return list(tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"])
+
+
+def _before_text(tokenizer: Any, words: str) -> list[int]:
+    """Tokens of words before a text, as they are when the text follows: line breaks at an end may be one token."""
+    found = tokenizer(words + "A", add_special_tokens=False, return_offsets_mapping=True, verbose=False)
+    alone = tuple(found["offset_mapping"][-1]) == (len(words), len(words) + 1)
+    return list(found["input_ids"][:-1]) if alone else encode(tokenizer, words)
 
 
 def check_equal(stored: TokenPart, now: TokenPart) -> None:
