@@ -67,8 +67,8 @@ def text(length: int, seed: int = 0) -> str:
 
 
 def source(length: int, seed: int = 0) -> Source:
-    """A text with a name."""
-    return Source(f"text {seed}", text(length, seed))
+    """A text with a name; it does not end with white space, which would not be digested."""
+    return Source(f"text {seed}", text(length - 1, seed) + ".")
 
 
 def contents(folder: Path) -> dict[str, bytes]:
