@@ -265,5 +265,5 @@ def test_damaged_and_missing_policies_are_refused(fitted: FittedPolicy, tmp_path
     (tmp_path / "policy.safetensors").write_bytes(raw[: len(raw) // 2])
     with pytest.raises(SettingError, match="damaged or of another format"):
         mgam.apply(make_plain_model(window=512), policy=str(tmp_path), **READING)
-    with pytest.raises(SettingError, match="there is no policy nowhere"):
+    with pytest.raises(SettingError, match="there is no policy and no adapter nowhere"):
         mgam.apply(make_plain_model(window=512), policy="nowhere", **READING)

@@ -243,5 +243,6 @@ def resolve(name: str | Path) -> Path:
                 f"{name} is no folder, and no hub id that is on this machine; fetch it with: hf download {name}"
             ) from error
     raise SettingError(
-        f"there is no policy and no adapter {name}: give a folder that mgam fit wrote, a hub id, or default"
+        f"there is no policy and no adapter {name}: give a folder that mgam fit wrote, a hub id, or "
+        "one that is shipped (policy default, adapter lookup)"
     )
