@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import torch
 from safetensors import safe_open
 
-from mgam.documents import building, rehearsal, tiers
+from mgam.documents import building, tiers
 from mgam.documents.document import Document
 from mgam.documents.sources import Source
 from mgam.documents.store.layout import Shape
@@ -271,28 +270,3 @@ def test_a_method_without_search_digests_too(tokenizer: Any, digest: Make) -> No
     _, tokens = one_pass(model, document, asked, 5)
     span = Span(len(document.tokens) + len(asked), 8, document.manifest.settings.lookahead)
     assert document.continue_from(asked, (span,), max_new_tokens=5) == tokens
-
-
-@pytest.mark.parametrize("lookahead", ["block", "none"])
-@pytest.mark.parametrize(("length", "eight_bits"), [(30, False), (700, False), (700, True)])
-def test_a_rehearsal_leaves_no_trace(
-    tokenizer: Any, digest: Make, lookahead: str, length: int, eight_bits: bool
-) -> None:
-    model = tiny.make_model(lookahead=lookahead)
-    document = digest(source(length), model=model, eight_bits=eight_bits)
-    before = contents(document.path), document.ask("Who?", max_new_tokens=8).answer
-    assert len(rehearsal.rehearse(model, tokenizer, document.manifest)) == 2
-    assert before == (contents(document.path), document.ask("Who?", max_new_tokens=8).answer)
-
-
-def test_a_process_rehearses_once_and_on_a_gpu_alone(
-    model: Any, tokenizer: Any, digest: Make, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    manifest, done = digest(source(300)).manifest, list[Any]()
-    monkeypatch.setattr(rehearsal, "rehearse", lambda *given: done.append(given) or 1 / 0)  # what fails is not told
-    monkeypatch.setattr(rehearsal, "_rehearsed", set())
-    gpu = SimpleNamespace(device=torch.device("cuda"), dtype=torch.bfloat16)
-    for one in (model, gpu, gpu):
-        with rehearsal.rehearsing(one, tokenizer, manifest):
-            pass
-    assert done == [(gpu, tokenizer, manifest)]

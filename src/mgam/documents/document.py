@@ -5,7 +5,6 @@ from __future__ import annotations
 import os
 import time
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import nullcontext
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
@@ -20,7 +19,6 @@ from mgam.documents.confidence import Watch, confidence, is_found
 from mgam.documents.evidence import find_evidence
 from mgam.documents.models import check_model
 from mgam.documents.pool import Counts, Pool
-from mgam.documents.rehearsal import rehearsing
 from mgam.documents.sources import Source, read_source
 from mgam.documents.store.manifest import Manifest, Segment
 from mgam.documents.store.segment import Resident
@@ -146,10 +144,9 @@ class Document:
             if applied is None or applied.settings != wanted:
                 settings = wanted.as_dict()
                 apply(model, settings.pop("method"), **{**settings, "dense_until": manifest.dense_until})
-            with rehearsing(model, tokenizer, manifest) if bound is None else nullcontext():
-                slots = slots_for(manifest.shape, manifest.tokens, room, bound, device)
-                pool, cache = prepare(model, manifest.shape, manifest.tokens + room, slots)
-                tokens, recent = _load(store, parts, cache)
+            slots = slots_for(manifest.shape, manifest.tokens, room, bound, device)
+            pool, cache = prepare(model, manifest.shape, manifest.tokens + room, slots)
+            tokens, recent = _load(store, parts, cache)
         if tier == "disk":
             pool.fetch = store.read_pages
         else:
