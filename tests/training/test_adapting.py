@@ -12,20 +12,14 @@ import torch
 import mgam
 from documents.tiny import make_plain_model, make_tokenizer, text
 from mgam.errors import SettingError
-from mgam.training import adapting
 from mgam.training.adapting import Adapting, fit_adapter
 from mgam.training.lookups import LookupMaker
+
+from .conftest import Killed
 
 DIALS: dict[str, Any] = {
     "lengths": (2560,), "steps": 6, "batch": 1, "questions": 2, "rank": 2, "stretch": 64, "rate": 5e-3, "save_every": 2,
 }  # fmt: skip
-
-
-@pytest.fixture(scope="module")
-def prose(tmp_path_factory: pytest.TempPathFactory) -> str:
-    path = tmp_path_factory.mktemp("texts") / "prose.txt"
-    path.write_text(text(30_000).replace(" .", ".").replace("\n", " "), encoding="utf-8")
-    return str(path)
 
 
 def train(prose: str, folder: Path, **dials: Any) -> Any:
@@ -63,22 +57,10 @@ def test_it_learns_answers(prose: str, tmp_path: Path) -> None:
 
 
 def test_a_run_that_was_stopped_goes_on_to_the_same_weights(
-    prose: str, trained: tuple[Path, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    prose: str, trained: tuple[Path, Any], tmp_path: Path, killed_at: Killed
 ) -> None:
-    class Stopped(Exception):
-        pass
-
-    make = LookupMaker.make
-
-    def stopping(self: LookupMaker, number: int, tokens: int, questions: int) -> Any:
-        if number == 5:
-            raise Stopped
-        return make(self, number, tokens, questions)
-
-    monkeypatch.setattr(adapting.LookupMaker, "make", stopping)
-    with pytest.raises(Stopped):
+    with killed_at(5):
         train(prose, tmp_path)
-    monkeypatch.undo()
     train(prose, tmp_path)
     name = "lora/adapter_model.safetensors"
     assert (tmp_path / name).read_bytes() == (trained[0] / name).read_bytes()

@@ -16,18 +16,13 @@ from mgam.training.lookups import LookupMaker
 from mgam.training.reading import Reading, dialogue, fit_reading
 from mgam.training.texts import Document, Windows
 
+from .conftest import Killed
+
 SETTINGS = (("window", 64), ("levels", (1, 16, 64)), ("block", 64), ("dense_until", 128), ("budget", 128))
 DIALS: dict[str, Any] = {
     "lengths": (2560,), "steps": 6, "batch": 1, "questions": 2, "rank": 2, "stretch": 64, "settings": SETTINGS,
     "rate": 5e-3, "save_every": 2,
 }  # fmt: skip
-
-
-@pytest.fixture(scope="module")
-def prose(tmp_path_factory: pytest.TempPathFactory) -> str:
-    path = tmp_path_factory.mktemp("texts") / "prose.txt"
-    path.write_text(text(30_000).replace(" .", ".").replace("\n", " "), encoding="utf-8")
-    return str(path)
 
 
 @pytest.fixture(scope="module")
@@ -41,9 +36,9 @@ def policy(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
-def train(prose: str, policy: Path, folder: Path, **dials: Any) -> Any:
+def train(prose: str, policy: Path, folder: Path, quotes: float = 0.0, **dials: Any) -> Any:
     model = make_plain_model(window=2048)
-    maker = LookupMaker(make_tokenizer(), [prose])
+    maker = LookupMaker(make_tokenizer(), [prose], quotes=quotes)
     return fit_reading(model, policy, maker, folder, Reading(**{**DIALS, **dials}), say=lambda line: None), model
 
 
@@ -87,25 +82,11 @@ def test_what_was_trained_reads_alike_when_it_is_loaded(trained: tuple[Path, Any
 
 
 def test_a_run_that_was_stopped_goes_on_to_the_same_weights(
-    prose: str, policy: Path, trained: tuple[Path, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    prose: str, policy: Path, trained: tuple[Path, Any], tmp_path: Path, killed_at: Killed
 ) -> None:
     """Stopped after the checkpoint of step 4, before the end."""
-    from mgam.training import reading
-
-    class Stopped(Exception):
-        pass
-
-    make = LookupMaker.make
-
-    def stopping(self: LookupMaker, number: int, tokens: int, questions: int) -> Any:
-        if number == 5:
-            raise Stopped
-        return make(self, number, tokens, questions)
-
-    monkeypatch.setattr(reading.LookupMaker, "make", stopping)
-    with pytest.raises(Stopped):
+    with killed_at(5):
         train(prose, policy, tmp_path)
-    monkeypatch.undo()
     train(prose, policy, tmp_path)
     for name in ("policy.safetensors", "lora/adapter_model.safetensors"):
         assert (tmp_path / name).read_bytes() == (trained[0] / name).read_bytes()
@@ -114,6 +95,8 @@ def test_a_run_that_was_stopped_goes_on_to_the_same_weights(
 def test_other_dials_and_other_models_are_refused(prose: str, policy: Path, trained: tuple[Path, Any]) -> None:
     with pytest.raises(SettingError, match="holds a fit of another dials"):
         train(prose, policy, trained[0], steps=7)
+    with pytest.raises(SettingError, match="holds a fit of another quotes"):
+        train(prose, policy, trained[0], quotes=0.5)
     maker = LookupMaker(make_tokenizer(), [prose])
     with pytest.raises(SettingError, match="other sizes than those of the model"):
         fit_reading(make_plain_model(seed=1, window=2048).float().apply(_halved), policy, maker, trained[0] / "other")

@@ -236,7 +236,8 @@ def fit_reading(
     place = Path(folder)
     start = FittedPolicy.load(resolve(policy))
     start.check(shape_of(model), start.search)
-    open_run(place, {"dials": asdict(reading), "policy": _name(start), "texts": maker.seed}, True, model.device)
+    run = {"dials": asdict(reading), "policy": _name(start), "texts": maker.seed, "quotes": maker.quotes}
+    open_run(place, run, True, model.device)
     torch.manual_seed(reading.seed)
     shapes = {int(layer): sizes for layer, sizes in start.model.layers.items()}
     reach = next(iter(start.layers.values())).prior.shape[1]
