@@ -8,12 +8,15 @@ from typing import Any
 
 import pytest
 
+from mgam.cli import run
 from mgam.documents.document import Document
 from mgam.documents.sources import Source
+from mgam.integrations import loading
 
 from . import tiny
 
 Make = Callable[..., Document]
+Command = Callable[..., tuple[int, str, str]]
 
 
 @pytest.fixture(scope="session")
@@ -34,3 +37,29 @@ def digest(model: Any, tokenizer: Any, tmp_path: Path) -> Make:
         )
 
     return make
+
+
+@pytest.fixture
+def command(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, tokenizer: Any, tmp_path: Path
+) -> Command:
+    """A command of mgam run in an empty folder: its exit code, output and errors."""
+    monkeypatch.chdir(tmp_path)
+
+    def load(name: str | None, **options: Any) -> loading.Loaded:
+        return loading.Loaded(tiny.make_plain_model(1 if name == "other" else 0, window=8192), tokenizer)
+
+    monkeypatch.setattr(loading, "load", load)
+
+    def call(*words: str) -> tuple[int, str, str]:
+        code = run(words)
+        captured = capsys.readouterr()
+        return code, captured.out, captured.err
+
+    return call
+
+
+@pytest.fixture
+def book(tmp_path: Path) -> str:
+    (tmp_path / "book.txt").write_text(tiny.text(5000))
+    return "book.txt"

@@ -3,40 +3,15 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable
 from pathlib import Path
-from typing import Any
 
 import pytest
 import torch
 
-from mgam.cli import run
-from mgam.integrations import loading
 from mgam.training.adapting import save_adapter, with_adapters
 
 from . import tiny
-
-Command = Callable[..., tuple[int, str, str]]
-
-
-@pytest.fixture
-def command(
-    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, tokenizer: Any, tmp_path: Path
-) -> Command:
-    monkeypatch.chdir(tmp_path)
-    (tmp_path / "book.txt").write_text(tiny.text(5000))
-
-    def load(name: str | None, **options: Any) -> loading.Loaded:
-        return loading.Loaded(tiny.make_plain_model(window=8192), tokenizer)
-
-    monkeypatch.setattr(loading, "load", load)
-
-    def call(*words: str) -> tuple[int, str, str]:
-        code = run(words)
-        captured = capsys.readouterr()
-        return code, captured.out, captured.err
-
-    return call
+from .conftest import Command
 
 
 def write_adapter(folder: Path, seed: int = 0, size: float = 0.5) -> str:
@@ -51,6 +26,7 @@ def write_adapter(folder: Path, seed: int = 0, size: float = 0.5) -> str:
     return str(folder)
 
 
+@pytest.mark.usefixtures("book")
 def test_a_digest_is_asked_with_the_adapters_it_was_read_with(command: Command, tmp_path: Path) -> None:
     folder = write_adapter(tmp_path / "reader")
     assert command("digest", "book.txt", "-o", "book.mgam", "--adapter", folder)[0] == 0
@@ -71,6 +47,7 @@ def test_a_digest_is_asked_with_the_adapters_it_was_read_with(command: Command, 
     assert "adapters" not in command("ask", "plain.mgam", "Who?", "--max-new-tokens", "2")[1]
 
 
+@pytest.mark.usefixtures("book")
 def test_other_adapters_are_refused(command: Command, tmp_path: Path) -> None:
     folder = write_adapter(tmp_path / "reader")
     assert command("digest", "book.txt", "-o", "book.mgam", "--adapter", folder)[0] == 0

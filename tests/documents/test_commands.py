@@ -5,45 +5,16 @@ from __future__ import annotations
 import io
 import json
 import shutil
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
 
-from mgam.cli import run
 from mgam.documents.document import Document
 from mgam.documents.sources import Source
-from mgam.integrations import loading
 
 from . import tiny
-
-Command = Callable[..., tuple[int, str, str]]
-
-
-@pytest.fixture
-def command(
-    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, tokenizer: Any, tmp_path: Path
-) -> Command:
-    monkeypatch.chdir(tmp_path)
-
-    def load(name: str | None, **options: Any) -> loading.Loaded:
-        return loading.Loaded(tiny.make_plain_model(1 if name == "other" else 0, window=8192), tokenizer)
-
-    monkeypatch.setattr(loading, "load", load)
-
-    def call(*words: str) -> tuple[int, str, str]:
-        code = run(words)
-        captured = capsys.readouterr()
-        return code, captured.out, captured.err
-
-    return call
-
-
-@pytest.fixture
-def book(tmp_path: Path) -> str:
-    (tmp_path / "book.txt").write_text(tiny.text(5000))
-    return "book.txt"
+from .conftest import Command
 
 
 @pytest.fixture(scope="module")
