@@ -17,6 +17,7 @@ from mgam.benchmarks.setting import (
     Row,
     Setting,
     blocks_of,
+    both,
     built,
     chosen,
     in_blocks,
@@ -27,6 +28,7 @@ from mgam.benchmarks.setting import (
     states,
 )  # fmt: skip
 from mgam.cover import Cover
+from mgam.engine import Reading
 from mgam.policies.compact import CompactKeys
 from mgam.policies.fixed import Window
 from mgam.pyramid import Pyramid
@@ -36,25 +38,24 @@ BLOCKS = 256
 """Blocks chosen for at a time."""
 
 
-def prefill_rows(setting: Setting, machine: Machine, tokens: int, parts: bool = True) -> Iterator[Row]:
-    """Build, search, read and the whole, over one text."""
+def prefill_rows(setting: Setting, machine: Machine, tokens: int) -> Iterator[Row]:
+    """The whole and its reading, by positions of both kinds, and what comes before reading, over one text."""
     queries, keys, values = states(setting, tokens)
     scale = setting.dim**-0.5
     policy = setting.policy
-    torch.cuda.reset_peak_memory_stats()
-    before = torch.cuda.memory_allocated()
+    plan = plan_of(setting, tokens)  # a model's layers share it
+    for placed in both(setting):
+        reading = reading_of(placed)
 
-    plan, reading = plan_of(setting, tokens), reading_of(setting)  # a model's layers share the plan
+        def whole(reading: Reading = reading) -> Tensor:
+            return engine.read(queries, built(setting, keys, values), plan, reading, scale)
 
-    def whole() -> Tensor:
-        return engine.read(queries, built(setting, keys, values), plan, reading, scale)
-
-    whole()
-    memory = (torch.cuda.max_memory_allocated() - before) / 1e9
-    row = row_of("prefill", "build + search + read", "mgam engine, triton", tokens, 1, timed(whole))
-    yield replace(row, memory_gb=memory)
-    if not parts:
-        return
+        torch.cuda.reset_peak_memory_stats()
+        before = torch.cuda.memory_allocated()
+        whole()
+        memory = (torch.cuda.max_memory_allocated() - before) / 1e9
+        kernel = f"mgam engine, triton, {placed.positions} positions"
+        yield replace(row_of("prefill", "build + search + read", kernel, tokens, 1, timed(whole)), memory_gb=memory)
     kv_bytes = 2 * keys.numel() * keys.element_size()
     time = timed(lambda: built(setting, keys, values))
     yield rated(
@@ -85,7 +86,8 @@ def prefill_rows(setting: Setting, machine: Machine, tokens: int, parts: bool = 
         0,
     )
     covers = [(piece, some, chosen(cut[piece], some, pyramid, policy)) for piece, some in pieces]
-    yield read_row(setting, machine, tokens, cut, pyramid, covers, "read")
+    for placed in both(setting):
+        yield read_row(placed, machine, tokens, cut, pyramid, covers, "read")
 
 
 def read_row(

@@ -132,6 +132,11 @@ def plan_of(setting: Setting, tokens: int) -> Plan:
     return Plan.of([Schedule.uniform(setting.block, "block")], [0], [tokens], tokens, 0)
 
 
+def both(setting: Setting) -> tuple[Setting, Setting]:
+    """The setting with positions of both kinds."""
+    return replace(setting, positions="granular"), replace(setting, positions="absolute")
+
+
 def reading_of(setting: Setting) -> Reading:
     """How a layer reads, as the engine takes it."""
     return Reading(setting.policy, setting.levels, setting.placed)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import csv
 import json
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, field, fields, replace
+from dataclasses import dataclass, field, fields
 from functools import partial
 from pathlib import Path
 
@@ -14,7 +14,7 @@ from mgam.benchmarks.dense import DENSE_AT_MOST, dense_rows
 from mgam.benchmarks.machine import Machine, here
 from mgam.benchmarks.peers import flex_row, moba_row, nsa_row, quest_row, same_blocks_row
 from mgam.benchmarks.prefill import prefill_rows, window_row
-from mgam.benchmarks.setting import Row, Setting, guarded
+from mgam.benchmarks.setting import Row, Setting, both, guarded
 from mgam.benchmarks.training import training_rows
 
 PHASES = ("prefill", "decode", "training", "peers")
@@ -81,8 +81,7 @@ def _rows(setting: Setting, machine: Machine, lengths: Sequence[int], phases: Se
             for make in (window_row, same_blocks_row, flex_row, nsa_row, moba_row):
                 yield from guarded("prefill", partial(_alone, make, setting, machine, tokens))
         if "training" in phases and tokens <= DENSE_AT_MOST:
-            for positions in ("granular", "absolute"):
-                placed = replace(setting, positions=positions)
+            for placed in both(setting):
                 yield from guarded("training", partial(training_rows, placed, machine, tokens))
             yield from guarded("training", partial(dense_rows, setting, machine, tokens, True))
         for batch in (1, 16) if "decode" in phases else ():

@@ -22,7 +22,8 @@ def training_rows(setting: Setting, machine: Machine, tokens: int) -> Iterator[R
     before = torch.cuda.memory_allocated()
     call()
     memory = (torch.cuda.max_memory_allocated() - before) / 1e9
-    row = row_of("forward + backward", "build + search + read", "mgam triton", tokens, 1, timed(call, least=3))
+    kernel = f"mgam triton, {setting.positions} positions"
+    row = row_of("forward + backward", "build + search + read", kernel, tokens, 1, timed(call, least=3))
     yield replace(row, memory_gb=memory)
 
 

@@ -14,7 +14,9 @@ def bench(
     lengths: Annotated[str, typer.Option(help="Tokens, separated by commas.")] = LENGTHS,
     phases: Annotated[str, typer.Option(help="Any of prefill, decode, training, peers.")] = "prefill,decode,training",
     out: Annotated[Path | None, typer.Option(help="Folder for CSV, JSON and pictures.")] = None,
-    positions: Annotated[str, typer.Option(help="granular or absolute.")] = "granular",
+    positions: Annotated[
+        str, typer.Option(help="Of decode: granular or absolute. Prefill and training are timed with both.")
+    ] = "granular",
     budget: Annotated[int, typer.Option(help="Tokens opened besides window and sink.")] = 2048,
     window: Annotated[int, typer.Option(help="Tokens of the window.")] = 512,
     heads: Annotated[str, typer.Option(help="Query heads and KV heads.")] = "32,8",
