@@ -4,14 +4,15 @@ from __future__ import annotations
 
 import argparse
 import json
-import os
 import subprocess
 import sys
+import tempfile
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
+from mgam.errors import MgamError
 from mgam.evaluation.adapters import ModelReader
 from mgam.evaluation.cache import SampleCache
 from mgam.evaluation.machine import conditions
@@ -34,88 +35,108 @@ LOSSES = {8192: 2, 32768: 2}
 
 
 def measure(options: argparse.Namespace) -> None:
-    """Shares methods out to `workers` processes of this device and waits for them; what was done is gone on from."""
+    """Lets `workers` processes of this device do what is wanted, until it is done or the minutes are over.
+
+    Each takes the next round that none has taken, so that none waits for another. What is under way when the minutes
+    are over is stopped; trials that were read are kept, and the next call goes on.
+    """
+    until = time.monotonic() + 60 * options.minutes
     locate(options.model)  # a GGUF file is unpacked once, before the processes start
-    methods = options.methods.split(",")
-    shares = [methods[number :: options.workers] for number in range(options.workers)]
-    begun = time.time()
-    alive = [
-        subprocess.Popen(
-            [sys.executable, str(Path(__file__).with_name("run.py")), "worker", "--out", str(options.out)]
-            + ["--number", str(number), "--methods", ",".join(share), "--tasks", options.tasks]
-            + ["--lengths", options.lengths, "--trials", str(options.trials), "--device", options.device]
-            + ["--seed", str(options.seed), "--until", str(begun + 60 * options.minutes)]
-            + ["--workers", str(options.workers)]
-            + ([] if options.model is None else ["--model", options.model])
-        )
-        for number, share in enumerate(shares)
-        if share
-    ]
-    for one in alive:
-        one.wait()
+    path = _results(options)
+    _gather(path)
+    command = [sys.executable, str(Path(__file__).with_name("run.py")), "worker", "--out", str(options.out)]
+    command += ["--methods", options.methods, "--tasks", options.tasks, "--lengths", options.lengths]
+    command += ["--trials", str(options.trials), "--device", options.device, "--seed", str(options.seed)]
+    command += ["--workers", str(options.workers)] + ([] if options.model is None else ["--model", options.model])
+    with tempfile.TemporaryDirectory() as claims:
+        alive = [
+            subprocess.Popen([*command, "--claims", claims, "--number", str(number)])
+            for number in range(options.workers)
+        ]
+        for one in alive:
+            try:
+                one.wait(max(0.0, until - time.monotonic()))
+            except subprocess.TimeoutExpired:
+                print("the minutes are over; what is under way is stopped", flush=True)
+                break
+        for one in alive:
+            one.terminate()
+            one.wait()
+    _gather(path)
 
 
 def work(options: argparse.Namespace) -> None:
-    """One process: its methods, shortest lengths first, round by round until the time is over."""
+    """One process: takes rounds that no other has taken, and reads all tasks of each."""
     model, tokenizer = load(options.model, device=options.device)
-    name = Path(options.model).stem if options.model else DEFAULT_MODEL
-    results = ResultsFile(options.out / f"decoders.{name}.{options.number}.jsonl", print)
-    found = {**conditions(str(model.device)), "model": name, "seed": options.seed, "processes": options.workers}
-    results.begin({**found, "command": f"experiments/methods_table/run.py decoders --trials {options.trials}"})
+    path = _results(options)
+    results = ResultsFile(path, print, path.with_name(f"{path.name}.{options.number}"))
+    found = {**conditions(str(model.device)), "model": _name(options), "seed": options.seed}
+    command = f"experiments/methods_table/run.py decoders --trials {options.trials}"
+    results.begin({**found, "processes": options.workers, "command": command})
     bench = Bench(TokenCounter(tokenizer), TextLibrary(), SampleCache(say=print), results, say=print)
-    for path in sorted(options.out.glob(f"decoders.{name}.*.jsonl")):  # what other processes did before
-        results.trials |= ResultsFile(path, print).trials
-    took: dict[tuple[str, bool, int], list[float]] = {}
-    for length, trials, method, task in _cells(options):
-        left, kind = options.until - time.time(), task.score_losses is not None
-        guess = _guess(took, method, kind, length)
-        if left < 0 or guess > left:
-            _skipped(options, name, method, task.name, length, trials, guess, left)
+    tasks = find_tasks(options.tasks.split(","))
+    for length, number, method in _rounds(options):
+        if not _taken(options.claims, length, number, method):
             continue
-        begun = time.perf_counter()
-        reader = ModelReader(model, tokenizer, method, name=name)
-        batch = 1 if task.score_losses else _at_once(length)
-        try:
-            run(Plan([task], [length], trials, options.seed, batch_size=batch), reader, bench)
-        except Exception as error:  # the other cells go on; the reason is kept
-            _skipped(options, name, method, task.name, length, trials, guess, left, f"{type(error).__name__}: {error}")
-        finally:
-            reader.close()
-        seconds = time.perf_counter() - begun
-        took.setdefault((method, kind, length), []).append(seconds)
-        print(f"{os.getpid()} {name} {method} {task.name} {length} {seconds:.1f} s, {left:.0f} s left", flush=True)
+        reader = ModelReader(model, tokenizer, method, name=_name(options))
+        for task in tasks:
+            trials, begun = number * _at_once(length, task), time.perf_counter()
+            batch = 1 if task.score_losses else _at_once(length, task)
+            try:
+                run(Plan([task], [length], trials, options.seed, batch_size=batch), reader, bench)
+            except (MgamError, RuntimeError) as error:  # the other cells go on; the reason stands in the table
+                _failed(options, method, task.name, length, error)
+                if "CUDA error" in str(error):
+                    raise  # this process reads nothing any more
+            print(f"{_name(options)} {method} {task.name} {length} {time.perf_counter() - begun:.1f} s", flush=True)
+        reader.close()
 
 
-def _cells(options: argparse.Namespace) -> Iterator[tuple[int, int, str, Task]]:
-    """Length, trials up to here, method, task: a round of all lengths, then the next."""
-    tasks, lengths = find_tasks(options.tasks.split(",")), parse_lengths(options.lengths)
+def _rounds(options: argparse.Namespace) -> Iterator[tuple[int, int, str]]:
+    """Length, number of the round, method: the first round of all lengths, in their order, then the next."""
     for number in range(1, options.trials + 1):
-        for length in sorted(lengths):
-            for method in options.methods.split(","):
-                for task in tasks:
-                    each = LOSSES.get(length, 1) if task.score_losses else _at_once(length)
-                    if number * each <= max(options.trials, each):
-                        yield length, number * each, method, task
+        for length in parse_lengths(options.lengths):
+            if number == 1 or number * _at_once(length) <= options.trials:
+                for method in options.methods.split(","):
+                    yield length, number, method
 
 
-def _at_once(length: int) -> int:
+def _taken(claims: Path, *round_: Any) -> bool:
+    """Whether this process is the first to ask for a round."""
+    try:
+        (claims / json.dumps(round_).replace("/", "|")).touch(exist_ok=False)
+    except FileExistsError:
+        return False
+    return True
+
+
+def _at_once(length: int, task: Task | None = None) -> int:
+    """Trials of a round."""
+    if task is not None and task.score_losses is not None:
+        return LOSSES.get(length, 1)
     return AT_ONCE.get(length, 1 if length > 131072 else 5)
 
 
-def _guess(took: dict[tuple[str, bool, int], list[float]], method: str, kind: bool, length: int) -> float:
-    """Seconds that a cell may take, from the fastest of the method's cells at the next shorter length.
-
-    The first cell of a method compiles its kernels, so it says little about the others.
-    """
-    shorter = [other for name, one, other in took if (name, one) == (method, kind) and other < length]
-    if not shorter:
-        return 0.0
-    near = max(shorter)
-    return min(took[method, kind, near]) * (length / near) ** 1.3
+def _name(options: argparse.Namespace) -> str:
+    return Path(options.model).stem if options.model else DEFAULT_MODEL
 
 
-def _skipped(options: argparse.Namespace, *cell: Any) -> None:
-    """Notes what was not measured, and why."""
-    keys = ("model", "method", "task", "length", "trials", "seconds_guessed", "seconds_left", "error")
-    with (options.out / f"skipped.{options.number}.jsonl").open("a") as file:
-        file.write(json.dumps(dict(zip(keys, cell, strict=False))) + "\n")
+def _results(options: argparse.Namespace) -> Path:
+    path: Path = options.out / f"decoders.{_name(options)}.jsonl"
+    return path
+
+
+def _gather(path: Path) -> None:
+    """Puts what the processes wrote, each into a file of its own, into one."""
+    for part in sorted(path.parent.glob(f"{path.name}.[0-9]*")):
+        ResultsFile(path, print).take_in(ResultsFile(part, print))
+        part.unlink()
+
+
+def _failed(options: argparse.Namespace, method: str, task: str, length: int, error: Exception) -> None:
+    """Notes a cell that could not be read, and why."""
+    keys = ("model", "method", "task", "length", "error")
+    cell: Sequence[Any] = (_name(options), method, task, length, f"{type(error).__name__}: {error}")
+    print(cell, flush=True)
+    with (options.out / "failed.jsonl").open("a") as file:
+        file.write(json.dumps(dict(zip(keys, cell, strict=True))) + "\n")

@@ -34,13 +34,11 @@ def main() -> None:
     own = parser.add_argument_group("decoders")
     own.add_argument("--model", help="hub id, folder or GGUF file; the default model if not given")
     own.add_argument("--tasks", default=decoders.TASKS)
-    own.add_argument("--lengths", default="", help="decoders: 8k,32k,128k; trained: 64")
+    own.add_argument("--lengths", default="", help="decoders: 8k,32k,128k, in the order wanted; trained: 64")
     own.add_argument("--trials", type=int, default=5, help="trials at most, per task, length and method")
-    own.add_argument(
-        "--minutes", type=float, help="no cell begins that would end after this; decoders: 8, growth: no end"
-    )
+    own.add_argument("--minutes", type=float, help="when to end, whatever is done; decoders: 8, growth: no end")
     own.add_argument("--number", type=int, default=0, help=argparse.SUPPRESS)
-    own.add_argument("--until", type=float, default=0.0, help=argparse.SUPPRESS)
+    own.add_argument("--claims", type=Path, help=argparse.SUPPRESS)
     own = parser.add_argument_group("trained")
     own.add_argument("--width", type=int, default=64)
     own.add_argument("--rows", type=int, default=64, help="texts per step")

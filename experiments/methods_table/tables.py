@@ -26,7 +26,7 @@ def write(folder: Path) -> None:
 
 
 def _decoders(folder: Path) -> str:
-    files = [ResultsFile(path, print) for path in sorted(folder.glob("decoders.*.jsonl"))]
+    files = [ResultsFile(path, print) for path in sorted(folder.glob("decoders.*.jsonl*"))]
     trials = {key: trial for file in files for key, trial in file.trials.items()}
     if not trials:
         return ""
@@ -36,23 +36,44 @@ def _decoders(folder: Path) -> str:
     )
     runs = [run for file in files for run in file.runs]
     run, commits = runs[0], ", ".join(dict.fromkeys(str(run.get("commit")) for run in runs))
+    failed = _failures(folder)
     lines = [
         "# Methods that read with an unmodified decoder",
         "",
         f"{run.get('date')}, {run.get('device')}, commit {commits}; {run.get('processes')} processes shared "
-        "a device, so seconds compare within a table and are no speed figures. Scores in percent ± standard error "
-        "(trials); loss in nats per token. Entries, seconds and memory are means over the question tasks.",
+        "a device with other work, so seconds compare within a table and are no speed figures. Scores in percent "
+        "± standard error (trials); loss in nats per token. Entries, seconds and memory are means over the question "
+        "tasks; memory is the peak of the process, of a batch of as many texts as a round has trials (at most five).",
         "",
     ]
     for model in dict.fromkeys(row.model for row in rows):
         for length in sorted({row.length for row in rows if row.model == model}):
             chosen = [row for row in rows if (row.model, row.length) == (model, length)]
-            lines += [f"## {model}, {length:,} tokens", "", *_table(chosen), "", _frontier(chosen), ""]
+            here = {(method, task): why for (*place, method, task), why in failed.items() if place == [model, length]}
+            lines += [f"## {model}, {length:,} tokens", "", *_table(chosen, here), "", _frontier(chosen), ""]
+            lines += _reasons(chosen, here)
     _plot_quality(rows, folder / "decoders.svg")
     return "\n".join(lines)
 
 
-def _table(rows: Sequence[Row]) -> list[str]:
+def _failures(folder: Path) -> dict[tuple[str, int, str, str], str]:
+    """Why cells could not be read, by model, length, method and task."""
+    path = folder / "failed.jsonl"
+    lines = [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
+    return {(line["model"], line["length"], line["method"], line["task"]): line["error"] for line in lines}
+
+
+def _reasons(rows: Sequence[Row], failed: dict[tuple[str, str], str]) -> list[str]:
+    """One line for each reason why cells of a table hold no figure."""
+    missing = {(row.method, row.task): row.reason for row in rows if row.score is None and row.reason}
+    methods_of: dict[str, list[str]] = {}
+    for (method, task), reason in {**failed, **missing}.items():
+        methods_of.setdefault(reason, []).append(f"{method} ({task})")
+    lines = [f"- {', '.join(cells)}: {reason}" for reason, cells in methods_of.items()]
+    return ["Without a figure:", "", *lines, ""] if lines else []
+
+
+def _table(rows: Sequence[Row], failed: dict[tuple[str, str], str]) -> list[str]:
     tasks = list(dict.fromkeys(row.task for row in rows))
     names = list(dict.fromkeys(row.method for row in rows))
     lines = [f"| method | {' | '.join(tasks)} | entries | seconds | GiB |", f"|---|{'---|' * (len(tasks) + 3)}"]
@@ -65,13 +86,14 @@ def _table(rows: Sequence[Row]) -> list[str]:
             _mean(asked, "seconds", "{:.2f}"),
             _mean(asked, "peak_memory_bytes", "{:.1f}", 2**30),
         )
-        lines.append(f"| {name} | {' | '.join(_cell(own.get(task)) for task in tasks)} | {' | '.join(costs)} |")
+        cells = [_cell(own.get(task), (name, task) in failed) for task in tasks]
+        lines.append(f"| {name} | {' | '.join([*cells, *costs])} |")
     return lines
 
 
-def _cell(row: Row | None) -> str:
+def _cell(row: Row | None, failed: bool) -> str:
     if row is None:
-        return "not measured"
+        return "failed" if failed else "not measured"
     if row.score is None:
         return row.status
     error = "" if row.stderr is None else f" ± {row.stderr:.1f}" if row.unit == "percent" else f" ± {row.stderr:.3f}"
@@ -122,7 +144,9 @@ def _plot_quality(rows: Sequence[Row], path: Path) -> None:
     for line, model in zip(axes, models, strict=True):
         for axis, length in zip(line, lengths, strict=True):
             for name, (entries, score) in cells.get((model, length), {}).items():
-                axis.plot(entries, score, "o", color="C3" if name == "mgam" else "C0" if name != "dense" else "black")
+                axis.plot(
+                    entries, score, "o", color="C3" if name.startswith("mgam") else "C0" if name != "dense" else "black"
+                )
                 axis.annotate(name, (entries, score), fontsize=7, xytext=(3, 3), textcoords="offset points")
             axis.set(title=f"{model}, {length // 1024}k", xscale="log", xlabel="entries read per query", ylim=(-5, 105))
         line[0].set_ylabel("mean score, percent")

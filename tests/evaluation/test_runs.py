@@ -163,6 +163,17 @@ def test_what_does_not_fit_is_said_and_others_go_on(bench: Bench) -> None:
     assert all(row.score == 100 for row in table if row.method == "rule")
 
 
+def test_a_method_that_cannot_read_a_length_does_not_fit_it(bench: Bench) -> None:
+    class Refusing(RuleReader):
+        def read(self, document: str, question: str, max_new_tokens: int) -> Reading:
+            raise SettingError("more entries than the model has positions for")
+
+    run(Plan(find_tasks(["passkey"]), [1024], 2), Refusing("strided"), bench)
+    assert [(one.status, one.reason) for one in bench.results.trials.values()] == [
+        ("does not fit", "more entries than the model has positions for")
+    ] * 2
+
+
 def test_a_task_without_a_text_of_that_length_is_said(bench: Bench) -> None:
     plan = Plan(find_tasks(["loss_shipped", "passkey"]), [1024, 1 << 20], 1)
     small = Plan(plan.tasks[:1], plan.lengths, 1)

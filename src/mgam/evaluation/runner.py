@@ -121,10 +121,11 @@ def _settings(plan: Plan, reader: Reader) -> dict[str, Any]:
 def _read(plan: Plan, task: Task, length: int, batch: Sequence[int], reader: Reader, bench: Bench) -> list[Trial]:
     try:
         samples = [bench.samples.get(task, _request(plan, task, length, index, bench)) for index in batch]
-        readings = _readings(task, samples, reader)
     except SettingError as error:
         return [_unread(plan, task, reader, length, index, "no sample", str(error)) for index in batch]
-    except DoesNotFitError as error:
+    try:
+        readings = _readings(task, samples, reader)
+    except (DoesNotFitError, SettingError) as error:  # too much memory, or positions that the model does not have
         return [_unread(plan, task, reader, length, index, "does not fit", str(error)) for index in batch]
     settings = _settings(plan, reader)
     return [

@@ -258,5 +258,6 @@ def _command(session: Session) -> str:
     words += [f"--budget {session.budget}"] if session.budget is not None else []
     words += [f"--batch-size {session.batch_size}"] if session.batch_size > 1 else []
     words += [f"--dtype {session.dtype}"] if session.dtype else []
+    words += [f"--prose {session.prose}"] if session.prose else []
     words += [f"--keep-out {session.keep_out[0]},{session.keep_out[1]}"] if session.keep_out != (0, 0) else []
     return " ".join(words)
