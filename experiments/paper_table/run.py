@@ -2,6 +2,7 @@
 
 python experiments/paper_table/run.py data                      make the texts ready, say what is refused
 python experiments/paper_table/run.py train --out FOLDER        all runs; several processes may share the folder
+python experiments/paper_table/run.py missing --out FOLDER      names of the runs that are not finished
 python experiments/paper_table/run.py growth --out FOLDER       time and memory from 1k to 64k tokens
 python experiments/paper_table/run.py table --out FOLDER        what is there, as Markdown and plots
 """
@@ -22,7 +23,7 @@ from papertable import growth as growing
 from papertable.library import TASKS, Library, open_library
 from papertable.measure import baselines
 from papertable.models import MODELS
-from papertable.plan import work
+from papertable.plan import ready, work
 from papertable.sizes import SIZES
 from papertable.tables import write
 
@@ -76,6 +77,17 @@ def train(
     _settle(out, size.value, data.value, library)
     for result in work(library, chosen, out, device, workers, minutes, only, missing):
         print(json.dumps(_short(result)), flush=True)
+
+
+@app.command()
+def missing(
+    out: Out,
+    size: Scales = AS_WRITTEN,
+    only: Annotated[str, typer.Option(help="Names of runs with commas, * and ? for anything.")] = "*",
+) -> None:
+    """Names of the runs that are not finished, in the order in which they tell most."""
+    for run, _ in ready(SIZES[size.value], out, only):
+        print(run.name)
 
 
 @app.command()

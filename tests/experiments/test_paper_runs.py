@@ -14,9 +14,9 @@ from typing import Any
 import pytest
 import torch
 from papertable import growth, plan, tables, train
-from papertable.figures import figure, margin, scores
+from papertable.figures import apart, figure, margin, scores
 from papertable.library import TASKS, Library
-from papertable.measure import baselines, evaluate, wide_open
+from papertable.measure import CUTS, _reads, baselines, evaluate, read_otherwise
 from papertable.models import ABLATIONS, MODELS, REMEDIES, Reader, loss_of, parameters
 from papertable.sample import Batch, collate
 from papertable.sizes import SIZES, Size
@@ -99,21 +99,58 @@ def test_a_taught_policy_learns_besides(library: Library) -> None:
     assert angles[1] < 0.99
 
 
-def test_wide_open_is_full_attention(library: Library) -> None:
-    """With everything opened nothing is read as a summary: all chunks but those of window and first are tokens."""
+def test_reading_otherwise_is_what_it_is_called(library: Library) -> None:
+    """Everything as tokens is what a budget for all chunks reads; nothing far is seen through the window alone."""
     torch.manual_seed(0)
     reader, batch = Reader("mgam", SMOKE), batch_of(library)
     attention = reader.layers[0].attention
     before = reader(batch)[0]
-    attention.seen_covers = []
-    with wide_open(reader):
-        reader(batch)
-    for part, cover in attention.seen_covers:
-        assert not any(read.any() for read in cover.read)
-        read = (part.right.clamp_max(part.tokens) - part.left) // part.chunk + (part.left >= part.chunk).long()
-        assert ((cover.opened >= 0).sum(-1) == part.tokens // part.chunk - read).all()
-    attention.seen_covers = None
+    found = {}
+    for name, how in CUTS.items():
+        attention.seen_covers = []
+        with read_otherwise(reader, **how):
+            found[name] = reader(batch)[0]
+        covers, attention.seen_covers = attention.seen_covers, None
+        opened = [(cover.opened >= 0).sum(-1).max() for _, cover in covers]
+        assert bool(covers) == (name != "everything as tokens")
+        if name.startswith("window"):
+            assert not any(opened)
+            assert not any(cover.read for _, cover in covers)
+        elif covers:
+            assert max(opened) == attention.chooser.budget // attention.levels.chunk
+    attention.chooser = replace(attention.chooser, budget=1 << 20, share=None)
+    assert (reader(batch)[0] - found["everything as tokens"]).nan_to_num(0.0).abs().amax() < 1e-5
+    attention.chooser = replace(attention.chooser, budget=64, share=0.95)
     assert torch.equal(reader(batch)[0], before)
+    assert not any(torch.equal(one, before) for one in found.values())
+
+
+def test_what_blocks_read_of_the_evidence_is_counted(library: Library) -> None:
+    """Against the covers themselves, one pair after the other."""
+    torch.manual_seed(0)
+    size = replace(SMOKE, layers=2)
+    reader = Reader("mgam", size)
+    samples = [library.sample(task, "test", 1024, 0, number) for task in ("hop", "far") for number in range(3)]
+    for model, held in (("mgam", False), ("mgam-causal", True)):
+        reader = Reader(model, size)
+        layers = [layer.attention for layer in reader.layers]
+        for layer in layers:
+            layer.seen_covers = []
+        reader(collate(samples))
+        found = _reads(layers, samples)
+        read: list[list[bool]] = []
+        for row, sample in enumerate(samples):
+            for gold in sample.ends[sample.gold].tolist():
+                start = 1024 // 32 * 32 - 32
+                if 32 <= gold < start - layers[0].side:
+                    covers = [
+                        torch.cat([cover.opened for _, cover in one.seen_covers], 2)[row, :, -1] for one in layers
+                    ]
+                    read += [[gold // 32 in one.tolist() for cover in covers for one in cover]]
+        assert found["answer reads evidence, heads"] == pytest.approx(sum(map(sum, read)) / sum(map(len, read)))
+        assert found["answer reads evidence, any head"] == pytest.approx(sum(map(any, read)) / len(read))
+        assert ("question reads evidence, heads" not in found) == held  # a causal first block has nothing behind it
+        assert 0 < found["between reads evidence, chance"] < 1
 
 
 def test_a_killed_run_comes_to_the_same_result(library: Library, tmp_path: Path) -> None:
@@ -178,10 +215,22 @@ def test_intervals_are_those_of_student() -> None:
     assert figure([]) is None
 
 
+def test_runs_are_compared_on_the_same_samples() -> None:
+    def tests(*samples: list[int]) -> list[dict[str, Any]]:
+        return [{"samples": {"far": {"512": {"f1": one}, "1024": {"f1": [50, 50]}}}} for one in samples]
+
+    found = apart(tests([0, 100, 100, 40], [0, 100, 100, 60]), tests([0, 0, 100, 50], [0, 100, 0, 50]), "f1")
+    assert found is not None
+    assert (found.mean, found.seeds) == (pytest.approx(12.5), 2)
+    assert found.half == pytest.approx(1.96 * (2500 / 3 / 4) ** 0.5 / 2)
+    assert apart(tests([1, 2]), [{}], "f1") is None
+    assert apart(tests([1, 2]), tests([1, 2]), "accuracy") is None
+
+
 def test_the_plan_tells_most_first_and_waits_for_rates(tmp_path: Path) -> None:
     size = SIZES["paper"]
     names = [run.name for run in plan.plan(size)]
-    assert len(names) == len(set(names)) == 15 + 15 + 16 + 6 + 15
+    assert len(names) == len(set(names)) == 15 + 15 + 16 + 6 + 15 + 26
     assert sorted(names[15:20]) == sorted(f"{model}-0" for model in MODELS)
     able = [run.name for run, able in plan.ready(size, tmp_path, "*") if able]
     assert able == names[:15]
@@ -272,7 +321,7 @@ def test_the_command_makes_runs_and_the_table(
     monkeypatch.setattr(command, "open_library", lambda data: library)
     call = CliRunner().invoke
     words = ["train", "--size", "smoke", "--out", str(tmp_path), "--device", "cpu"]
-    for only in ("tune-bert*,bert-0", "tune-mgam-0*", "mgam-0"):
+    for only in ("tune-bert*,bert-0", "tune-mgam-0*", "mgam-0", "far-as-it-is-0,far-random-policy-0"):
         made = call(command.app, [*words, "--only", only])
         assert made.exit_code == 0, made.output
     assert {"bert-0", "mgam-0", "mgam-causal-0"} - set(plan.results(tmp_path)) == {"mgam-causal-0"}
@@ -287,6 +336,15 @@ def test_the_command_makes_runs_and_the_table(
     assert "72.5 / 70.3" in text
     assert "| gpt2 | 0 | not measured |" in text
     assert json.loads((tmp_path / "baselines.json").read_text()) == baselines(library, TASKS, "test", SMOKE.test)
+    lines = {line.split(" | ")[0].removeprefix("| "): line.split(" | ")[1:] for line in text.splitlines()}
+    chance = lines["random policy"]
+    assert chance[0] == "1"
+    assert " ± " in chance[3]
+    assert chance[5].count(" / ") == 2
+    assert text.count("| mgam | 1 | hop | 512 | accuracy |") == text.count("| far-as-it-is | 1 | far | 512 | F1 |") == 1
+    assert lines["first hop alone"][1].startswith("100 / ")
+    left = call(command.app, ["missing", "--size", "smoke", "--out", str(tmp_path), "--only", "mgam-0,far-bert*"])
+    assert left.output.split() == ["far-bert-0", "far-bert-1"]
 
 
 def test_what_cannot_be_reached_is_named(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:

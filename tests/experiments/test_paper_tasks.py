@@ -12,11 +12,12 @@ from papertable import published
 from papertable.library import TASKS, Library, open_library
 from papertable.measure import baselines
 from papertable.sample import ASKED, NoAnswerError, Piece, assemble, collate, room
-from papertable.score import Choice, choices, oracle, score
+from papertable.score import Choice, choices, first_hop_alone, oracle, score
 from papertable.shelf import PARTS, Part, part_of
 from papertable.vocabulary import ANSWER, BLANK, END, PAD, TAGS, encode
 
 from mgam.errors import DocumentError
+from mgam.evaluation.metrics import token_f1
 from mgam.evaluation.published.records import PARSERS, plain
 from mgam.evaluation.splits import split_of
 from mgam.evaluation.texts import TextLibrary
@@ -154,6 +155,45 @@ def test_gold_sentences_have_more_of_the_lead_than_others_of_their_article(libra
         ) - 1e-6  # fmt: skip
 
 
+@pytest.mark.parametrize("length", [512, 4096])
+def test_a_far_question_stands_once_and_far_from_its_evidence(library: Library, length: int) -> None:
+    for number in range(12):
+        sample = library.sample("far", "train", length, 0, number)
+        again = library.sample("far", "train", length, 0, number)
+        assert np.array_equal(sample.tokens, again.tokens)
+        assert len(sample.tokens) == length
+        first, last = sample.planted
+        assert last + 1 in sample.ends
+        asked = sample.tokens[first : last + 1].tolist()
+        assert asked.count(BLANK) == 1
+        assert (sample.tokens == BLANK).sum() == 1
+        assert (sample.tokens[1 : 1 + ASKED] == PAD).all()
+        assert (sample.tokens[-1 - ASKED : -1] == PAD).all()
+        (gold,) = sample.gold
+        sentence = sample.unit(gold)
+        assert not set(asked) - {BLANK} - set(sentence.tolist())
+        begin, end = sample.ends[gold] - len(sentence), sample.ends[gold]
+        assert min(abs(begin - last), abs(first - end)) >= min(1024, length // 4) - len(asked) - 1
+        batch = collate([sample])
+        assert batch.planted.tolist() == [[first, last]]
+        oracle_f1 = score(library, sample, oracle(sample))
+        assert oracle_f1 == {"accuracy": 1.0, "f1": 1.0}
+
+
+def test_who_makes_the_first_hop_alone(library: Library) -> None:
+    """Against the lines themselves: one of them is right, and all show the label that is asked for."""
+    for number in range(8):
+        sample = library.sample("hop", "test", 1024, 0, number)
+        label = library.text(sample.tokens[1 : 1 + ASKED]).split(" of the country whose ")[0]
+        lines = [library.text(sample.unit(at)) for at in range(len(sample.ends))]
+        values = [line.split(": ")[1].split(";")[0] for line in lines if line.startswith(f"{label}: ")]
+        answer = library.text(sample.tokens[sample.span[0] : sample.span[1] + 1])
+        found = first_hop_alone(library, sample)
+        assert found["accuracy"] == pytest.approx((1 + 1 / len(values)) / 2)
+        assert found["f1"] == pytest.approx(sum(token_f1(one, answer) for one in values) / len(values))
+        assert found["accuracy"] < 1
+
+
 def test_units_cut_at_answers_have_the_tokens_of_whole_ones(library: Library) -> None:
     """What may be asked for is not told by how it is cut."""
     for task in ("hop", "tale"):
@@ -189,7 +229,10 @@ def test_a_model_that_is_sure_is_scored_as_the_oracle(library: Library) -> None:
         assert choice.span == sample.span
         assert score(library, sample, choice) == score(library, sample, oracle(sample))
         half = score(library, sample, Choice(sample.gold.tolist()[:1], None))
-        assert half == {"accuracy": 1 / len(sample.gold), "f1": 0.0}
+        assert (half["accuracy"], half["f1"]) == (1 / len(sample.gold), 0.0)
+        if sample.task == "hop":  # the answer stands in the last hop's line
+            answers = sample.gold[0] == np.searchsorted(sample.ends, sample.span[0])
+            assert (half["first hop"], half["last hop"]) == ((0.0, 1.0) if answers else (1.0, 0.0))
 
 
 def test_documents_without_an_answer_are_refused() -> None:
@@ -218,7 +261,7 @@ def test_published_records_are_brought_into_the_form(texts: TextLibrary, tmp_pat
     part = next(part for part in PARTS if library.shelves["hop"].of(part))
     sample = library.sample("hop", part, 512, 0, 0)
     assert library.text(sample.tokens[sample.span[0] : sample.span[1] + 1]) in ("Ash", "a bridge builder")
-    assert score(library, sample, oracle(sample)) == {"accuracy": 1.0, "f1": 1.0}
+    assert score(library, sample, oracle(sample)) == dict.fromkeys(("accuracy", "first hop", "last hop", "f1"), 1.0)
 
 
 def test_texts_that_are_not_there_are_named(tmp_path: Path) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from contextlib import AbstractContextManager, nullcontext
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -116,6 +117,29 @@ def test_scores_and_covers(tokens: int, changes: dict[str, Any]) -> None:
     assert len(found.read) == len(wanted.read)
     for got, want in zip(found.read, wanted.read, strict=True):
         assert torch.equal(got, want)
+
+
+@pytest.mark.parametrize("causal", [False, True])
+def test_a_module_may_read_otherwise_than_it_was_made(causal: bool) -> None:
+    """Nothing but window and first chunk; another policy with the weights of a learned one."""
+    module, states = make(causal=causal), text(170)[:1]
+    ways: list[tuple[str, dict[str, Any]]] = [
+        ("learned", {"budget": 0, "rest": "drop"}), ("learned", {"budget": 0}), ("random", {}), ("fixed", {}),
+    ]  # fmt: skip
+    for policy, changes in ways:
+        chooser, scores = module.chooser, module.scores
+        module.chooser, module.policy = replace(chooser, **changes), policy
+        module.scores = scores if policy == "learned" else None
+        outs = []
+        for kernels in (True, False):
+            module.kernels, module.seen_covers = kernels, []
+            with torch.no_grad(), half():
+                assert module.served(states)
+                outs.append(module(states))
+            opened = max(int((cover.opened >= 0).sum(-1).max()) for _, cover in module.seen_covers)
+            assert opened == module.chooser.budget // 16
+        assert apart(*outs) < LOOSE
+        module.chooser, module.scores = chooser, scores
 
 
 def test_of_equal_scores_the_first_are_opened() -> None:

@@ -63,6 +63,37 @@ def margin(results: dict[str, dict[str, Any]], left: str, right: str, name: str)
     return figure([a - b for a, b in zip(ours, theirs, strict=True)])
 
 
+def apart(left: Sequence[dict[str, Any]], right: Sequence[dict[str, Any]], name: str) -> Figure | None:
+    """Difference of the tests of two kinds of runs, seed by seed on the same samples, with a normal 95 % interval over
+    samples; None where no seed has samples of both.
+
+    Each sample counts with its mean over runs, each cell of task and length with equal weight. The interval is of these
+    trainings: others may differ by more.
+    """
+    both = [pair for pair in zip(left, right, strict=True) if all("samples" in one for one in pair)]
+    if not both:
+        return None
+    sides = [[pair[side]["samples"] for pair in both] for side in (0, 1)]
+    means, errors = [], []
+    for task, lengths in sides[0][0].items():
+        for length, cell in lengths.items():
+            if name not in cell:
+                continue
+            each = [
+                [
+                    statistics.mean(of_sample)
+                    for of_sample in zip(*(one[task][length][name] for one in side), strict=True)
+                ]
+                for side in sides
+            ]
+            gaps = [a - b for a, b in zip(*each, strict=True)]
+            means.append(statistics.mean(gaps))
+            errors.append(statistics.variance(gaps) / len(gaps) if len(gaps) > 1 else 0.0)
+    if not means:
+        return None
+    return Figure(statistics.mean(means), 1.96 * math.sqrt(sum(errors)) / len(errors), len(both))
+
+
 def grown(points: Sequence[dict[str, Any]], model: str, length: int, name: str) -> float | None:
     """What `growth` measured of a model at a length."""
     return next((line.get(name) for line in points if (line["model"], line["length"]) == (model, length)), None)

@@ -142,7 +142,7 @@ def _batch(length: int) -> Batch:
     tokens[0, ends[0]] = END
     gold = torch.zeros_like(ends, dtype=torch.bool)
     gold[0, 0] = True
-    return Batch(tokens, ends, gold, torch.tensor([[ASKED + 2, ASKED + 3]]))
+    return Batch(tokens, ends, gold, torch.tensor([[ASKED + 2, ASKED + 3]]), torch.tensor([[-1, -1]]))
 
 
 @torch.no_grad()

@@ -19,6 +19,8 @@ SOURCE = "factbook"
 TOKENS_A_COUNTRY, MOST_COUNTRIES = 320, 24
 COMMON = 0.3
 """A label is asked for if so many of all countries have it."""
+SHORT_VALUE = re.compile(r"[;(]| - |, ")
+"""What ends the part of a value that may be an answer."""
 EMPTY = re.compile(r"(na|none|n/a|0|-)?\.?$", re.IGNORECASE)
 
 
@@ -52,7 +54,7 @@ def prepare(countries: Iterable[tuple[str, Mapping[str, Any]]], tokenizer: Token
 
 def _lines(units: list[list[int]], lines: list[tuple[str, str]], tokenizer: Tokenizer) -> list[list[Any]]:
     """Adds lines; returns of each its unit, label, short value, and where that stands: first token and tokens."""
-    values = [re.split(r"[;(]| - |, ", value)[0].strip() for _, value in lines]
+    values = [re.split(SHORT_VALUE, value)[0].strip() for _, value in lines]
     parts = [
         (f"\n{label}:", f" {short}", value[len(short) :]) for (label, value), short in zip(lines, values, strict=True)
     ]

@@ -6,7 +6,7 @@ import hashlib
 import json
 import shutil
 import zlib
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -16,15 +16,18 @@ from tokenizers import Tokenizer
 
 from mgam.evaluation.texts import TextLibrary
 from mgam.integrations.cache import cache_folder
-from papertable import hop, lead, published, tale
+from papertable import far, hop, lead, published, tale
 from papertable.hop import SOURCE
 from papertable.sample import Sample
 from papertable.shelf import PARTS, Part, Shelf, part_of
 from papertable.vocabulary import SIZE, train_tokenizer
 
 TASKS = ("lead", "hop", "tale")
+"""Those of the table."""
 SOURCES = ("wikipedia", "factbook", "novels", "speeches")
-DRAW: dict[str, Any] = {"lead": lead.draw, "hop": hop.draw, "tale": tale.draw}
+DRAW: dict[str, Any] = {"lead": lead.draw, "hop": hop.draw, "tale": tale.draw, "far": far.draw}
+SHELF = {"far": "tale"}
+"""Tasks that are made of the texts of another."""
 FORM = 1
 """Goes up when texts are prepared in another way."""
 
@@ -49,7 +52,11 @@ class Library:
         rng = np.random.default_rng([zlib.crc32(task.encode()), PARTS.index(part), length, seed, number])
         if self.data == "published" and task != "lead":
             return published.draw(task, self.shelves[task], part, length, rng)
-        return DRAW[task](self.shelves[task], part, length, rng)
+        return DRAW[task](self.shelves[SHELF.get(task, task)], part, length, rng)
+
+    def offers(self, tasks: Sequence[str]) -> bool:
+        """Whether there are texts for these tasks; the published data sets have none for `far`."""
+        return self.data == "packages" or not set(tasks) & set(SHELF)
 
     def text(self, tokens: Any) -> str:
         """What tokens say, without blanks around it."""

@@ -10,23 +10,33 @@ from collections import defaultdict
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, nullcontext
 from dataclasses import replace
+from functools import partial
 from typing import Any
 
 import numpy as np
 import torch
+import torch.nn.functional as F
 from torch import nn
 from torch.utils.data import DataLoader, Dataset
 
 from mgam.nn import FullAttention, LearnedGranularAttention, LongformerAttention
+from mgam.nn.base import Seen
 from papertable.library import Library
 from papertable.sample import Sample, collate
-from papertable.score import SILENCE, choices, oracle, rouges, score
+from papertable.score import SILENCE, choices, first_hop_alone, oracle, rouges, score
 from papertable.shelf import Part
 
 SEED = 0
 """Of test and dev samples: the same for all."""
-EVERYTHING = 1 << 30
-"""A budget that opens all."""
+EACH = ("accuracy", "f1")
+"""Figures that are kept of every sample, for differences of two models on the same ones."""
+CUTS: dict[str, dict[str, Any]] = {
+    "everything as tokens": {},
+    "policy of chance": {"policy": "random"},
+    "what is nearest": {"policy": "fixed"},
+    "window and first chunk alone": {"rest": "drop", "budget": 0},
+}
+"""Ways to read with weights that were trained to read otherwise."""
 
 
 class Clock:
@@ -101,7 +111,11 @@ def evaluate(
     return {
         "scores": {task: {str(length): _means(one) for length, one in own.items()} for task, own in scores.items()},
         "entries": {str(length): _means(_together(parts)) for length, parts in counted.items()},
-    }
+        "samples": {
+            task: {str(length): {name: [round(value) for value in one[name]] for name in EACH if name in one}
+                   for length, one in own.items()} for task, own in scores.items()
+        },
+    }  # fmt: skip
 
 
 def _together(parts: Sequence[dict[str, float]]) -> dict[str, list[float]]:
@@ -145,21 +159,31 @@ def ready(made: Dataset[Any], workers: int, pinned: bool = False) -> DataLoader[
 
 
 @contextmanager
-def wide_open(model: nn.Module) -> Iterator[None]:
-    """MGAM reads every token as such: full attention with the weights that it learned."""
+def read_otherwise(model: nn.Module, policy: str = "", **chooser: Any) -> Iterator[None]:
+    """MGAM's layers choose by another policy or under other settings of their chooser; with neither they read every
+    token as such: full attention with the weights that they learned."""
     layers: list[Any] = [layer.attention for layer in model.layers]  # type: ignore[union-attr]
-    choosers = [layer.chooser for layer in layers]
+    kept = [(layer.chooser, layer.policy, layer.scores, layer.kernels) for layer in layers]
     for layer in layers:
-        layer.chooser = replace(layer.chooser, budget=EVERYTHING, share=None)
+        layer.chooser = replace(layer.chooser, **chooser)
+        if policy:
+            layer.policy, layer.scores = policy, None
+        elif not chooser:
+            layer.kernels, layer.attend = False, partial(_all, layer)
     try:
         yield
     finally:
-        for layer, chooser in zip(layers, choosers, strict=True):
-            layer.chooser = chooser
+        for layer, own in zip(layers, kept, strict=True):
+            layer.chooser, layer.policy, layer.scores, layer.kernels = own
+            layer.__dict__.pop("attend", None)
+
+
+def _all(layer: LearnedGranularAttention, seen: Seen) -> torch.Tensor:
+    return F.scaled_dot_product_attention(seen.q, seen.k, seen.v, is_causal=layer.causal, scale=layer.scale)
 
 
 def baselines(library: Library, tasks: Sequence[str], part: Part, cells: Sequence[tuple[int, int]]) -> dict[str, Any]:
-    """Chance, silence and the oracle on the same samples."""
+    """Chance, silence and the oracle on the same samples; of two hops, who makes the first alone."""
     found: dict[str, Any] = {}
     for task in tasks:
         for length, count in cells:
@@ -170,6 +194,9 @@ def baselines(library: Library, tasks: Sequence[str], part: Part, cells: Sequenc
                 for name, choice in (("oracle", oracle(sample)), ("silence", SILENCE)):
                     for figure, value in score(library, sample, choice).items():
                         scores[f"{name} {figure}"].append(100 * value)
+                if task == "hop" and library.data == "packages":
+                    for figure, value in first_hop_alone(library, sample).items():
+                        scores[f"first hop {figure}"].append(100 * value)
                 if sample.lead:
                     drawn = np.random.default_rng(at).choice(len(sample.ends), 3, replace=False).tolist()
                     for figure, value in rouges(library, sample, drawn).items():
@@ -187,10 +214,13 @@ def _watched(
     for layer in granular:
         layer.seen_covers = []
     units, spans = model(collate(samples).to(device))
-    each = _granular_entries(granular, samples) if granular else [_entries(layer, samples) for layer in layers]
+    each = [_entries(layer, samples) for layer in layers if layer not in granular]
+    if granular and granular[0].seen_covers:
+        each = _granular_entries(granular, samples)
     for layer in granular:
         layer.seen_covers = None
-    return units, spans, {name: statistics.mean(one[name] for one in each) for name in each[0]}
+    names = each[0] if each else ()  # none where MGAM reads as full attention does
+    return units, spans, {name: statistics.mean(one[name] for one in each if name in one) for name in names}
 
 
 def _entries(layer: nn.Module, samples: Sequence[Sample]) -> dict[str, float]:
@@ -209,7 +239,7 @@ def _entries(layer: nn.Module, samples: Sequence[Sample]) -> dict[str, float]:
 def _granular_entries(layers: Sequence[LearnedGranularAttention], samples: Sequence[Sample]) -> list[dict[str, float]]:
     """Of each layer by its covers. What is counted on a device comes back at once: others wait for it too."""
     tokens = len(samples[0].tokens)
-    counted, last = [], []
+    counted = []
     for layer in layers:
         chunk, covers = layer.levels.chunk, layer.seen_covers or []
         numbers = torch.zeros(layer.levels.top + 1, dtype=torch.float64, device=covers[0][1].opened.device)
@@ -220,28 +250,53 @@ def _granular_entries(layers: Sequence[LearnedGranularAttention], samples: Seque
             for level, read in enumerate(cover.read, start=1):
                 numbers[level] += read.sum(-1).double().mean((0, 1)).sum()
         counted.append(numbers)
-        last.append(covers[-1][1].opened[:, :, -1])
-    whole = torch.cat([torch.stack(counted).flatten(), torch.stack(last).double().flatten()]).cpu()
-    counts, opened = whole.split([sum(map(len, counted)), sum(one.numel() for one in last)])
+    reads = _reads(layers, samples)
+    counts = torch.stack(counted).cpu().tolist()
     found = []
-    apart = (counts.view(len(layers), -1), opened.view(len(layers), *last[0].shape))
-    for layer, own, ends in zip(layers, *apart, strict=True):
+    for layer, own in zip(layers, counts, strict=True):
         blocks = -(-tokens // layer.block)
-        window = max(0, (blocks - 1) * layer.block - layer.side)
-        held = _held(ends, window, samples, layer.levels.chunk)
-        entries = [value / blocks for value in own.tolist()]
+        entries = [value / blocks for value in own]
         found.append({"tokens": entries[0], **{f"level {at}": value for at, value in enumerate(entries[1:], start=1)}})
-        if held:
-            found[-1]["gold read as tokens"] = statistics.mean(held)
+    found[0] |= reads
     return found
 
 
-def _held(opened: torch.Tensor, window: int, samples: Sequence[Sample], chunk: int) -> list[float]:
-    """Share of heads that read the end of a gold unit as tokens for <answer>, of units before its window."""
-    found = []
+def _reads(layers: Sequence[LearnedGranularAttention], samples: Sequence[Sample]) -> dict[str, float]:
+    """How far some blocks read evidence as tokens that is outside their windows, on average over such pairs: the share
+    of heads, whether any head of any layer does, and the share of chunks that they opened, which chance would find.
+
+    `answer`: the block of <answer> reads the ends of gold units; `question`: the first block does, whose tokens all
+    others read; `between`: the blocks of gold units read one another, or those of a planted question.
+    """
+    layer, tokens = layers[0], len(samples[0].tokens)
+    chunk = layer.levels.chunk
+    pairs: dict[str, list[tuple[int, int, int]]] = defaultdict(list)
     for row, sample in enumerate(samples):
-        for number in sample.gold.tolist():
-            end = int(sample.ends[number])
-            if chunk <= end < window:
-                found.append(float((opened[row] == end // chunk).any(-1).double().mean()))
-    return found
+        gold = sample.ends[sample.gold].tolist()
+        asked = [sample.planted[1]] if sample.planted[0] >= 0 else gold
+        ways = [("answer", tokens - 1, one) for one in gold] + [("question", 0, one) for one in gold]
+        ways += [("between", one, other) for a in gold for b in asked for one, other in ((a, b), (b, a)) if a != b]
+        for name, reader, read in dict.fromkeys(ways):
+            start = reader // layer.block * layer.block
+            after = start + layer.block + (0 if layer.causal else layer.side)
+            if chunk <= read < start - layer.side or (not layer.causal and after <= read):
+                pairs[name].append((row, start // layer.block, read // chunk))
+    names = [name for name, own in pairs.items() for _ in own]
+    if not names:
+        return {}
+    opened = [torch.cat([cover.opened for _, cover in one.seen_covers or []], 2) for one in layers]
+    row, block, wanted = torch.tensor([pair for own in pairs.values() for pair in own], device=opened[0].device).T
+    here = torch.stack([one[row, :, block] for one in opened])  # layers, pairs, heads, opened
+    read = (here == wanted[:, None, None]).any(-1)
+    start = block * layer.block
+    free = (start - layer.side).clamp_min(chunk) // chunk - 1
+    if not layer.causal:
+        free = free + (tokens - start - layer.block - layer.side).clamp_min(0) // chunk
+    spent = (here >= 0).sum(-1).double().mean((0, 2)) / free.clamp_min(1)
+    figures = torch.stack([read.double().mean((0, 2)), read.any(0).any(-1).double(), spent]).cpu().numpy()
+    by_name = np.array(names)
+    return {
+        f"{name} reads evidence, {figure}": float(values[by_name == name].mean())
+        for name in pairs
+        for figure, values in zip(("heads", "any head", "chance"), figures, strict=True)
+    }

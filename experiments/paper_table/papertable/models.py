@@ -35,6 +35,12 @@ REMEDIES: dict[str, dict[str, Any]] = {
     "budget 16": {"budget": 512},
 }
 """What is tried if MGAM does not lead, in this order."""
+FAR: dict[str, tuple[str, dict[str, Any]]] = {
+    "bert": ("bert", {}),
+    "longformer": ("longformer", {}),
+    **{name: ("mgam", changes) for name, changes in {**ABLATIONS, **REMEDIES}.items()},
+}
+"""Who is trained on the task whose question stands far from its evidence."""
 FULL = ("bert", "gpt2")
 DIMS = 64
 """Of a pointer."""
@@ -116,7 +122,8 @@ class Reader(nn.Module):
         """Logits of units (B, M), and of first and last tokens (B, 2, T); -inf where none may be."""
         place = torch.arange(batch.tokens.shape[1], device=batch.tokens.device)
         frame = (place <= ASKED) | (place >= len(place) - 1 - ASKED)
-        states = self.embed(batch.tokens) + frame[:, None] * self.role
+        asked = frame | ((place >= batch.planted[:, :1]) & (place <= batch.planted[:, 1:]))
+        states = self.embed(batch.tokens) + asked[..., None] * self.role
         taught: list[Any] = [layer.attention for layer in self.layers if self.taught and self.training]
         for attention in taught:
             attention.lessons = []
@@ -127,14 +134,14 @@ class Reader(nn.Module):
             for attention in taught:
                 attention.lessons = None
         states = self.norm(states)
-        asked = self.ask(states[:, -1]).unflatten(1, (3, DIMS)).float()
+        wanted = self.ask(states[:, -1]).unflatten(1, (3, DIMS)).float()
         told = self.told(states).unflatten(2, (3, DIMS + 1)).float()
-        logits = torch.einsum("bpd,btpd->bpt", asked, told[..., :-1]) * DIMS**-0.5 + told[..., -1].transpose(1, 2)
+        logits = torch.einsum("bpd,btpd->bpt", wanted, told[..., :-1]) * DIMS**-0.5 + told[..., -1].transpose(1, 2)
         ended = batch.tokens == END
         units = _units(logits[:, 0], batch.ends).masked_fill(batch.ends < 0, -torch.inf)
         number = (ended.cumsum(1) - ended.long()).clamp_max(units.shape[1] - 1)
         spans = logits[:, 1:] + units.gather(1, number)[:, None]
-        return units, spans.masked_fill((frame | ended)[:, None], -torch.inf)
+        return units, spans.masked_fill((asked | ended)[:, None], -torch.inf)
 
 
 def _units(logits: Tensor, ends: Tensor) -> Tensor:

@@ -14,7 +14,7 @@ from typing import Any
 
 from mgam.evaluation.machine import commit
 from papertable.library import Library
-from papertable.models import ABLATIONS, MODELS, REMEDIES
+from papertable.models import ABLATIONS, FAR, MODELS, REMEDIES
 from papertable.sizes import Size
 from papertable.train import Run, train
 
@@ -28,7 +28,8 @@ SLOWEST_FIRST = tuple(reversed(MODELS))
 
 
 def plan(size: Size) -> list[Run]:
-    """Rates for each model, seeds of all, ablations, remedies, lengths mixed. A rate of 0 is yet to be chosen."""
+    """Rates for each model, seeds of all, ablations, remedies, lengths mixed, what must be read afar. A rate of 0 is
+    yet to be chosen."""
     runs = [
         Run(f"tune-{model}-{rate:g}", model, rate, TUNING_SEED, size, tuning=True)
         for model in SLOWEST_FIRST for rate in size.rates
@@ -40,9 +41,15 @@ def plan(size: Size) -> list[Run]:
         for kind, every in (("ablation", ABLATIONS), ("remedy", REMEDIES))
         for seed in range(ABLATION_SEEDS) for name, changes in every.items()
     ]  # fmt: skip
-    return runs + [
+    runs += [
         Run(f"mixed-{model}-{seed}", model, 0.0, seed, size, mixed=True)
         for seed in range(SEEDS) for model in SLOWEST_FIRST
+    ]  # fmt: skip
+    return runs + [
+        Run(f"far-{name.replace(' ', '-')}-{seed}", model, 0.0, seed, size, ("far",), changes,
+            steps=max(1, size.steps // 2), mixed=True)
+        for seed in range(ABLATION_SEEDS)
+        for name, (model, changes) in FAR.items()
     ]  # fmt: skip
 
 
@@ -106,7 +113,7 @@ def work(
     """
     until = time.time() + 60 * minutes
     while time.time() < until:
-        waiting = list(ready(size, folder, only, missing))
+        waiting = [one for one in ready(size, folder, only, missing) if library.offers(one[0].tasks)]
         if not waiting:
             return
         begun = False

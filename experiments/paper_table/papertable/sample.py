@@ -32,6 +32,8 @@ class Piece:
     gold: bool = False
     span: tuple[int, int] | None = None
     """First and last token of the answer in this unit."""
+    asked: bool = False
+    """Whether it is the question."""
 
 
 @dataclass(frozen=True)
@@ -49,6 +51,8 @@ class Sample:
     """Places of first and last token of the answer; -1, -1 where the task has no span."""
     lead: str = ""
     """What a summary is compared with."""
+    planted: tuple[int, int] = (-1, -1)
+    """Places of first and last token of a question that stands among the units; -1, -1 where none does."""
 
     def unit(self, number: int) -> Tokens:
         """Tokens of a unit without the one that ends it."""
@@ -72,7 +76,7 @@ def assemble(task: str, asked: Sequence[int], pieces: Sequence[Piece], length: i
     parts = [np.array([TAGS[task], *question, *[PAD] * (ASKED - len(question))], dtype=np.int32)]
     ends: list[int] = []
     gold: list[int] = []
-    span, at = (-1, -1), 1 + ASKED
+    span, planted, at = (-1, -1), (-1, -1), 1 + ASKED
     for piece in pieces:
         size = min(len(piece.tokens), left - 1)
         if size < 1:
@@ -81,6 +85,8 @@ def assemble(task: str, asked: Sequence[int], pieces: Sequence[Piece], length: i
             gold.append(len(ends))
         if piece.span is not None and piece.span[1] < size:
             span = (at + piece.span[0], at + piece.span[1])
+        if piece.asked:
+            planted = (at, at + size - 1)
         parts += [piece.tokens[:size], np.array([END], dtype=np.int32)]
         at, left = at + size + 1, left - size - 1
         ends.append(at - 1)
@@ -88,12 +94,12 @@ def assemble(task: str, asked: Sequence[int], pieces: Sequence[Piece], length: i
         raise NoAnswerError(f"this {task} document does not hold its evidence and answer; such records are refused")
     parts.append(np.full(left, PAD, dtype=np.int32))
     parts.append(np.array([*[PAD] * (ASKED - len(question)), *question, ANSWER], dtype=np.int32))
-    return Sample(task, np.concatenate(parts), np.array(ends), np.array(gold), span, lead)
+    return Sample(task, np.concatenate(parts), np.array(ends), np.array(gold), span, lead, planted)
 
 
 @dataclass
 class Batch:
-    """Samples of one length. Shapes: tokens (B, T), ends and gold (B, M), span (B, 2)."""
+    """Samples of one length. Shapes: tokens (B, T), ends and gold (B, M), span and planted (B, 2)."""
 
     tokens: Tensor
     ends: Tensor
@@ -102,11 +108,13 @@ class Batch:
     """Bool."""
     span: Tensor
     """-1 where there is none."""
+    planted: Tensor
+    """-1 where there is none."""
 
     def to(self, device: str) -> Batch:
         """The same on a device."""
-        there = (part.to(device, non_blocking=True) for part in (self.tokens, self.ends, self.gold, self.span))
-        return Batch(*there)
+        every = (self.tokens, self.ends, self.gold, self.span, self.planted)
+        return Batch(*(part.to(device, non_blocking=True) for part in every))
 
 
 def collate(samples: Sequence[Sample]) -> Batch:
@@ -118,4 +126,5 @@ def collate(samples: Sequence[Sample]) -> Batch:
         ends[row, : len(sample.ends)] = torch.from_numpy(sample.ends)
         gold[row, torch.from_numpy(sample.gold)] = True
     tokens = torch.from_numpy(np.stack([sample.tokens for sample in samples])).long()
-    return Batch(tokens, ends, gold, torch.tensor([sample.span for sample in samples]))
+    places = (torch.tensor([getattr(sample, name) for sample in samples]) for name in ("span", "planted"))
+    return Batch(tokens, ends, gold, *places)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import re
+import statistics
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -11,8 +13,9 @@ from torch import Tensor
 
 from mgam.evaluation.metrics import token_f1
 from mgam.evaluation.rouge import rouge_lsum, rouge_n
+from papertable.hop import SHORT_VALUE
 from papertable.library import Library
-from papertable.sample import Sample
+from papertable.sample import ASKED, Sample
 
 LONGEST, LOOKED_AT = 16, 20
 ROUGES = ("rouge1", "rouge2", "rougeLsum")
@@ -62,6 +65,10 @@ def score(library: Library, sample: Sample, choice: Choice) -> dict[str, float]:
     """Accuracy; and F1 where the task has a span, ROUGE where it has a lead. Shares from 0 to 1."""
     chosen = list(choice.units)[: len(sample.gold)]
     found = {"accuracy": len({*chosen} & {*sample.gold.tolist()}) / len(sample.gold)}
+    if sample.span[0] >= 0 and len(sample.gold) > 1:  # the answer's line is the last hop
+        last = int(np.searchsorted(sample.ends, sample.span[0]))
+        others = {*sample.gold.tolist()} - {last}
+        found |= {"first hop": len({*chosen} & others) / len(others), "last hop": float(last in chosen)}
     if sample.span[0] >= 0:
         said = "" if choice.span is None else library.text(sample.tokens[choice.span[0] : choice.span[1] + 1])
         found["f1"] = token_f1(said, library.text(sample.tokens[sample.span[0] : sample.span[1] + 1]))
@@ -76,3 +83,15 @@ def rouges(library: Library, sample: Sample, units: Sequence[int]) -> dict[str, 
     parts = [rouge_n(said, sample.lead, n, stem=True).f1 for n in (1, 2)]
     gold = "\n".join(line for line in sample.lead.split(". ") if line.strip())
     return dict(zip(ROUGES, [*parts, rouge_lsum(said, gold, stem=True).f1], strict=True))
+
+
+def first_hop_alone(library: Library, sample: Sample) -> dict[str, float]:
+    """Expected figures of a reader that finds the line which tells the country, and then takes any line with the label
+    that is asked for, whatever country it belongs to."""
+    last = int(np.searchsorted(sample.ends, sample.span[0]))
+    label = sample.unit(last)[: sample.span[0] - (sample.ends[last - 1] + 1 if last else 1 + ASKED)]
+    lines = [sample.unit(number) for number in range(len(sample.ends))]
+    alike = [line[len(label) :] for line in lines if np.array_equal(line[: len(label)], label)]
+    answer = library.text(sample.tokens[sample.span[0] : sample.span[1] + 1])
+    said = [re.split(SHORT_VALUE, library.text(line))[0].strip() for line in alike]
+    return {"accuracy": (1 + 1 / len(alike)) / 2, "f1": statistics.mean(token_f1(one, answer) for one in said)}

@@ -26,8 +26,8 @@ class Size:
     test: tuple[tuple[int, int], ...] = ((2048, 200), (4096, 200), (8192, 100), (16384, 100))
     """Length, and samples a task."""
     dev: tuple[tuple[int, int], ...] = ((1024, 100),)
-    wide: tuple[tuple[int, int], ...] = ((4096, 200),)
-    """Of `test`, what MGAM is tested on with everything opened."""
+    cut: tuple[tuple[int, int], ...] = ((16384, 100),)
+    """Of `test`, what MGAM is tested on once more, reading otherwise than in training."""
     granular: dict[str, Any] = field(
         default_factory=lambda: {"levels": (1, 32, 256), "window": 256, "budget": 256, "block": 64, "every": 8}
     )
@@ -49,7 +49,7 @@ TINY = Size(
     rates=(1e-3, 3e-3),
     test=((512, 6), (1024, 6)),
     dev=((512, 6),),
-    wide=((512, 6),),
+    cut=((512, 6),),
     granular={"levels": (1, 32, 128), "window": 64, "budget": 64, "block": 32, "every": 4},
     window=128,
     check_every=2,
@@ -65,7 +65,7 @@ SMOKE = Size(
     rates=(1e-3,),
     test=((512, 2),),
     dev=((512, 2),),
-    wide=((512, 2),),
+    cut=((512, 2),),
     granular={"levels": (1, 32, 128), "window": 64, "budget": 64, "block": 32, "every": 4},
     window=64,
     check_every=1,

@@ -100,8 +100,22 @@ def _tokenise_words(documents: list[dict[str, Any]], tokenizer: Tokenizer) -> No
 
 
 def draw(shelf: Shelf, part: Part, length: int, rng: np.random.Generator) -> Sample:
-    """A sentence somewhere in a stretch of its text; where the text is shorter, others of the part follow it."""
-    documents, space = shelf.of(part), room(length)
+    """A sentence somewhere in a stretch of its text; where the text is shorter, others of the part follow it.
+
+    Raises:
+        NoAnswerError: when the part holds no such sentence.
+    """
+    question, pieces = asked(shelf, part, room(length), rng)
+    return assemble("tale", question, pieces, length)
+
+
+def asked(shelf: Shelf, part: Part, space: int, rng: np.random.Generator) -> tuple[list[int], list[Piece]]:
+    """A question, and units that fill `space` tokens, the sentence that is asked for among them.
+
+    Raises:
+        NoAnswerError: when the part holds no such sentence.
+    """
+    documents = shelf.of(part)
     weights = np.array([len(document["asked"]) for document in documents], dtype=float)
     for _ in range(50):
         document = documents[rng.choice(len(documents), p=weights / weights.sum())]
@@ -113,9 +127,8 @@ def draw(shelf: Shelf, part: Part, length: int, rng: np.random.Generator) -> Sam
         kept = [word for word in words if word == [BLANK] or rng.random() >= DROPPED]
         question = [token for word in kept for token in word]
         span = (at, at + size - 1)
-        pieces = [Piece(shelf.unit(one), one == unit, span if one == unit else None) for one in order]
-        return assemble("tale", question, pieces, length)
-    raise NoAnswerError(f"no stretch of {length} tokens of the {part} part holds a sentence that may be asked for")
+        return question, [Piece(shelf.unit(one), one == unit, span if one == unit else None) for one in order]
+    raise NoAnswerError(f"no stretch of {space} tokens of the {part} part holds a sentence that may be asked for")
 
 
 def _fit(document: dict[str, Any], name: str, unit: int, low: int, high: int) -> bool:

@@ -19,14 +19,11 @@ from torch.utils.data import Dataset
 
 from mgam.evaluation.machine import conditions
 from papertable.library import TASKS, Library
-from papertable.measure import evaluate, ready, wide_open
+from papertable.measure import CUTS, evaluate, read_otherwise, ready
 from papertable.models import Reader, kernels, loss_of, parameters
 from papertable.sample import Batch, collate
 from papertable.shelf import Part
 from papertable.sizes import Size
-
-WIDE = "hop"
-"""The task on which MGAM is tested once more, with everything opened."""
 
 
 @dataclass(frozen=True)
@@ -145,11 +142,12 @@ def train(
         found["test_seconds"] = round(time.perf_counter() - began, 1)
     found |= {"library": library.name, "conditions": conditions(device)}
     _write(result, found)
-    if run.model.startswith("mgam") and run.seed == 0 and not run.changes and progress.diverged is None:
-        with kernels(run.model, device), wide_open(model):
-            cells = run.size.wide
-            found["wide open"] = evaluate(model, library, (WIDE,), "test", cells, run.size.tokens, device, workers)
-        _write(result, found)
+    if run.model.startswith("mgam") and not run.tuning and not run.changes and progress.diverged is None:
+        for name, how in CUTS.items():
+            with kernels(run.model, device), read_otherwise(model, **how):
+                cut = evaluate(model, library, run.tasks, part, run.size.cut, run.size.tokens, device, workers)
+            found.setdefault("read otherwise", {})[name] = {key: cut[key] for key in ("scores", "samples")}
+            _write(result, found)
     shutil.rmtree(kept, ignore_errors=True)
     return found
 

@@ -10,7 +10,8 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 
 SPECIAL = ("<pad>", "<end>", "<answer>", "<blank>", "<lead>", "<hop>", "<tale>")
 PAD, END, ANSWER, BLANK = range(4)
-TAGS = {"lead": 4, "hop": 5, "tale": 6}
+TAGS = {"lead": 4, "hop": 5, "tale": 6, "far": 6}
+"""Of a sample's first token; `far` is a tale whose question stands elsewhere."""
 SIZE = 8192
 
 
