@@ -8,11 +8,12 @@ from typing import Any
 
 import pytest
 import torch
+from safetensors.torch import load_file
 
 import mgam
 from documents.tiny import make_plain_model, make_tokenizer, text
 from mgam.errors import SettingError
-from mgam.training.adapting import Adapting, fit_adapter
+from mgam.training.adapting import Adapting, Pupil, adopt, fit_adapter, with_adapters
 from mgam.training.lookups import LookupMaker
 
 from .conftest import Killed
@@ -22,10 +23,10 @@ DIALS: dict[str, Any] = {
 }  # fmt: skip
 
 
-def train(prose: str, folder: Path, **dials: Any) -> Any:
+def train(prose: str, folder: Path, start: str | None = None, **dials: Any) -> Any:
     model = make_plain_model(window=2560)
-    maker = LookupMaker(make_tokenizer(), [prose], quotes=0.3)
-    fit_adapter(model, maker, folder, Adapting(**{**DIALS, **dials}), say=lambda line: None)
+    maker = LookupMaker(make_tokenizer(), [prose], quotes=0.3, alike=0.3)
+    fit_adapter(model, maker, folder, Adapting(**{**DIALS, **dials}), start=start, say=lambda line: None)
     return model
 
 
@@ -54,6 +55,35 @@ def test_it_learns_answers(prose: str, tmp_path: Path) -> None:
     lines = (tmp_path / "log.jsonl").read_text(encoding="utf-8").splitlines()
     answers = [row["answers"] for row in map(json.loads, lines) if "answers" in row]
     assert answers[-1] < answers[0]
+
+
+def test_texts_that_are_read_together_have_the_loss_that_they_have_alone(prose: str) -> None:
+    maker = LookupMaker(make_tokenizer(), [prose], alike=0.5)
+    pupil = Pupil(with_adapters(make_plain_model(window=2560), 2), Adapting(**DIALS))
+    lookups = [maker.make(number, tokens, 2) for number, tokens in ((0, 2560), (1, 1800), (2, 2300))]
+    assert len({len(one.ids) for one in lookups}) == 3
+    with torch.no_grad():
+        together = pupil(lookups)[0]
+        alone = torch.stack([pupil([one])[0] for one in lookups]).mean()
+    torch.testing.assert_close(together, alone)
+
+
+def test_training_goes_on_from_adapters(prose: str, trained: tuple[Path, Any], tmp_path: Path) -> None:
+    """Without a step's worth of change they are what they were; of another rank or model they are refused."""
+    train(prose, tmp_path / "same", start=str(trained[0]), steps=1, rate=1e-12)
+    name = "lora/adapter_model.safetensors"
+    before, after = load_file(trained[0] / name), load_file(tmp_path / "same" / name)
+    assert before.keys() == after.keys()
+    assert all(torch.equal(before[one], after[one]) for one in before)
+    train(prose, tmp_path / "fresh", steps=1, rate=1e-12)
+    fresh = load_file(tmp_path / "fresh" / name)
+    assert not all(torch.equal(before[one], fresh[one]) for one in before)
+    with pytest.raises(SettingError, match="are of rank 2"):
+        train(prose, tmp_path / "rank", start=str(trained[0]), rank=3)
+    with pytest.raises(SettingError, match="of another model"):
+        adopt(with_adapters(_wider(), 2), str(trained[0]), 2)
+    with pytest.raises(SettingError, match="holds a fit of another start"):
+        train(prose, trained[0], start=str(trained[0]))
 
 
 def test_a_run_that_was_stopped_goes_on_to_the_same_weights(

@@ -61,10 +61,20 @@ def fit(
     lora_steps: Annotated[int, typer.Option(help="Most steps of low-rank training.")] = 400,
     lora_minutes: Annotated[float, typer.Option(help="It ends sooner after so long; 0: it does not.")] = 0.0,
     lora_batch: Annotated[int | None, typer.Option(help="Texts of its steps.", show_default="2; alone 4")] = None,
+    lora_at_once: Annotated[
+        int | None,
+        typer.Option(help="How many of them are read together: faster, and more memory.", show_default="1"),
+    ] = None,
     questions: Annotated[int, typer.Option(help="Questions about each of its texts.")] = 16,
     quotes: Annotated[
         float, typer.Option(min=0, max=1, help="Part of them that asks how a sentence of the text goes on.")
     ] = 0.0,
+    alike: Annotated[
+        float, typer.Option(min=0, max=1, help="Part of the texts with questions that hold many like facts.")
+    ] = 0.0,
+    adapter: Annotated[
+        str | None, typer.Option(metavar="NAME", help="With --adapter-only: go on from these adapters, not fresh ones.")
+    ] = None,
     lora_rank: Annotated[int | None, typer.Option(help="Rank of the adapters.", show_default="16; alone 32")] = None,
     lora_rate: Annotated[
         float | None, typer.Option(help="Its learning rate.", show_default="0.0004; alone 0.0006")
@@ -102,12 +112,15 @@ def fit(
     )  # fmt: skip
     if lora and adapter_only:
         raise SettingError("--lora trains adapters by a policy, --adapter-only without one; give one of the two")
-    wanted = {"lengths": lengths and _numbers(lengths), "batch": lora_batch, "rank": lora_rank, "rate": lora_rate}
+    wanted = {
+        "lengths": lengths and _numbers(lengths), "batch": lora_batch, "at_once": lora_at_once, "rank": lora_rank,
+        "rate": lora_rate,
+    }  # fmt: skip
     dials: dict[str, Any] = {name: value for name, value in wanted.items() if value is not None}
     dials |= {"steps": lora_steps, "minutes": lora_minutes, "questions": questions, "seed": seed}
     session = FitSession(
         out, data, model, fitting, Reading(**dials) if lora else Adapting(**dials) if adapter_only else None, quotes,
-        policy, check, device, dtype and dtype.value, download,
+        alike, adapter, policy, check, device, dtype and dtype.value, download,
     )  # fmt: skip
     first = int(os.environ.get("RANK", "0")) == 0
     found = run(session, (lambda line: None) if as_json or not first else _say)

@@ -10,23 +10,24 @@ import json
 import os
 import random
 import time
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn.utils.rnn import pad_sequence
 from torch.utils.data import Dataset, Sampler, SequentialSampler
 from transformers import PrinterCallback, Trainer, TrainingArguments
 
 from mgam.errors import SettingError
-from mgam.integrations.transformers.low_rank import CONFIG, FOLDER, WEIGHTS
+from mgam.integrations.transformers.low_rank import CONFIG, FOLDER, WEIGHTS, adapters, fingerprint
 from mgam.integrations.transformers.models import architecture
 from mgam.processes import world
 from mgam.training.checkpoints import last_whole
 from mgam.training.fit import Clock, Log, Say
-from mgam.training.lookups import Asked, Lookup, LookupMaker
+from mgam.training.lookups import Lookup, LookupMaker
 from mgam.training.runs import CHECKPOINTS, LOG, NotANumberError, open_run, saying_why
 
 TARGETS = ("q_proj", "k_proj", "v_proj", "o_proj")
@@ -44,6 +45,8 @@ class Adapting:
     """Ends sooner after so long; 0: no limit."""
     batch: int = 4
     """Texts of a step, over all devices."""
+    at_once: int = 1
+    """Texts that are read together, which takes less time and more memory."""
     questions: int = 16
     rate: float = 6e-4
     rank: int = 32
@@ -55,8 +58,13 @@ class Adapting:
     seed: int = 0
 
     def __post_init__(self) -> None:
-        if not self.lengths or min(self.lengths) < 2048 or self.steps < 1 or self.batch < 1 or self.rank < 1:
-            raise SettingError("lengths start at 2048 tokens; steps, batch and rank at 1")
+        if not self.lengths or min(self.lengths) < 2048 or min(self.steps, self.batch, self.rank, self.at_once) < 1:
+            raise SettingError("lengths start at 2048 tokens; steps, batch, rank and texts at once at 1")
+        if self.batch % self.at_once:
+            raise SettingError(
+                f"{self.at_once} texts at once do not divide the {self.batch} of a step; change --lora-at-once or "
+                "--lora-batch"
+            )
 
 
 class Lookups(Dataset[Lookup]):
@@ -95,35 +103,40 @@ class Pupil(nn.Module):
             there[name].copy_(value.to(there[name].device))
         return nn.modules.module._IncompatibleKeys([], [])
 
-    def forward(
-        self, ids: Tensor, document: int, asked: tuple[Asked, ...], place: int
-    ) -> tuple[Tensor, dict[str, Tensor]]:
-        """Loss of one lookup: ids (T,); `place` draws the stretch of the text whose loss counts."""
-        return self._losses(self._hidden(ids), ids, document, asked, place)
+    def forward(self, lookups: Sequence[Lookup]) -> tuple[Tensor, dict[str, Tensor]]:
+        """Mean loss of lookups that are read together. What is appended to shorter ones comes after all that counts."""
+        ids = pad_sequence([one.ids for one in lookups], batch_first=True).to(self.model.device)
+        return self._losses(self._hidden(ids), ids, lookups)
 
     def _hidden(self, ids: Tensor) -> Tensor:
+        """Hidden states (B, T, width) of ids (B, T)."""
         decoder = self.model.get_base_model().get_decoder()
-        hidden: Tensor = decoder(input_ids=ids[None], use_cache=False).last_hidden_state[0]
+        hidden: Tensor = decoder(input_ids=ids, use_cache=False).last_hidden_state
         return hidden
 
-    def _losses(
-        self, hidden: Tensor, ids: Tensor, document: int, asked: tuple[Asked, ...], place: int
-    ) -> tuple[Tensor, dict[str, Tensor]]:
-        """The loss of answers and of a stretch of text, from hidden states (T, width)."""
-        answers = torch.cat([torch.arange(*one.answer) for one in asked]).to(ids.device)
-        first = place % max(1, document - self.dials.stretch - 1)
-        text = torch.arange(first + 1, min(first + 1 + self.dials.stretch, document), device=ids.device)
-        told, read = self._loss(hidden, ids, answers), self._loss(hidden, ids, text)
+    def _losses(self, hidden: Tensor, ids: Tensor, lookups: Sequence[Lookup]) -> tuple[Tensor, dict[str, Tensor]]:
+        """The loss of answers, and of a stretch of each text of prose, drawn by what it says."""
+        answers, texts = [], []
+        for lookup in lookups:
+            first = lookup.drawn % max(1, lookup.document - self.dials.stretch - 1)
+            last = min(first + 1 + self.dials.stretch, lookup.document) if lookup.prose else first + 1
+            answers.append(torch.cat([torch.arange(*one.answer) for one in lookup.asked]))
+            texts.append(torch.arange(first + 1, last))
+        told, read = self._loss(hidden, ids, answers), self._loss(hidden, ids, texts)
         return told + self.dials.prose * read, {"answers": told.detach(), "text": read.detach()}
 
-    def _loss(self, hidden: Tensor, ids: Tensor, targets: Tensor) -> Tensor:
-        """Mean loss of the tokens at `targets`."""
+    def _loss(self, hidden: Tensor, ids: Tensor, targets: list[Tensor]) -> Tensor:
+        """Mean over texts of the mean loss of the tokens at `targets`, (N,) of each text."""
         head = self.model.get_base_model().get_output_embeddings()
-        return nn.functional.cross_entropy(head(hidden[targets - 1]).float(), ids[targets])
+        row = torch.cat([torch.full_like(one, number) for number, one in enumerate(targets)]).to(ids.device)
+        weight = torch.cat([torch.full((len(one),), 1 / max(1, len(one))) for one in targets]).to(ids.device)
+        at = torch.cat(targets).to(ids.device)
+        each = nn.functional.cross_entropy(head(hidden[row, at - 1]).float(), ids[row, at], reduction="none")
+        return (each * weight).sum() / len(targets)
 
 
 class _Trainer(Trainer):
-    """Trains a pupil, one lookup at a time on each device."""
+    """Trains a pupil."""
 
     parts: dict[str, float]
 
@@ -131,9 +144,7 @@ class _Trainer(Trainer):
         self, model: nn.Module, inputs: dict[str, Any], return_outputs: bool = False, **rest: Any
     ) -> Any:
         """The pupil's own loss."""
-        lookup: Lookup = inputs["lookup"]
-        ids = lookup.ids.to(self.args.device)
-        loss, parts = model(ids, lookup.document, lookup.asked, int(lookup.ids.sum()) * 7919)
+        loss, parts = model(inputs["lookups"])
         if not bool(torch.isfinite(loss)):
             raise NotANumberError(f"the loss is not a number any more at step {self.state.global_step + 1}: {parts}")
         self.parts = {name: float(value) for name, value in parts.items()}
@@ -164,8 +175,8 @@ def train(pupil: Pupil, maker: LookupMaker, place: Path, device: torch.device, s
     dials = pupil.dials
     workers = 0 if dials.steps < 20 else min(4, os.cpu_count() or 1)
     arguments = TrainingArguments(
-        output_dir=str(place / CHECKPOINTS), max_steps=dials.steps, per_device_train_batch_size=1,
-        gradient_accumulation_steps=max(1, dials.batch // world()), learning_rate=dials.rate,
+        output_dir=str(place / CHECKPOINTS), max_steps=dials.steps, per_device_train_batch_size=dials.at_once,
+        gradient_accumulation_steps=max(1, dials.batch // (dials.at_once * world())), learning_rate=dials.rate,
         lr_scheduler_type="constant", max_grad_norm=1.0, seed=dials.seed, logging_steps=10,
         save_steps=dials.save_every, save_total_limit=2, report_to=[], remove_unused_columns=False,
         disable_tqdm=True, use_cpu=device.type == "cpu", dataloader_num_workers=workers,
@@ -173,7 +184,7 @@ def train(pupil: Pupil, maker: LookupMaker, place: Path, device: torch.device, s
     )  # fmt: skip
     trainer = _Trainer(
         model=pupil, args=arguments, train_dataset=Lookups(maker, dials),
-        data_collator=lambda items: {"lookup": items[0]}, callbacks=[Log(place / LOG, say), Clock(dials.minutes)],
+        data_collator=lambda items: {"lookups": items}, callbacks=[Log(place / LOG, say), Clock(dials.minutes)],
     )  # fmt: skip
     kept = last_whole(place / CHECKPOINTS)
     trainer.remove_callback(PrinterCallback)
@@ -183,18 +194,25 @@ def train(pupil: Pupil, maker: LookupMaker, place: Path, device: torch.device, s
 
 
 def fit_adapter(
-    model: Any, maker: LookupMaker, folder: str | Path, dials: Adapting | None = None, *, say: Say = print
+    model: Any,
+    maker: LookupMaker,
+    folder: str | Path,
+    dials: Adapting | None = None,
+    *,
+    start: str | None = None,
+    say: Say = print,
 ) -> dict[str, Any]:
     """Trains adapters with which a model looks things up, inside its window and with its own attention.
 
     Args:
         model: a transformers decoder, on its device; LoRA layers of PEFT are put into it.
         folder: where the adapters (`lora/`) go; `mgam.apply(model, adapter=folder)` reads with them.
+        start: adapters to go on from, of the same rank, instead of fresh ones.
 
     Returns: how many steps, how many seconds.
 
     Raises:
-        SettingError: texts longer than the window; a run of other dials is there.
+        SettingError: texts longer than the window; a run of other dials is there; adapters of another rank or model.
         FittingError: the loss is no number any more.
     """
     dials = dials or Adapting()
@@ -205,9 +223,12 @@ def fit_adapter(
             f"{max(dials.lengths)} were asked for with --lengths"
         )
     place = Path(folder)
-    open_run(place, {"dials": asdict(dials), "texts": maker.seed, "quotes": maker.quotes}, True, model.device)
+    began_at = {} if start is None else {"start": fingerprint(start)}
+    open_run(place, {"dials": asdict(dials), **maker.described, **began_at}, True, model.device)
     torch.manual_seed(dials.seed)
     tuned = with_adapters(model, dials.rank)
+    if start is not None:
+        adopt(tuned, start, dials.rank)
     began = time.perf_counter()
     trainer = train(Pupil(tuned, dials), maker, place, model.device, say)
     found = {"steps": trainer.state.global_step, "seconds": round(time.perf_counter() - began, 1)}
@@ -215,6 +236,28 @@ def fit_adapter(
         with saying_why(place, dials.rate):
             save_adapter(tuned, place / FOLDER)
     return found
+
+
+def adopt(tuned: Any, start: str, rank: int) -> None:
+    """Gives fresh adapters the weights of others.
+
+    Raises:
+        SettingError: the others are of another rank or another model.
+    """
+    from peft import set_peft_model_state_dict
+    from safetensors.torch import load_file
+
+    there = load_file(adapters(start) / FOLDER / WEIGHTS)
+    ranks = {one.shape[0] for name, one in there.items() if name.endswith("lora_A.weight")}
+    if ranks != {rank}:
+        raise SettingError(f"the adapters {start} are of rank {max(ranks, default=0)}; give --lora-rank so")
+    try:
+        found: Any = set_peft_model_state_dict(tuned, there)
+    except RuntimeError as error:
+        raise SettingError(f"the adapters {start} are of another model: {error}") from error
+    missing = [name for name in found.missing_keys if "lora_" in name]
+    if missing or found.unexpected_keys:
+        raise SettingError(f"the adapters {start} are of another model: {(missing + found.unexpected_keys)[0]}")
 
 
 def save_adapter(tuned: Any, folder: Path) -> None:

@@ -6,7 +6,7 @@ import random
 import re
 from bisect import bisect_left, bisect_right
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import accumulate
 from typing import Any
 
@@ -17,13 +17,15 @@ from mgam.documents.prompt import AFTER, BEFORE
 from mgam.errors import SettingError
 from mgam.evaluation.almanac import FACTS, Profile
 from mgam.evaluation.texts import TextLibrary, split_sentences
+from mgam.training.alike import countries, descriptions, invented
 from mgam.training.texts import read_texts
-from mgam.training.wordings import ALMANAC, BRIEFLY, QUOTES, fact
+from mgam.training.wordings import ALMANAC, BRIEFLY, QUOTES, Pair, fact
 
 
 @dataclass(frozen=True)
 class Asked:
-    """A question in a lookup, in tokens: all of it up to the answer, the answer, and where it stands in the text."""
+    """A question in a lookup, in tokens: all of it up to the answer, the answer, and where it stands in the text; that
+    is (0, 0) where the text does not hold it."""
 
     question: tuple[int, int]
     answer: tuple[int, int]
@@ -37,14 +39,13 @@ class Lookup:
     ids: Tensor
     document: int
     asked: tuple[Asked, ...]
+    prose: bool = True
+    """Whether to go on with the text is worth learning: what is invented, field by field, nobody could guess."""
 
-
-@dataclass(frozen=True)
-class _Pair:
-    question: str
-    answer: str
-    evidence: tuple[int, int]
-    """Characters in the text."""
+    @property
+    def drawn(self) -> int:
+        """A number that the text decides, to draw by."""
+        return int(self.ids.sum()) * 7919
 
 
 class LookupMaker:
@@ -57,10 +58,12 @@ class LookupMaker:
         seed: int = 0,
         library: TextLibrary | None = None,
         quotes: float = 0.0,
+        alike: float = 0.0,
     ) -> None:
-        """`quotes` is the part of all questions about prose that ask how one of its own sentences goes on."""
+        """`quotes` is the part of all questions about prose that ask how one of its own sentences goes on; `alike` the
+        part of all texts that hold many like facts."""
         library = library or TextLibrary()
-        self.tokenizer, self.seed, self.quotes = tokenizer, seed, quotes
+        self.tokenizer, self.seed, self.quotes, self.alike = tokenizer, seed, quotes, alike
         prose = [source for source in sources if source != "factbook"]
         texts = read_texts(prose, "train", library) if prose else []
         self.sentences = [pieces for _, text in texts if len(pieces := list(split_sentences(text))) > 50]
@@ -75,15 +78,25 @@ class LookupMaker:
             )
         self._sizes = [sum(map(len, pieces)) for pieces in self.sentences]
 
+    @property
+    def described(self) -> dict[str, Any]:
+        """What tells its lookups from those of another maker of the same texts."""
+        return {"texts": self.seed, "quotes": self.quotes, "alike": self.alike}
+
     def make(self, number: int, tokens: int, questions: int) -> Lookup:
         """A lookup of at most `tokens` tokens, and nearly as many."""
         rng = random.Random(f"{self.seed}/{number}/{tokens}")
-        profiles = bool(self.profiles) and rng.random() < 0.25
+        alike = self.alike > 0 and rng.random() < self.alike
+        profiles = not alike and bool(self.profiles) and rng.random() < 0.25
+        questions = min(questions, tokens // 170) if alike else questions
         room = tokens - 64 * questions - 120
         characters = int(room * 3.9)
         for _ in range(12):
-            text, pairs = (self._dossier if profiles else self._prose)(rng, characters, questions)
-            found = self._encode(text, pairs)
+            if alike:
+                text, pairs = self._alike(random.Random(f"{self.seed}/{number}/alike"), characters, questions)
+            else:
+                text, pairs = (self._dossier if profiles else self._prose)(rng, characters, questions)
+            found = replace(self._encode(text, pairs), prose=not alike)
             if len(found.ids) <= tokens:
                 return found
             over = len(found.ids) - tokens  # questions stay as long as they are: the text gives way
@@ -92,7 +105,14 @@ class LookupMaker:
                 break
         raise SettingError(f"no lookup of {tokens} tokens can be made; raise the length")
 
-    def _prose(self, rng: random.Random, characters: int, questions: int) -> tuple[str, list[_Pair]]:
+    def _alike(self, rng: random.Random, characters: int, questions: int) -> tuple[str, list[Pair]]:
+        which = rng.random() if self.profiles else 0.0
+        if which < 0.5:
+            return invented(rng, characters, questions, lambda drawn, many: "".join(self._running(drawn, many)))
+        return (countries if which < 0.85 else descriptions)(rng, characters, questions, self.profiles)
+
+    def _running(self, rng: random.Random, characters: int) -> list[str]:
+        """Sentences of texts, from a place that is drawn, of at least so many characters."""
         pieces = rng.choices(self.sentences, weights=self._sizes)[0]
         start = rng.randrange(len(pieces))
         chosen: list[str] = []
@@ -104,6 +124,10 @@ class LookupMaker:
                 if have >= characters:
                     break
             pieces, start = rng.choices(self.sentences, weights=self._sizes)[0], 0
+        return chosen
+
+    def _prose(self, rng: random.Random, characters: int, questions: int) -> tuple[str, list[Pair]]:
+        chosen = self._running(rng, characters)
         quoted = sum(rng.random() < self.quotes for _ in range(questions)) if self.quotes else 0
         facts = [fact(rng) for _ in range(questions - quoted)]
         places = sorted(rng.randrange(len(chosen)) for _ in facts)
@@ -121,18 +145,18 @@ class LookupMaker:
             begins.append(length)
             length += len(piece)
         text = "".join(parts)
-        pairs = [_Pair(one.question, one.answer, span) for one, span in zip(facts, spans, strict=True)]
+        pairs = [Pair(one.question, one.answer, span) for one, span in zip(facts, spans, strict=True)]
         for place in rng.sample(range(len(chosen)), min(len(chosen), 4 * quoted)):
             if len(pairs) < questions and (pair := _quote(rng, text, begins[place], chosen[place])) is not None:
                 pairs.append(pair)
         rng.shuffle(pairs)
         return text, pairs
 
-    def _dossier(self, rng: random.Random, characters: int, questions: int) -> tuple[str, list[_Pair]]:
+    def _dossier(self, rng: random.Random, characters: int, questions: int) -> tuple[str, list[Pair]]:
         count = min(len(self.profiles), max(4, characters // 9000))
         chosen = rng.sample(self.profiles, count)
         parts: list[str] = []
-        answers: list[_Pair] = []
+        answers: list[Pair] = []
         length = 0
         for number, profile in enumerate(chosen):
             share = (characters - length) // (count - number)
@@ -147,7 +171,7 @@ class LookupMaker:
                     )))  # fmt: skip
                     brief = rng.choice(BRIEFLY["text"])
                     span = (length + used + 1, length + used + len(line))
-                    answers.append(_Pair(asked + brief, profile.answer(one), span))
+                    answers.append(Pair(asked + brief, profile.answer(one), span))
                 lines.append(line)
                 used += len(line)
             for line in profile.long_lines:
@@ -158,7 +182,7 @@ class LookupMaker:
             length += used
         return "".join(parts), rng.sample(answers, min(questions, len(answers)))
 
-    def _encode(self, text: str, pairs: Sequence[_Pair]) -> Lookup:
+    def _encode(self, text: str, pairs: Sequence[Pair]) -> Lookup:
         written, origin, marks = self._write(text, pairs)
         encoded = self.tokenizer(written, add_special_tokens=not self._template, return_offsets_mapping=True)
         begins = [begin for begin, _ in encoded["offset_mapping"]]
@@ -170,7 +194,8 @@ class LookupMaker:
         asked = []
         for pair, (question, answer, stop) in zip(pairs, marks, strict=True):
             begin, end = pair.evidence
-            asked.append(Asked(tokens(question, answer), tokens(answer, stop), tokens(origin + begin, origin + end)))
+            there = tokens(origin + begin, origin + end) if end else (0, 0)
+            asked.append(Asked(tokens(question, answer), tokens(answer, stop), there))
         document = tokens(0, origin + len(text))[1]
         return Lookup(torch.tensor(encoded["input_ids"]), document, tuple(asked))
 
@@ -178,7 +203,7 @@ class LookupMaker:
     def _template(self) -> bool:
         return bool(getattr(self.tokenizer, "chat_template", None))
 
-    def _write(self, text: str, pairs: Sequence[_Pair]) -> tuple[str, int, list[tuple[int, int, int]]]:
+    def _write(self, text: str, pairs: Sequence[Pair]) -> tuple[str, int, list[tuple[int, int, int]]]:
         """The dialogue; where the text begins in it; and of each pair where question, answer and what follows begin."""
         marks = []
         if not self._template:
@@ -202,7 +227,7 @@ class LookupMaker:
         return written, written.index(text), marks
 
 
-def _quote(rng: random.Random, text: str, begin: int, sentence: str) -> _Pair | None:
+def _quote(rng: random.Random, text: str, begin: int, sentence: str) -> Pair | None:
     """Asks how a sentence of the text goes on; None where it is too short, or begins as another does."""
     words = list(re.finditer(r"\S+", sentence))
     opening, more = rng.randint(4, 7), rng.randint(3, 6)
@@ -214,4 +239,4 @@ def _quote(rng: random.Random, text: str, begin: int, sentence: str) -> _Pair | 
     said = " ".join(sentence[first:last].split())
     answer = " ".join(sentence[last:stop].split())
     question = rng.choice(QUOTES).format(said=said, more=more)
-    return _Pair(question, answer, (begin + first, begin + stop))
+    return Pair(question, answer, (begin + first, begin + stop))

@@ -11,7 +11,7 @@ from __future__ import annotations
 import copy
 import json
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -22,6 +22,7 @@ from torch import Tensor, nn
 from transformers import AttentionInterface
 from transformers.masking_utils import AttentionMaskInterface
 
+from mgam.errors import SettingError
 from mgam.integrations.transformers import attention
 from mgam.integrations.transformers.apply import Applied, applied_to, apply
 from mgam.integrations.transformers.fitted import shape_of
@@ -32,7 +33,7 @@ from mgam.policies.learned import Learned, LearnedLayers, best_logits
 from mgam.schedule import Schedule, Span
 from mgam.training.adapting import Adapting, Pupil, save_adapter, train, with_adapters
 from mgam.training.fit import Say
-from mgam.training.lookups import Asked, LookupMaker
+from mgam.training.lookups import Asked, Lookup, LookupMaker
 from mgam.training.network import LayerSearch, SearchNetwork
 from mgam.training.runs import open_run, saying_why
 from mgam.training.teacher import Seen, watching
@@ -55,6 +56,11 @@ class Reading(Adapting):
     settings: tuple[tuple[str, Any], ...] = ()
     """Settings of `mgam.apply` to read with."""
 
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.at_once != 1:
+            raise SettingError("through covers texts are read one by one; leave --lora-at-once out")
+
 
 class CoverPupil(Pupil):
     """A model that reads through covers, with its adapters, and the searches of its layers."""
@@ -70,15 +76,15 @@ class CoverPupil(Pupil):
         """Names and tensors of all that changes, and of what centres the searches."""
         return super().trained() | {f"network.{name}": one for name, one in self.network.state_dict().items()}
 
-    def forward(
-        self, ids: Tensor, document: int, asked: tuple[Asked, ...], place: int
-    ) -> tuple[Tensor, dict[str, Tensor]]:
-        """Loss of one lookup: ids (T,); `place` draws the text, and the third of the layers, whose losses count."""
+    def forward(self, lookups: Sequence[Lookup]) -> tuple[Tensor, dict[str, Tensor]]:
+        """Loss of one lookup; what it says draws the text, and the third of the layers, whose losses count."""
+        (lookup,) = lookups
+        ids, document, asked = lookup.ids[None].to(self.model.device), lookup.document, lookup.asked
         applied = applied_to(self.model)
         self._renew(applied)
         applied.schedule = dialogue(document, asked, applied.settings.block, applied.settings.question_block)
         searched: list[Tensor] = []
-        third = place % 3
+        third = lookup.drawn % 3
         voters = _Voters.of(asked, self.levels, self.window, ids.device)
 
         def visit(layer: int, queries: Tensor, keys: Tensor) -> None:
@@ -87,7 +93,7 @@ class CoverPupil(Pupil):
 
         with shown(self.model, visit):
             hidden = self._hidden(ids)
-        loss, parts = self._losses(hidden, ids, document, asked, place)
+        loss, parts = self._losses(hidden, ids, lookups)
         found = torch.stack(searched).mean() if searched else loss.new_zeros(())
         return loss + self.dials.search_weight * found, {**parts, "search": found.detach()}
 
@@ -236,7 +242,7 @@ def fit_reading(
     place = Path(folder)
     start = FittedPolicy.load(resolve(policy))
     start.check(shape_of(model), start.search)
-    run = {"dials": asdict(reading), "policy": _name(start), "texts": maker.seed, "quotes": maker.quotes}
+    run = {"dials": asdict(reading), "policy": _name(start), **maker.described}
     open_run(place, run, True, model.device)
     torch.manual_seed(reading.seed)
     shapes = {int(layer): sizes for layer, sizes in start.model.layers.items()}

@@ -40,6 +40,10 @@ class FitSession:
     """Low-rank training: by a policy afterwards (`Reading`), or alone (`Adapting`); None: the model stays as it is."""
     quotes: float = 0.0
     """Part of its questions that ask how a sentence of the text goes on."""
+    alike: float = 0.0
+    """Part of its texts that hold many like facts."""
+    start: str | None = None
+    """Adapters to go on from, where these are trained alone."""
     policy: str | None = None
     """A policy to go on from, in place of fitting one."""
     check: int = 4
@@ -62,6 +66,8 @@ def run(session: FitSession, say: Say) -> dict[str, Any]:
         if reading is None:
             raise SettingError("--policy is what low-rank training goes on from; add --lora, or leave it out")
         resolve(session.policy)
+    if session.start is not None and adapting is None:
+        raise SettingError("--adapter is what training of adapters goes on from; add --adapter-only, or leave it out")
     began = time.perf_counter()
     say("loading the model")
     loaded = load(session.model, device=own_device(session.device), dtype=session.dtype, download=session.download)
@@ -69,11 +75,13 @@ def run(session: FitSession, say: Say) -> dict[str, Any]:
     if session.policy is None and adapting is None:
         refuse_short(session.fitting, architecture(model.config).trained_window(model.config))
     say("reading texts")
-    maker = LookupMaker(loaded.tokenizer, session.data, quotes=session.quotes) if _wants_lookups(session) else None
+    maker = None
+    if _wants_lookups(session):
+        maker = LookupMaker(loaded.tokenizer, session.data, quotes=session.quotes, alike=session.alike)
     found: dict[str, Any] = {"folder": str(session.out), "model": model.name_or_path}
     if adapting is not None:
         assert maker is not None
-        trained = fit_adapter(model, maker, session.out, adapting, say=say)
+        trained = fit_adapter(model, maker, session.out, adapting, start=session.start, say=say)
         return {
             **found, "steps_reading": trained["steps"], "seconds_reading": trained["seconds"],
             "seconds": round(time.perf_counter() - began, 1),

@@ -6,6 +6,7 @@ import hashlib
 import random
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import cache
 
 from mgam.evaluation.texts import words
 
@@ -37,6 +38,15 @@ COLOURS = words_of("crimson ochre violet teal amber indigo scarlet ivory maroon 
 
 
 @dataclass(frozen=True)
+class Pair:
+    """A question about a text, its answer, and the characters of the text in which it stands."""
+
+    question: str
+    answer: str
+    evidence: tuple[int, int]
+
+
+@dataclass(frozen=True)
 class Fact:
     """A sentence to hide, a question that it answers, and the answer."""
 
@@ -47,12 +57,10 @@ class Fact:
     """What may be said after the question: how to answer."""
 
 
+@cache
 def training_words() -> tuple[str, ...]:
     """A quarter of the shipped words: most keys of `mgam eval` hold a word that was never one of a fact's here."""
     return tuple(word for word in words() if hashlib.sha256(word.encode()).digest()[0] < 64)
-
-
-_WORDS = training_words()
 
 
 def _digits(rng: random.Random) -> str:
@@ -61,7 +69,7 @@ def _digits(rng: random.Random) -> str:
 
 
 def _key(rng: random.Random) -> str:
-    return rng.choice(("-", "-", " ")).join(rng.sample(_WORDS, 2))
+    return rng.choice(("-", "-", " ")).join(rng.sample(training_words(), 2))
 
 
 def _person(rng: random.Random) -> str:
@@ -178,7 +186,7 @@ def _place(rng: random.Random) -> Fact:
 
 
 def _keyword(rng: random.Random) -> Fact:
-    key, value = _key(rng), rng.choice(_WORDS)
+    key, value = _key(rng), rng.choice(training_words())
     return Fact(
         _pick(
             rng,
@@ -227,3 +235,34 @@ QUOTES = (
     "{said} ... (go on, {more} words)",
 )
 """How a sentence of the text is asked for by its beginning."""
+
+HEADINGS = (
+    "\n\nDocument {ident}: {name}", "\n\n{name}", "\n\n{name}", "\n\n## {name}", "\n\n{noun}: {name}",
+    "\n\n[{ident}] {name}", "\n\n{name} ({ident})", "\n\n{noun} {ident}\nName: {name}",
+)  # fmt: skip
+"""What stands above what is told about one thing."""
+
+LINES = ("\n{label}: {value}", "\n- {label}: {value}", "\n{label} = {value}", "; {label}: {value}")
+"""How a record says something."""
+
+LABELLED = (
+    "{label} of {n}?", "{n}: {label}?", "Look up {n}: {label}.", "What is given for {n} under {label}?",
+    "I would like to know this about {n}: {label}.", "Find what is entered for {n} as {label}.",
+)  # fmt: skip
+"""How a line of a record is asked for by its label."""
+
+RETURNS = ("Which {noun} has {value} as its {label}?", "For which {noun} is {value} given as {label}?")
+"""How a name is asked for by what is said of it."""
+
+FIGURES = (
+    "Which {what} does the text{on} give beside {one}, {two} and {three}?",
+    "{one}, {two}, {three}: which {what} does the text{on} tell with these?",
+    "Give the {what} that stands in the text{on} together with {one}, {two} and {three}.",
+)
+"""How something in a sentence is asked for by words of that sentence."""
+
+GAPS = (
+    'What stands in the gap in the text{on}: "{left} ___ {right}"?',
+    'The text{on} says "{left} ... {right}": what is left out?',
+)
+"""The same, by what stands before and after it."""
