@@ -35,7 +35,7 @@ def _decoders(folder: Path) -> str:
         json.dumps([row.to_json() for row in rows], indent=1) + "\n", encoding="utf-8"
     )
     runs = [run for file in files for run in file.runs]
-    run, commits = runs[0], ", ".join(dict.fromkeys(str(run.get("commit")) for run in runs))
+    run, commits = runs[0] if runs else {}, ", ".join(dict.fromkeys(str(run.get("commit")) for run in runs))
     failed = _failures(folder)
     lines = [
         "# Methods that read with an unmodified decoder",

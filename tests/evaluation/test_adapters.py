@@ -14,8 +14,6 @@ from typing import Any
 import pytest
 import torch
 from rich.console import Console
-from tokenizers import Tokenizer, decoders, models, pre_tokenizers
-from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
 from mgam.documents.prompt import build
 from mgam.documents.sources import Source
@@ -28,23 +26,6 @@ from mgam.evaluation.texts import words
 _RNG = random.Random(5)
 DOCUMENTS = [" ".join(_RNG.choices(words(), k=180 + 40 * number)) for number in range(3)]
 QUESTIONS = ["Which day was quiet?", "Was it quiet?", "What was quiet on that day?"]
-
-
-@pytest.fixture(scope="module")
-def tiny() -> tuple[Any, Any]:
-    alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
-    vocabulary = {sign: number for number, sign in enumerate(["<s>", "</s>", *alphabet])}
-    tokenizer = Tokenizer(models.BPE(vocabulary, []))
-    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
-    tokenizer.decoder = decoders.ByteLevel()
-    torch.manual_seed(1)
-    config = LlamaConfig(
-        vocab_size=len(vocabulary), hidden_size=32, intermediate_size=64, num_hidden_layers=2, num_attention_heads=4,
-        num_key_value_heads=2, max_position_embeddings=4096, bos_token_id=0, eos_token_id=1, initializer_range=0.3,
-    )  # fmt: skip
-    return LlamaForCausalLM(config).eval(), PreTrainedTokenizerFast(
-        tokenizer_object=tokenizer, bos_token="<s>", eos_token="</s>"
-    )
 
 
 SPARSE = "mgam:dense_until=256:budget=256:window=128"
