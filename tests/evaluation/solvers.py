@@ -7,8 +7,6 @@ import re
 from collections import Counter
 from collections.abc import Callable
 
-from mgam.evaluation.sample import Sample
-
 Solver = Callable[[str, str], str]
 
 
@@ -122,7 +120,6 @@ BY_PREFIX: dict[str, Solver] = {
 }
 
 
-def solve(sample: Sample) -> str | None:
-    """The answer by the task's rule; None for tasks without one (summaries, published questions)."""
-    solver = next((solver for prefix, solver in BY_PREFIX.items() if sample.task.startswith(prefix)), None)
-    return solver(sample.document, sample.question) if solver else None
+def solver_of(task: str) -> Solver | None:
+    """The rule of a task; None for tasks without one (summaries, published questions)."""
+    return next((solver for prefix, solver in BY_PREFIX.items() if task.startswith(prefix)), None)
