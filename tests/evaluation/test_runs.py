@@ -331,6 +331,8 @@ def test_methods_carry_settings() -> None:
     }  # fmt: skip
     with pytest.raises(SettingError, match="budget"):
         parse_method("mgam:budget")
+    with pytest.raises(SettingError, match="dense is the model as it is"):
+        parse_method("dense:adapter=lookup")
 
 
 def test_plans_need_trials() -> None:

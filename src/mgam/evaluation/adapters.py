@@ -224,6 +224,11 @@ def parse_method(label: str) -> tuple[str, dict[str, Any]]:
                 f"{part!r} in method {label!r} is no setting; write name:setting=value, as mgam:budget=512"
             )
         changes[setting] = None if setting in NULLABLE and value.lower() == "none" else _value(value)
+    if name == DENSE and changes:
+        raise SettingError(
+            f"{label!r}: dense is the model as it is and has no settings; mgam:adapter=NAME:dense_until=8192 reads "
+            "texts of up to so many tokens in full, with adapters"
+        )
     return name, changes
 
 

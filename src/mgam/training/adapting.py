@@ -39,7 +39,7 @@ class Adapting:
     """The dials of low-rank training."""
 
     lengths: tuple[int, ...] = (2048, 4096, 8192)
-    """Tokens of a text: any of these."""
+    """Tokens of the texts of a step: any of these."""
     steps: int = 400
     minutes: float = 0.0
     """Ends sooner after so long; 0: no limit."""
@@ -77,7 +77,7 @@ class Lookups(Dataset[Lookup]):
         return self.dials.steps * self.dials.batch
 
     def __getitem__(self, number: int) -> Lookup:
-        rng = random.Random(f"length/{self.dials.seed}/{number}")
+        rng = random.Random(f"length/{self.dials.seed}/{number // self.dials.batch}")
         return self.maker.make(number, rng.choice(self.dials.lengths), self.dials.questions)
 
 

@@ -88,8 +88,8 @@ class LookupMaker:
         rng = random.Random(f"{self.seed}/{number}/{tokens}")
         alike = self.alike > 0 and rng.random() < self.alike
         profiles = not alike and bool(self.profiles) and rng.random() < 0.25
-        questions = min(questions, tokens // 170) if alike else questions
-        room = tokens - 64 * questions - 120
+        questions = min(questions, tokens // 128) if alike else questions
+        room = tokens - (48 if alike else 64) * questions - 120
         characters = int(room * 3.9)
         for _ in range(12):
             if alike:
