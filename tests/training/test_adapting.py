@@ -13,7 +13,7 @@ from safetensors.torch import load_file
 import mgam
 from documents.tiny import make_plain_model, make_tokenizer, text
 from mgam.errors import SettingError
-from mgam.training.adapting import Adapting, Pupil, adopt, fit_adapter, with_adapters
+from mgam.training.adapting import Adapting, Lookups, Pupil, adopt, fit_adapter, with_adapters
 from mgam.training.lookups import LookupMaker
 
 from .conftest import Killed
@@ -66,6 +66,18 @@ def test_texts_that_are_read_together_have_the_loss_that_they_have_alone(prose: 
         together = pupil(lookups)[0]
         alone = torch.stack([pupil([one])[0] for one in lookups]).mean()
     torch.testing.assert_close(together, alone)
+
+
+def test_a_step_has_texts_of_one_length_and_as_many_as_make_its_tokens(prose: str) -> None:
+    dials = Adapting(**{**DIALS, "lengths": (2048, 4096), "batch": 2, "steps": 8})
+    lookups = Lookups(LookupMaker(make_tokenizer(), [prose], alike=0.5), dials)
+    steps = [[lookups[number] for number in (first, first + 1)] for first in range(0, len(lookups), 2)]
+    lengths = {len(items[0]): max(len(one.ids) for item in items for one in item) for items in steps}
+    assert set(lengths) == {1, 2}
+    assert lengths[2] <= 2048 < lengths[1] <= 4096
+    assert all(len(one) == len(two) for one, two in steps)
+    texts = [tuple(one.ids.tolist()) for items in steps for item in items for one in item]
+    assert len(set(texts)) == len(texts)
 
 
 def test_training_goes_on_from_adapters(prose: str, trained: tuple[Path, Any], tmp_path: Path) -> None:

@@ -44,9 +44,9 @@ class Adapting:
     minutes: float = 0.0
     """Ends sooner after so long; 0: no limit."""
     batch: int = 4
-    """Texts of a step, over all devices."""
+    """Texts of a step, over all devices, where they are long; of shorter ones as many more as make the same tokens."""
     at_once: int = 1
-    """Texts that are read together, which takes less time and more memory."""
+    """Of these, how many are read together: that takes less time and more memory."""
     questions: int = 16
     rate: float = 6e-4
     rank: int = 32
@@ -66,9 +66,13 @@ class Adapting:
                 "--lora-batch"
             )
 
+    def many(self, tokens: int) -> int:
+        """Texts of so many tokens in place of one of the longest."""
+        return max(self.lengths) // tokens
 
-class Lookups(Dataset[Lookup]):
-    """Lookup number n of a run."""
+
+class Lookups(Dataset[list[Lookup]]):
+    """Lookups in place of text number n of a run."""
 
     def __init__(self, maker: LookupMaker, dials: Adapting) -> None:
         self.maker, self.dials = maker, dials
@@ -76,9 +80,11 @@ class Lookups(Dataset[Lookup]):
     def __len__(self) -> int:
         return self.dials.steps * self.dials.batch
 
-    def __getitem__(self, number: int) -> Lookup:
+    def __getitem__(self, number: int) -> list[Lookup]:
         rng = random.Random(f"length/{self.dials.seed}/{number // self.dials.batch}")
-        return self.maker.make(number, rng.choice(self.dials.lengths), self.dials.questions)
+        tokens = rng.choice(self.dials.lengths)
+        many = self.dials.many(tokens)
+        return [self.maker.make(number * many + one, tokens, self.dials.questions) for one in range(many)]
 
 
 class Pupil(nn.Module):
@@ -184,7 +190,8 @@ def train(pupil: Pupil, maker: LookupMaker, place: Path, device: torch.device, s
     )  # fmt: skip
     trainer = _Trainer(
         model=pupil, args=arguments, train_dataset=Lookups(maker, dials),
-        data_collator=lambda items: {"lookups": items}, callbacks=[Log(place / LOG, say), Clock(dials.minutes)],
+        data_collator=lambda items: {"lookups": [one for item in items for one in item]},
+        callbacks=[Log(place / LOG, say), Clock(dials.minutes)],
     )  # fmt: skip
     kept = last_whole(place / CHECKPOINTS)
     trainer.remove_callback(PrinterCallback)

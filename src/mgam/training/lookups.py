@@ -90,7 +90,7 @@ class LookupMaker:
         profiles = not alike and bool(self.profiles) and rng.random() < 0.25
         questions = min(questions, tokens // 128) if alike else questions
         room = tokens - (48 if alike else 64) * questions - 120
-        characters = int(room * 3.9)
+        characters = int(room * (3.0 if alike else 3.9))
         for _ in range(12):
             if alike:
                 text, pairs = self._alike(random.Random(f"{self.seed}/{number}/alike"), characters, questions)

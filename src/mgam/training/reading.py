@@ -61,6 +61,10 @@ class Reading(Adapting):
         if self.at_once != 1:
             raise SettingError("through covers texts are read one by one; leave --lora-at-once out")
 
+    def many(self, tokens: int) -> int:
+        """One: they are read one by one."""
+        return 1
+
 
 class CoverPupil(Pupil):
     """A model that reads through covers, with its adapters, and the searches of its layers."""
