@@ -3,25 +3,23 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 from mgam.errors import SettingError
 from papertable import growth, plots
-from papertable.figures import CLAIMED, CLAIMED_MARGINS, Figure, apart, figure, grown, margin, scores
+from papertable.compared import ablations, cuts, hops
+from papertable.figures import CLAIMED, CLAIMED_MARGINS, Figure, figure, grown, margin, scores
 from papertable.library import TASKS
-from papertable.measure import CUTS, EACH
-from papertable.models import ABLATIONS, FAR, FULL, MODELS, REMEDIES
-from papertable.plan import ABLATION_SEEDS, chosen_rate, dev_score, pooled, results
+from papertable.markdown import NONE, Results, number, shown, table
+from papertable.models import FULL, MODELS
+from papertable.plan import chosen_rate, dev_score, results
 from papertable.score import ROUGES
 from papertable.sizes import SIZES, Size
 
-NONE = "not measured"
-CUT, READ = list(CUTS), ("heads", "any head", "chance")
 LONG = 16384
 """Tokens from which on MGAM is to be faster."""
-Results = dict[str, dict[str, Any]]
 
 
 def write(folder: Path) -> list[Path]:
@@ -41,10 +39,10 @@ def write(folder: Path) -> list[Path]:
         *(_verdict(found, points, growth.read(folder, replayed=True)) if setting["size"] == "paper" else ()),
         *_cells(found, size, base),
         *_tuning(found, size),
-        *_ablations(found),
+        *ablations(found),
         *_mixed(found, points, size, base),
-        *_hops(found, base),
-        *_cuts(found),
+        *hops(found, base),
+        *cuts(found),
         *_growth(points, growth.read(folder, replayed=True)),
     ]
     path = folder / "table.md"
@@ -85,20 +83,20 @@ def _main(found: Results, points: list[dict[str, Any]], size: Size) -> Iterator[
                    for result in own if "test" in result and str(longest) in result["test"]["entries"]]  # fmt: skip
         rows.append([
             model, f"{len(own)}{f', {len(lost)} diverged (counted as 0)' if lost else ''}",
-            *(_said(figure(scores(found, model, name))) for name in ("accuracy", "f1")),
-            " / ".join(_said(figure(scores(found, model, name))) for name in ROUGES) if own else NONE,
-            _number(sum(entries) / len(entries) if entries else None, 0),
-            _number(grown(points, model, longest, "step_ms"), 1), _number(memory and memory / 1e9, 2),
-            _number(own[0]["parameters"] / 1e6 if own else None, 2),
+            *(shown(figure(scores(found, model, name))) for name in ("accuracy", "f1")),
+            " / ".join(shown(figure(scores(found, model, name))) for name in ROUGES) if own else NONE,
+            number(sum(entries) / len(entries) if entries else None, 0),
+            number(grown(points, model, longest, "step_ms"), 1), number(memory and memory / 1e9, 2),
+            number(own[0]["parameters"] / 1e6 if own else None, 2),
             f"{claimed[0]} / {claimed[1]}" if claimed else "",
         ])  # fmt: skip
-    yield "## All tasks and lengths\n\n" + _table(head, rows)
+    yield "## All tasks and lengths\n\n" + table(head, rows)
     rows = [
-        [f"{left} over {right}", *(_said(margin(found, left, right, name)) for name in ("accuracy", "f1")),
+        [f"{left} over {right}", *(shown(margin(found, left, right, name)) for name in ("accuracy", "f1")),
          " / ".join(map(str, CLAIMED_MARGINS)) if (left, right) == ("mgam", "longformer") else ""]
         for left in ("mgam", "mgam-causal") for right in ("longformer", "bert", "gpt2")
     ]  # fmt: skip
-    yield "Margins over the same seeds:\n\n" + _table(["", "accuracy", "F1", "paper: accuracy / F1"], rows)
+    yield "Margins over the same seeds:\n\n" + table(["", "accuracy", "F1", "paper: accuracy / F1"], rows)
 
 
 def _verdict(found: Results, points: list[dict[str, Any]], replayed: list[dict[str, Any]]) -> Iterator[str]:
@@ -116,7 +114,7 @@ def _verdict(found: Results, points: list[dict[str, Any]], replayed: list[dict[s
         ["and than gpt2's", _all(long(points, "gpt2", "step_ms"), -1e-9)],
         ["a step faster than bert's, both replayed as CUDA graphs", _all(long(replayed, "bert", "step_ms"), -1e-9)],
     ]  # fmt: skip
-    yield "## What was to be reached (MGAM both ways)\n\n" + _table(["", ""], rows)
+    yield "## What was to be reached (MGAM both ways)\n\n" + table(["", ""], rows)
 
 
 def _led(found: Results) -> list[list[str]]:
@@ -159,7 +157,7 @@ def _cells(found: Results, size: Size, base: dict[str, Any]) -> Iterator[str]:
                         result["test"]["scores"][task][length][name] if result["diverged"] is None else 0.0
                         for run, result in found.items() if run.rsplit("-", 1)[0] == model
                     ]  # fmt: skip
-                    row.append(_said(figure(values)))
+                    row.append(shown(figure(values)))
             rows.append(row)
         beside = {"chance": 1} if name == "accuracy" else {}
         for baseline, digits in {**beside, "first hop": 1, "oracle": 0, "silence": 0}.items():
@@ -168,7 +166,7 @@ def _cells(found: Results, size: Size, base: dict[str, Any]) -> Iterator[str]:
                 said = f"{baseline} alone" if baseline == "first hop" else baseline
                 rows.append([said, "", *("" if value is None else f"{value:,.{digits}f}" for value in values)])
         head = ["", "seeds", *(f"{task} {int(one):,}" for task in tasks for one in lengths)]
-        yield f"## {title} by task and length\n\n" + _table(head, rows)
+        yield f"## {title} by task and length\n\n" + table(head, rows)
     reach = " ".join(
         f"{int(one):,} tokens: " + ", ".join(
             f"{rouge} {base['lead'][one][f'oracle {rouge}']:.1f} (at random {base['lead'][one][f'chance {rouge}']:.1f})"
@@ -185,116 +183,16 @@ def _tuning(found: Results, size: Size) -> Iterator[str]:
         chosen = used[0] if used else chosen_rate(model, size, found)
         said = ["diverged" if one and one["diverged"] else f"{dev_score(one):.1f}" if one else NONE for one in tried]
         rows.append([model, *said, f"{chosen:g}" if chosen else NONE])
-    yield "## Learning rates, on dev\n\nMean of pooled accuracy and F1.\n\n" + _table(
+    yield "## Learning rates, on dev\n\nMean of pooled accuracy and F1.\n\n" + table(
         ["model", *(f"{rate:g}" for rate in size.rates), "chosen"], rows
-    )
-
-
-def _ablations(found: Results) -> Iterator[str]:
-    names = [*(("ablation", name) for name in ABLATIONS), *(("remedy", name) for name in REMEDIES)]
-    runs = [(f"{kind}-{name}", name if kind == "ablation" else f"remedy: {name}") for kind, name in names]
-    yield "## Ablations and remedies\n\n" + _compared(found, runs, "MGAM both ways, hop alone")
-    own = [f"remedy: {name}" if name in REMEDIES else name for name in FAR]
-    yield "## Question far from its evidence\n\n" + _compared(
-        found, [(f"far-{name}", said) for name, said in zip(FAR, own, strict=True)], "far alone, lengths mixed"
-    )
-
-
-READERS = {"answer": "the block of <answer>", "question": "the first block", "between": "the evidence's blocks"}
-
-
-def _compared(found: Results, runs: Sequence[tuple[str, str]], title: str) -> str:
-    """Runs of one task, seed by seed, against MGAM as it is; what they read, and how much of the evidence."""
-    longest, rows, every = "", [], {}
-    for run, _ in runs:
-        own = {seed: found.get(f"{run.replace(' ', '-')}-{seed}") for seed in range(ABLATION_SEEDS)}
-        every[run] = {seed: one for seed, one in own.items() if one}
-    as_it_is = next(every[run] for run in every if run.endswith("as it is"))
-    for run, said in runs:
-        kept = list(every[run].values())
-        row = [said, str(len(kept))]
-        for wanted in ("accuracy", "f1"):
-            values = [
-                0.0 if one["diverged"] is not None else pooled(one["test"]["scores"], wanted) or 0.0 for one in kept
-            ]
-            row.append(", ".join(f"{value:.1f}" for value in values) or NONE)
-        both = [seed for seed in every[run] if seed in as_it_is]
-        sides = ([side[seed].get("test", {}) for seed in both] for side in (every[run], as_it_is))
-        row.append("" if every[run] is as_it_is else _said(apart(*sides, "f1")))
-        entries = [list(one["test"]["entries"].items())[-1] for one in kept if "test" in one]
-        longest = entries[0][0] if entries else longest
-        total = [sum(v for k, v in one.items() if k.startswith(("tok", "lev"))) for _, one in entries]
-        row.append(_number(sum(total) / len(total) if total else None, 0))
-        for reader in READERS:
-            parts = [[one.get(f"{reader} reads evidence, {what}") for _, one in entries] for what in READ]
-            known = [[value for value in part if value is not None] for part in parts]
-            row.append(" / ".join(f"{100 * sum(one) / len(one):.1f}" for one in known if one))
-        rows.append(row)
-    head = [title, "seeds", "accuracy of each", "F1 of each", "F1 over as it is", "entries a query",
-            *(f"read by {who}" for who in READERS.values())]  # fmt: skip
-    return (
-        "Differences with a 95 % interval over the same test samples, of these trainings. Entries, and evidence "
-        f"read as tokens where it is outside the reader's window, at {longest or 'the most'} tokens: % of heads / by "
-        "any head of any layer / of a policy of chance that opens as many chunks.\n\n" + _table(head, rows)
-    )
-
-
-def _hops(found: Results, base: dict[str, Any]) -> Iterator[str]:
-    """Which of the two lines of hop is found."""
-    kinds: dict[str, list[dict[str, Any]]] = {}
-    for name, result in found.items():
-        cells = result.get("test", {}).get("scores", {}).get("hop", {})
-        if any("last hop" in cell for cell in cells.values()):
-            kinds.setdefault(name.rsplit("-", 1)[0], []).append(cells)
-    if not kinds:
-        return
-    lengths = list(next(iter(kinds.values()))[0])
-    rows = []
-    for kind, runs in kinds.items():
-        cells = [
-            " / ".join(f"{sum(one[n][hop] for one in runs) / len(runs):.1f}" for hop in ("first hop", "last hop"))
-            for n in lengths
-        ]
-        rows.append([kind, str(len(runs)), *cells])
-    alone = [base["hop"].get(length, {}).get("first hop accuracy") for length in lengths]
-    rows.append(["first hop alone", "", *("" if one is None else f"100 / {2 * one - 100:.1f}" for one in alone)])
-    yield (
-        "## Hop: the line that tells the country / the line that answers, % found\n\n"
-        "`first hop alone`: finds the first, and takes any line with the label that is asked for.\n\n"
-        + _table(["", "seeds", *(f"{int(one):,}" for one in lengths)], rows)
     )
 
 
 def _mixed(found: Results, points: list[dict[str, Any]], size: Size, base: dict[str, Any]) -> Iterator[str]:
     own = {name.removeprefix("mixed-"): result for name, result in found.items() if name.startswith("mixed-")}
-    verdict = "## What was to be reached\n\n" + _table(["", ""], _led(own))
+    verdict = "## What was to be reached\n\n" + table(["", ""], _led(own))
     for part in (*_main(own, points, size), verdict, *_cells(own, size, base)) if own else ():
         yield part.replace("## ", "## Lengths mixed in training: ")
-
-
-def _cuts(found: Results) -> Iterator[str]:
-    """What becomes of trained models that read otherwise in the test."""
-    kinds: dict[str, list[dict[str, Any]]] = {}
-    for name, result in found.items():
-        if "read otherwise" in result:
-            kinds.setdefault(name.rsplit("-", 1)[0], []).append(result)
-    rows = []
-    for kind, runs in kinds.items():
-        cells = runs[0]["read otherwise"][CUT[0]]["scores"]
-        for task, length in ((task, length) for task, lengths in cells.items() for length in lengths):
-            for name in EACH:
-                if name not in cells[task][length]:
-                    continue
-                row = [kind, str(len(runs)), task, f"{int(length):,}", "F1" if name == "f1" else name]
-                tests = [[one["test"]] + [one["read otherwise"].get(cut) for cut in CUT] for one in runs]
-                for way in zip(*tests, strict=True):
-                    values = [one["scores"][task][length][name] for one in way if one]
-                    row.append(_number(sum(values) / len(values) if values else None, 1))
-                rows.append(row)
-    if rows:
-        yield "## MGAM reading otherwise in the test than in training\n\n" + _table(
-            ["runs", "seeds", "task", "tokens", "", "as trained", *CUT], rows
-        )
 
 
 def _growth(points: list[dict[str, Any]], replayed: list[dict[str, Any]]) -> Iterator[str]:
@@ -317,9 +215,9 @@ def _growth(points: list[dict[str, Any]], replayed: list[dict[str, Any]]) -> Ite
         rows = []
         for model in models:
             cells = [known.get((model, length), {}) for length in lengths]
-            rows.append([model, *(_number(one[name] / scale, 2) if name in one else one.get("failed", NONE)
+            rows.append([model, *(number(one[name] / scale, 2) if name in one else one.get("failed", NONE)
                                   for one in cells)])  # fmt: skip
-        yield f"## {unit}, one row\n\n{where}.\n\n" + _table(["model", *(f"{one:,}" for one in lengths)], rows)
+        yield f"## {unit}, one row\n\n{where}.\n\n" + table(["model", *(f"{one:,}" for one in lengths)], rows)
     there = {(line["model"], line["length"]): line for line in points}
     rows = []
     for model in (one for one in models if one.startswith("mgam")):
@@ -330,22 +228,9 @@ def _growth(points: list[dict[str, Any]], replayed: list[dict[str, Any]]) -> Ite
             rows.append(
                 [f"{model}: {part}", *(f"{a:.2f} ({100 * a / b:.0f} %)" if a and b else NONE for a, b in shares)]
             )
-    yield "## Overhead, ms of all layers (share of a forward pass)\n\n" + _table(
+    yield "## Overhead, ms of all layers (share of a forward pass)\n\n" + table(
         ["", *(f"{one:,}" for one in lengths)], rows
     )
-
-
-def _table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
-    lines = [head, ["---"] * len(head), *rows]
-    return "\n".join(f"| {' | '.join(line)} |" for line in lines)
-
-
-def _said(value: Figure | None) -> str:
-    return NONE if value is None else str(value)
-
-
-def _number(value: float | None, digits: int) -> str:
-    return NONE if value is None else f"{value:,.{digits}f}"
 
 
 def _yes(known: bool | None) -> str:
