@@ -5,7 +5,8 @@
     python experiments/not_found/run.py report tune.jsonl
 
 Each text is real prose with three invented facts in it; three questions are asked of these and three of facts that it
-does not hold. Tuning and testing have other texts and other facts.
+does not hold. With `--facts countries` it is profiles of countries, and three questions are of countries that it does
+not tell of. Tuning and testing have other texts and other facts.
 """
 
 from __future__ import annotations
@@ -21,6 +22,8 @@ import mgam
 from mgam.documents.asking import ask_each
 from mgam.documents.confidence import FOUND
 from mgam.documents.sources import Source
+from mgam.evaluation.almanac import FACTS as ALMANAC
+from mgam.evaluation.almanac import Profile
 from mgam.evaluation.splits import Split
 from mgam.evaluation.texts import TextLibrary
 from mgam.integrations.loading import load
@@ -29,6 +32,8 @@ PROSE = ("novels", "speeches", "essays")
 INVENTED = json.loads((Path(__file__).parent / "facts.json").read_text(encoding="utf-8"))
 FACTS: list[tuple[str, str, str]] = INVENTED["facts"]
 """A statement with room for a value, its question, and the kind of value. The first half tunes, the second tests."""
+Made = tuple[str, list[str], dict[str, str]]
+"""A text, questions, and what answers those of them that it does answer."""
 THRESHOLDS = (0.3, 0.35, 0.4, 0.45, 0.5, 0.55, 0.6)
 
 
@@ -42,32 +47,61 @@ def main() -> None:
     asking.add_argument("--tokens", type=int, default=1200, help="of prose in each text")
     asking.add_argument("--model", default=None)
     asking.add_argument("--adapter", default=None, help="low-rank adapters to read with, as mgam ask takes them")
+    asking.add_argument("--facts", choices=("hidden", "countries"), default="hidden", help="what is asked for")
     asking.add_argument("--out", type=Path, required=True)
     what.add_parser("report").add_argument("files", type=Path, nargs="+")
     given = parser.parse_args()
     if given.what == "ask":
-        ask_all(given.split, given.documents, given.tokens, given.model, given.adapter, given.out)
+        make = like_facts if given.facts == "countries" else hidden_facts
+        ask_all(make, given.split, given.documents, given.tokens, given.model, given.adapter, given.out)
     else:
         rows = [json.loads(line) for file in given.files for line in file.read_text(encoding="utf-8").splitlines()]
         report(rows)
 
 
-def ask_all(split: Split, documents: int, tokens: int, name: str | None, adapter: str | None, out: Path) -> None:
+def hidden_facts(library: TextLibrary, split: Split, tokens: int, tokenizer: Any, rng: random.Random) -> Made:
+    """Prose with three facts in it, and questions of these and of three others."""
+    facts = FACTS[: len(FACTS) // 2] if split == "tune" else FACTS[len(FACTS) // 2 :]
+    texts = [text for source in PROSE if library.has(source) for text in library.texts(source, split)]
+    prose = cut(library.sentences(rng.choice(texts)), tokens, tokenizer, rng)
+    chosen = rng.sample(facts, 6)
+    held = {question: value(kind, rng) for _, question, kind in chosen[:3]}
+    for statement, question, _ in chosen[:3]:
+        prose.insert(rng.randrange(len(prose)), " " + statement.format(held[question]))
+    return "".join(prose).strip(), [question for _, question, _ in chosen], held
+
+
+def like_facts(library: TextLibrary, split: Split, tokens: int, tokenizer: Any, rng: random.Random) -> Made:
+    """Profiles of countries, and questions of three of them and of three others."""
+    records = library.records("factbook", split).items()
+    usable = [one for code, record in records if (one := Profile(code, record)).usable]
+    rng.shuffle(usable)
+    text, told = "", 0
+    while told < len(usable) - 3 and len(tokenizer(text).input_ids) < tokens:
+        text += f"\n\n{usable[told].name}" + "".join(usable[told].short_lines)
+        told += 1
+    held: dict[str, str] = {}
+    questions: list[str] = []
+    for there, one in [(True, one) for one in rng.sample(usable[:told], 3)] + [(False, one) for one in usable[-3:]]:
+        fact = rng.choice([fact for fact in ALMANAC if one.answer(fact)])
+        questions.append(fact.asked.format(of=f"of {one.name}"))
+        if there:
+            held[questions[-1]] = one.answer(fact)
+    return text.strip(), questions, held
+
+
+def ask_all(
+    make: Callable[[TextLibrary, Split, int, Any, random.Random], Made], split: Split, documents: int, tokens: int,
+    name: str | None, adapter: str | None, out: Path,
+) -> None:  # fmt: skip
     """Adds a line of JSON for each question."""
     model, tokenizer = load(name)
     mgam.apply(model, adapter=adapter)
     library, rng = TextLibrary(), random.Random(split)
-    facts = FACTS[: len(FACTS) // 2] if split == "tune" else FACTS[len(FACTS) // 2 :]
-    texts = [text for source in PROSE if library.has(source) for text in library.texts(source, split)]
     with out.open("a", encoding="utf-8") as file:
         for _ in range(documents):
-            prose = cut(library.sentences(rng.choice(texts)), tokens, tokenizer, rng)
-            chosen = rng.sample(facts, 6)
-            held = {question: value(kind, rng) for _, question, kind in chosen[:3]}
-            for statement, question, _ in chosen[:3]:
-                prose.insert(rng.randrange(len(prose)), " " + statement.format(held[question]))
-            source = Source("text", "".join(prose).strip())
-            questions = [question for _, question, _ in chosen]
+            text, questions, held = make(library, split, tokens, tokenizer, rng)
+            source = Source("text", text)
             for question, answer in zip(
                 questions, ask_each(model, tokenizer, [source], questions, max_new_tokens=24), strict=True
             ):
