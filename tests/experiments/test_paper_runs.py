@@ -99,6 +99,20 @@ def test_a_taught_policy_learns_besides(library: Library) -> None:
     assert angles[1] < 0.99
 
 
+def test_a_policy_may_learn_faster(library: Library) -> None:
+    """Its parameters alone move further by one step of AdamW."""
+    moved = {}
+    for times in (1.0, 4.0):
+        torch.manual_seed(0)
+        reader = Reader("mgam", SMOKE, policy_rate=times)
+        before = {name: part.detach().clone() for name, part in reader.named_parameters()}
+        optimizer = torch.optim.AdamW(reader.groups(), 1e-3, weight_decay=0.0)
+        train._one(Run("one", "mgam", 1e-3, 0, SMOKE), reader, optimizer, batch_of(library), 3, "cpu")
+        moved[times] = {name: (part.detach() - before[name]).abs().max() for name, part in reader.named_parameters()}
+    for name, far in moved[4.0].items():
+        assert float(far / moved[1.0][name]) == pytest.approx(4.0 if ".scores." in name else 1.0, rel=1e-3)
+
+
 def test_reading_otherwise_is_what_it_is_called(library: Library) -> None:
     """Everything as tokens is what a budget for all chunks reads; nothing far is seen through the window alone."""
     torch.manual_seed(0)
@@ -230,7 +244,7 @@ def test_runs_are_compared_on_the_same_samples() -> None:
 def test_the_plan_tells_most_first_and_waits_for_rates(tmp_path: Path) -> None:
     size = SIZES["paper"]
     names = [run.name for run in plan.plan(size)]
-    assert len(names) == len(set(names)) == 15 + 15 + 16 + 6 + 15 + 26
+    assert len(names) == len(set(names)) == 15 + 15 + 16 + 8 + 15 + 28
     assert sorted(names[15:20]) == sorted(f"{model}-0" for model in MODELS)
     able = [run.name for run, able in plan.ready(size, tmp_path, "*") if able]
     assert able == names[:15]

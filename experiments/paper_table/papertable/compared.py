@@ -69,7 +69,7 @@ def hops(found: Results, base: dict[str, Any]) -> Iterator[str]:
     kinds: dict[str, list[dict[str, Any]]] = {}
     for name, result in found.items():
         cells = result.get("test", {}).get("scores", {}).get("hop", {})
-        if any("last hop" in cell for cell in cells.values()):
+        if not result["run"]["tuning"] and any("last hop" in cell for cell in cells.values()):
             kinds.setdefault(name.rsplit("-", 1)[0], []).append(cells)
     if not kinds:
         return

@@ -30,9 +30,10 @@ ABLATIONS: dict[str, dict[str, Any]] = {
     "no adaptive budget": {"share": None},
 }
 REMEDIES: dict[str, dict[str, Any]] = {
-    "taught policy": {"taught": 1.0},
+    "taught policy": {"taught": 1.0, "recompute": True},
     "every query votes": {"every": 1},
     "budget 16": {"budget": 512},
+    "policy learns faster": {"policy_rate": 4.0},
 }
 """What is tried if MGAM does not lead, in this order."""
 FAR: dict[str, tuple[str, dict[str, Any]]] = {
@@ -95,12 +96,22 @@ class Reader(nn.Module):
     """Reads a sample and points from its last token to units and to the answer.
 
     Every kind has the parameters of full attention with a feed-forward part four times as wide, within a row of it.
-    `taught`: weight of what a policy learns besides, from the attention that regions were given.
+    `taught`: weight of what a policy learns besides, from the attention that regions were given. `policy_rate`: how
+    many times the learning rate of all else that of policies is.
     """
 
-    def __init__(self, kind: str, size: Size, *, recompute: bool = False, taught: float = 0.0, **changes: Any) -> None:
+    def __init__(
+        self,
+        kind: str,
+        size: Size,
+        *,
+        recompute: bool = False,
+        taught: float = 0.0,
+        policy_rate: float = 1.0,
+        **changes: Any,
+    ) -> None:
         super().__init__()
-        self.taught = taught
+        self.taught, self.policy_rate = taught, policy_rate
         self.lesson: Tensor | None = None
         """Of the last pass in training: the mean over layers of what their policies are still to learn."""
         width = size.width
@@ -117,6 +128,14 @@ class Reader(nn.Module):
         self.norm = nn.RMSNorm(width)
         self.ask = nn.Linear(width, 3 * DIMS)
         self.told = nn.Linear(width, 3 * (DIMS + 1))
+
+    def groups(self) -> list[dict[str, Any]]:
+        """Parameters for an optimizer, with how many times the learning rate they get."""
+        if self.policy_rate == 1.0:
+            return [{"params": list(self.parameters()), "times": 1.0}]
+        policy: list[nn.Parameter] = [one for name, one in self.named_parameters() if ".scores." in name]
+        other = [one for name, one in self.named_parameters() if ".scores." not in name]
+        return [{"params": other, "times": 1.0}, {"params": policy, "times": self.policy_rate}]
 
     def forward(self, batch: Batch) -> tuple[Tensor, Tensor]:
         """Logits of units (B, M), and of first and last tokens (B, 2, T); -inf where none may be."""

@@ -125,7 +125,7 @@ def train(
     torch.manual_seed(run.seed)
     model = Reader(run.model, run.size, **run.changes).to(device)
     optimizer = torch.optim.AdamW(
-        model.parameters(), run.rate, (0.9, 0.95), weight_decay=0.01, fused=device.startswith("cuda")
+        model.groups(), run.rate, (0.9, 0.95), weight_decay=0.01, fused=device.startswith("cuda")
     )
     kept = folder / "checkpoints" / run.name
     progress = _load(kept, model, optimizer)
@@ -200,7 +200,7 @@ def _one(
     run: Run, model: Reader, optimizer: torch.optim.Optimizer, batch: Batch, step: int, device: str
 ) -> torch.Tensor:
     for group in optimizer.param_groups:
-        group["lr"] = run.rate_at(step)
+        group["lr"] = run.rate_at(step) * group.get("times", 1.0)
     with torch.autocast("cuda", torch.bfloat16) if device.startswith("cuda") else nullcontext():
         units, tokens = model(batch)
         loss = loss_of(units, tokens, batch)
