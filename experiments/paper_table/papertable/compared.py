@@ -41,6 +41,7 @@ def _compared(found: Results, runs: Sequence[tuple[str, str]], title: str) -> st
                 0.0 if one["diverged"] is not None else pooled(one["test"]["scores"], wanted) or 0.0 for one in kept
             ]
             row.append(", ".join(f"{value:.1f}" for value in values) or NONE)
+        row.append(" / ".join(f"{value:.0f}" for _, value in by_length(found, run)))
         both = [seed for seed in every[run] if seed in as_it_is]
         sides = ([side[seed].get("test", {}) for seed in both] for side in (every[run], as_it_is))
         row.append("" if every[run] is as_it_is else shown(apart(*sides, "f1")))
@@ -55,13 +56,25 @@ def _compared(found: Results, runs: Sequence[tuple[str, str]], title: str) -> st
             known = [[value for value in part if value is not None] for part in parts]
             row.append(" / ".join(f"{100 * sum(one) / len(one):.1f}" for one in known if one))
         rows.append(row)
-    head = [title, "seeds", "accuracy of each", "F1 of each", "F1 over as it is", "entries a query",
+    lengths = dict.fromkeys(length for run, _ in runs for length, _ in by_length(found, run))
+    across = " / ".join(f"{length // 1024}k" for length in lengths)
+    head = [title, "seeds", "accuracy of each", "F1 of each", f"accuracy at {across}", "F1 over as it is",
+            "entries a query",
             *(f"read by {who}" for who in READERS.values())]  # fmt: skip
     return (
         "Differences with a 95 % interval over the same test samples, of these trainings. Entries, and evidence "
         f"read as tokens where it is outside the reader's window, at {longest or 'the most'} tokens: % of heads / by "
         "any head of any layer / of a policy of chance that opens as many chunks.\n\n" + table(head, rows)
     )
+
+
+def by_length(found: Results, run: str) -> list[tuple[int, float]]:
+    """Mean accuracy over the seeds of an ablation, a remedy, or a run of `far`, and over its tasks, by length."""
+    own = [found.get(f"{run.replace(' ', '-')}-{seed}") for seed in range(ABLATION_SEEDS)]
+    tests = [one["test"]["scores"] for one in own if one and "test" in one]
+    lengths = list(next(iter(tests[0].values()))) if tests else []
+    means = ([pooled(scores, "accuracy", length) or 0.0 for scores in tests] for length in lengths)
+    return [(int(length), sum(values) / len(values)) for length, values in zip(lengths, means, strict=True)]
 
 
 def hops(found: Results, base: dict[str, Any]) -> Iterator[str]:

@@ -7,8 +7,9 @@ from pathlib import Path
 from typing import Any
 
 from mgam.errors import SettingError
+from papertable.compared import by_length
 from papertable.figures import scores
-from papertable.models import MODELS
+from papertable.models import FAR, MODELS
 
 Lines = dict[str, list[tuple[float, float]]]
 
@@ -28,13 +29,15 @@ def draw(folder: Path, found: dict[str, dict[str, Any]], points: list[dict[str, 
             if field in line:
                 lines[line["model"]].append((line["length"], line[field] / scale))
         pictures.append((name, lines, "tokens", unit, True))
-    by_length: Lines = {}
+    everywhere: Lines = {}
     lengths = sorted({int(one) for result in found.values() if "test" in result and not result["run"]["tuning"]
                       for one in result["test"]["entries"]})  # fmt: skip
     for model in MODELS:
         values = [(length, scores(found, model, "f1", str(length))) for length in lengths]
-        by_length[model] = [(length, sum(each) / len(each)) for length, each in values if each]
-    pictures.append(("f1", by_length, "tokens of a document", "F1, mean over tasks and seeds", False))
+        everywhere[model] = [(length, sum(each) / len(each)) for length, each in values if each]
+    pictures.append(("f1", everywhere, "tokens of a document", "F1, mean over tasks and seeds", False))
+    far: Lines = {name: [*by_length(found, f"far-{name}")] for name in FAR}
+    pictures.append(("far", far, "tokens of a document", "evidence found, %: question far from it", False))
     losses: Lines = {}
     for model in MODELS:
         result = found.get(f"{model}-0")
