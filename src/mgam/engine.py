@@ -325,7 +325,8 @@ def _segments(
     """Cuts a group so that no working tensor grows with the call. `written`: logits are written out, head by head."""
     device = queries.device
     heads = pyramid.keys[0].shape[1]
-    in_place = serving(queries, pyramid, reading.backend) == "triton"
+    per_head = not dense and bool(getattr(reading.policy_of(blocks), "per_head", False))
+    in_place = serving(queries, pyramid, reading.backend) == "triton" and not per_head  # those are gathered
     sized = blocks.once("padded", lambda: padded(blocks)) if in_place and queries.is_cuda else blocks
 
     tokens = sized.once("tokens", lambda: int(sized.stop.max()) if len(sized) else 0)
@@ -333,7 +334,7 @@ def _segments(
         per_block = _kernel_elements(sized, tokens, reading, heads, queries)
         limit = KERNEL_ELEMENTS if queries.is_cuda else CPU_ELEMENTS
     else:
-        per_block = _elements(dense, sized, tokens, reading, heads, queries, written)
+        per_block = _elements(dense, sized, tokens, reading, queries.shape[1] if per_head else heads, queries, written)
         limit = GPU_ELEMENTS if queries.is_cuda else CPU_ELEMENTS
     step = max(1, limit // max(per_block, 1))
 
@@ -348,7 +349,7 @@ def _segments(
 def _elements(
     dense: bool, blocks: Blocks, tokens: int, reading: Reading, heads: int, queries: Tensor, written: bool
 ) -> int:
-    """Elements that gathering one block's cover, and attending to it, takes at most."""
+    """Elements that gathering one block's covers, one for each of `heads`, and attending to them, takes at most."""
     query_heads, dim = queries.shape[1], queries.shape[3]
     if dense:
         return blocks.size * tokens * (query_heads if written else 1)

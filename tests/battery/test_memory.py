@@ -88,3 +88,17 @@ def test_segments_fit_their_room(trial: Trial, monkeypatch: pytest.MonkeyPatch) 
     block = largest(trial, tokens, 0)
     monkeypatch.setattr(engine, "CPU_ELEMENTS", room)
     assert largest(trial, tokens, 0) <= max(4 * room, block, text)
+
+
+@pytest.mark.parametrize("case", [case for case in CASES if case.method in ("longheads", "moba")], ids=str)
+def test_covers_of_query_heads_are_cut_where_kernels_serve(case: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Kernels read covers of KV heads in place; what query heads chose is gathered on every device."""
+    tokens, room = 512, 1 << 15
+    monkeypatch.setattr(engine, "serving", lambda *given: "triton")
+    monkeypatch.setattr(engine, "_kernel_elements", lambda *given: 1)  # what is read in place takes no room
+    trial = Trial(case)
+    text = trial.states(tokens)[0].numel()
+    monkeypatch.setattr(engine, "CPU_ELEMENTS", 1)
+    block = largest(trial, tokens, 0)
+    monkeypatch.setattr(engine, "CPU_ELEMENTS", room)
+    assert largest(trial, tokens, 0) <= max(4 * room, block, text)

@@ -163,6 +163,15 @@ def test_what_does_not_fit_is_said_and_others_go_on(bench: Bench) -> None:
     assert all(row.score == 100 for row in table if row.method == "rule")
 
 
+def test_a_sample_that_cannot_be_made_takes_no_other_with_it(bench: Bench) -> None:
+    plan = Plan(find_tasks(["passkey", "needle_values"]), [256], 2, batch_size=4)
+    run(plan, BatchRuleReader("rule"), bench)
+    found = {(one.task, one.trial): one.status for one in bench.results.trials.values()}
+    assert found == {
+        ("passkey", 0): "ok", ("passkey", 1): "ok", ("needle_values", 0): "no sample", ("needle_values", 1): "no sample"
+    }  # fmt: skip
+
+
 def test_a_method_that_cannot_read_a_length_does_not_fit_it(bench: Bench) -> None:
     class Refusing(RuleReader):
         def read(self, document: str, question: str, max_new_tokens: int) -> Reading:
@@ -210,7 +219,7 @@ def test_batches_give_the_same_trials(bench: Bench) -> None:
     reader = BatchRuleReader("rule")
     plan = Plan(PLAN.tasks, PLAN.lengths, PLAN.trials, batch_size=3)
     run(plan, reader, bench)
-    assert reader.sizes == [3, 3, 3, 3]  # and the fourth of each alone
+    assert reader.sizes == [3, 3, 2, 3, 3, 2]  # four trials of two tasks at each length
     assert len(bench.results.trials) == 16
     assert all(one.score == 1.0 and one.settings["batch_size"] == 3 for one in bench.results.trials.values())
 

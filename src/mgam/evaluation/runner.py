@@ -17,6 +17,8 @@ from mgam.evaluation.sample import Request, Sample
 from mgam.evaluation.texts import TextLibrary
 from mgam.evaluation.tokens import TokenCounter
 
+Asked = tuple[Task, int]
+"""A task, and the number of one of its trials."""
 REPLY_KEPT = 500  # characters of a reply that the results keep
 
 
@@ -66,20 +68,45 @@ class Bench:
 def run(plan: Plan, reader: Reader, bench: Bench) -> None:
     """Reads every sample of the plan that the results do not hold yet."""
     too_long: dict[bool, tuple[int, str]] = {}
-    for length, task in plan.cells():
-        waiting = _waiting(plan, task, length, reader, bench)
-        for start in range(0, len(waiting), plan.batch_size):
-            batch = waiting[start : start + plan.batch_size]
-            limit = too_long.get(task.score_losses is not None)
-            if limit is not None and length >= limit[0]:
-                trials = [_unread(plan, task, reader, length, index, "does not fit", limit[1]) for index in batch]
+    for length, batch in _batches(plan, reader, bench):
+        limit = too_long.get(batch[0][0].score_losses is not None)
+        if limit is not None and length >= limit[0]:
+            trials = [_unread(plan, task, reader, length, index, "does not fit", limit[1]) for task, index in batch]
+        else:
+            trials = _read(plan, length, batch, reader, bench)
+        for trial, (task, _) in zip(trials, batch, strict=True):
+            if trial.status == "does not fit":
+                too_long.setdefault(task.score_losses is not None, (length, trial.reason))
+            bench.results.add(trial)
+            bench.progress(trial)
+
+
+def _batches(plan: Plan, reader: Reader, bench: Bench) -> Iterator[tuple[int, list[Asked]]]:
+    """Lengths and what is read at once there. Texts of several tasks share a batch, those with short replies first.
+
+    Each reply is cut at its own task's limit when it is scored, so that it does not matter what else is in the batch.
+    """
+    for length in sorted(plan.lengths):
+        shared: list[Asked] = []
+        for task in plan.tasks:
+            waiting: list[Asked] = [(task, index) for index in _waiting(plan, task, length, reader, bench)]
+            if _shares(task, plan, reader):
+                shared += waiting
             else:
-                trials = _read(plan, task, length, batch, reader, bench)
-            for trial in trials:
-                if trial.status == "does not fit":
-                    too_long.setdefault(task.score_losses is not None, (length, trial.reason))
-                bench.results.add(trial)
-                bench.progress(trial)
+                yield from ((length, batch) for batch in _cut(waiting, plan.batch_size))
+        shared.sort(key=lambda asked: asked[0].max_new_tokens)
+        yield from ((length, batch) for batch in _cut(shared, plan.batch_size))
+
+
+def _cut(waiting: list[Asked], size: int) -> Iterator[list[Asked]]:
+    for start in range(0, len(waiting), size):
+        yield waiting[start : start + size]
+
+
+def _shares(task: Task, plan: Plan, reader: Reader) -> bool:
+    """Whether texts of this task are read together with others: a batch shows no evidence, and tells no losses."""
+    alone = task.score_losses is not None or task.score_evidence is not None
+    return plan.batch_size > 1 and not alone and isinstance(reader, BatchReader)
 
 
 def _waiting(plan: Plan, task: Task, length: int, reader: Reader, bench: Bench) -> list[int]:
@@ -118,32 +145,40 @@ def _settings(plan: Plan, reader: Reader) -> dict[str, Any]:
     return {**reader.settings, **kept}
 
 
-def _read(plan: Plan, task: Task, length: int, batch: Sequence[int], reader: Reader, bench: Bench) -> list[Trial]:
+def _read(plan: Plan, length: int, batch: Sequence[Asked], reader: Reader, bench: Bench) -> list[Trial]:
+    def unread(status: Status, error: Exception) -> list[Trial]:
+        return [_unread(plan, task, reader, length, index, status, str(error)) for task, index in batch]
+
     try:
-        samples = [bench.samples.get(task, _request(plan, task, length, index, bench)) for index in batch]
+        samples = [bench.samples.get(task, _request(plan, task, length, index, bench)) for task, index in batch]
     except SettingError as error:
-        return [_unread(plan, task, reader, length, index, "no sample", str(error)) for index in batch]
+        if len(batch) == 1:
+            return unread("no sample", error)
+        return [trial for one in batch for trial in _read(plan, length, [one], reader, bench)]  # which one it is
     try:
-        readings = _readings(task, samples, reader)
+        readings = _readings(plan, batch, samples, reader)
     except (DoesNotFitError, SettingError) as error:  # too much memory, or positions that the model does not have
-        return [_unread(plan, task, reader, length, index, "does not fit", str(error)) for index in batch]
+        return unread("does not fit", error)
     settings = _settings(plan, reader)
     return [
         _trial(task, sample, reading, reader, plan.seed, index, bench, settings)
-        for index, sample, reading in zip(batch, samples, readings, strict=True)
+        for (task, index), sample, reading in zip(batch, samples, readings, strict=True)
     ]
 
 
-def _readings(task: Task, samples: Sequence[Sample], reader: Reader) -> list[Reading]:
+def _readings(plan: Plan, batch: Sequence[Asked], samples: Sequence[Sample], reader: Reader) -> list[Reading]:
+    task = batch[0][0]
     if task.score_losses is not None:
         if not isinstance(reader, LossReader):
             raise DoesNotFitError(f"{reader.method} cannot tell the loss of a text, which task {task.name} measures")
         return [reader.losses(sample.document) for sample in samples]
-    # a batch shows no evidence, so tasks that score it are read one by one
-    if len(samples) > 1 and task.score_evidence is None and isinstance(reader, BatchReader):
+    if len(samples) > 1 and _shares(task, plan, reader) and isinstance(reader, BatchReader):
         documents, questions = [one.document for one in samples], [one.question for one in samples]
-        return reader.read_batch(documents, questions, task.max_new_tokens)
-    return [reader.read(sample.document, sample.question, task.max_new_tokens) for sample in samples]
+        return reader.read_batch(documents, questions, max(task.max_new_tokens for task, _ in batch))
+    return [
+        reader.read(sample.document, sample.question, task.max_new_tokens)
+        for (task, _), sample in zip(batch, samples, strict=True)
+    ]
 
 
 def judge(task: Task, sample: Sample, reading: Reading, counter: TokenCounter) -> tuple[Score, str]:
