@@ -22,7 +22,7 @@ from mgam.integrations.transformers.apply import apply, remove
 DENSE = "dense"
 NULLABLE = ("dense_until", "backend")
 """Settings whose `none` means that mgam chooses."""
-LOSS_CALL = 512
+LOSS_CALL, GPU_LOSS_CALL = 512, 2048
 """Tokens per call when losses are wanted: the logits of a call are vocabulary times this."""
 
 
@@ -153,8 +153,9 @@ class ModelReader:
     def _read_losses(self, ids: Tensor) -> tuple[list[float], float]:
         cache, record = self._loss_cache(ids.shape[1])
         found: list[Tensor] = []
-        for first in range(0, ids.shape[1], LOSS_CALL):
-            part = ids[:, first : first + LOSS_CALL]
+        size = GPU_LOSS_CALL if ids.is_cuda else LOSS_CALL
+        for first in range(0, ids.shape[1], size):
+            part = ids[:, first : first + size]
             logits = self._model(input_ids=part, past_key_values=cache, use_cache=True).logits[0].float()
             targets = ids[0, first + 1 : first + 1 + part.shape[1]]
             found.append(torch.nn.functional.cross_entropy(logits[: len(targets)], targets, reduction="none").cpu())

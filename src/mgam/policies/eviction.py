@@ -17,7 +17,7 @@ from mgam.policies.scored import highest
 from mgam.positions import Positions, rotate
 from mgam.pyramid import Pyramid
 
-ELEMENTS = 1 << 24
+ELEMENTS, GPU_ELEMENTS = 1 << 24, 1 << 27
 """Attention weights written out at a time."""
 
 
@@ -235,10 +235,11 @@ def masses(queries: Tensor, first: int, keys: Tensor, scale: float, positions: P
     wide = torch.promote_types(keys.dtype, torch.float32)
     found = torch.zeros(heads, count, dtype=wide, device=keys.device)
     place = torch.arange(count, device=keys.device)
-    step = max(1, ELEMENTS // max(1, queries.shape[0] * count))
+    step = max(1, (GPU_ELEMENTS if keys.is_cuda else ELEMENTS) // max(1, queries.shape[0] * count))
     for low in range(0, queries.shape[1], step):
         part = queries[:, low : low + step].unflatten(0, (heads, -1))
-        logits = torch.einsum("hgqd,hnd->hgqn", part, keys).to(wide) * scale
-        future = place > own[low : low + step, None]
-        found += torch.softmax(logits.masked_fill(future, -torch.inf), -1).nan_to_num(0.0).sum((1, 2))
+        end = min(count, first + low + part.shape[2])  # no query of this part sees a later key
+        logits = torch.einsum("hgqd,hnd->hgqn", part, keys[:, :end]).to(wide) * scale
+        future = place[:end] > own[low : low + step, None]
+        found[:, :end] += torch.softmax(logits.masked_fill(future, -torch.inf), -1).nan_to_num(0.0).sum((1, 2))
     return found
