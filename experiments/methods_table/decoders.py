@@ -19,6 +19,7 @@ from mgam.evaluation.machine import conditions
 from mgam.evaluation.registry import Task, find_tasks, parse_lengths
 from mgam.evaluation.results import ResultsFile
 from mgam.evaluation.runner import Bench, Plan, run
+from mgam.evaluation.sample import Request
 from mgam.evaluation.texts import TextLibrary
 from mgam.evaluation.tokens import TokenCounter
 from mgam.integrations.loading import DEFAULT_MODEL, load, locate
@@ -29,7 +30,7 @@ METHODS = (
 )
 TASKS = "needle_prose,needle_keys,variables,facts_by_id,loss_novels"
 AT_ONCE = {8192: 5, 32768: 5, 131072: 2}
-"""Trials of a round, read as one batch, by length; one trial beyond, twice as many below."""
+"""Trials of a round and task, by length; questions of all tasks are read as one batch. One beyond, five below."""
 LOSSES = {8192: 2, 32768: 2}
 """Trials of a round of tasks that measure loss; one elsewhere."""
 
@@ -79,17 +80,47 @@ def work(options: argparse.Namespace) -> None:
         if not _taken(options.claims, length, number, method):
             continue
         reader = ModelReader(model, tokenizer, method, name=_name(options))
-        for task in tasks:
-            trials, begun = number * _at_once(length, task), time.perf_counter()
-            batch = 1 if task.score_losses else _at_once(length, task)
+        for plan in _plans(tasks, length, number, method, options, bench):
+            names, begun = ",".join(task.name for task in plan.tasks), time.perf_counter()
             try:
-                run(Plan([task], [length], trials, options.seed, batch_size=batch), reader, bench)
+                run(plan, reader, bench)
             except (MgamError, RuntimeError) as error:  # the other cells go on; the reason stands in the table
-                _failed(options, method, task.name, length, error)
+                for task in plan.tasks:
+                    _failed(options, method, task.name, length, error)
                 if "CUDA error" in str(error):
                     raise  # this process reads nothing any more
-            print(f"{_name(options)} {method} {task.name} {length} {time.perf_counter() - begun:.1f} s", flush=True)
+            print(f"{_name(options)} {method} {names} {length} {time.perf_counter() - begun:.1f} s", flush=True)
         reader.close()
+
+
+def _plans(
+    tasks: Sequence[Task], length: int, number: int, method: str, options: argparse.Namespace, bench: Bench
+) -> Iterator[Plan]:
+    """What a round reads: the questions of all tasks at once, then each task of losses.
+
+    A task whose trials are all there stands, whatever batch they were read in.
+    """
+    left = []
+    for task in tasks:
+        trials = number * _at_once(length, task)
+        if not all(_there(task, length, index, method, options, bench) for index in range(trials)):
+            left.append(task)
+    asking = [task for task in left if task.score_losses is None]
+    if asking:
+        each = _at_once(length)
+        yield Plan(asking, [length], number * each, options.seed, batch_size=each * len(asking))
+    for task in left:
+        if task.score_losses is not None:
+            yield Plan([task], [length], number * _at_once(length, task), options.seed)
+
+
+def _there(task: Task, length: int, index: int, method: str, options: argparse.Namespace, bench: Bench) -> bool:
+    """Whether a trial was read before, from the sample that it would be read from now."""
+    done = bench.results.trials.get((task.name, method, _name(options), length, options.seed, index))
+    if done is None or done.status != "ok":
+        return False
+    request = Request(task.name, length, options.seed, index, bench.counter, bench.texts)
+    return done.sample == bench.samples.get(task, request).fingerprint
 
 
 def _rounds(options: argparse.Namespace) -> Iterator[tuple[int, int, str]]:

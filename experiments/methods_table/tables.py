@@ -43,7 +43,7 @@ def _decoders(folder: Path) -> str:
         f"{run.get('date')}, {run.get('device')}, commit {commits}; {run.get('processes')} processes shared "
         "a device with other work, so seconds compare within a table and are no speed figures. Scores in percent "
         "± standard error (trials); loss in nats per token. Entries, seconds and memory are means over the question "
-        "tasks; memory is the peak of the process, of a batch of as many texts as a round has trials (at most five).",
+        "tasks; memory is the highest peak of the process, in brackets how many texts it read at once.",
         "",
     ]
     for model in dict.fromkeys(row.model for row in rows):
@@ -68,7 +68,7 @@ def _reasons(rows: Sequence[Row], failed: dict[tuple[str, str], str]) -> list[st
     missing = {(row.method, row.task): row.reason for row in rows if row.score is None and row.reason}
     methods_of: dict[str, list[str]] = {}
     for (method, task), reason in {**failed, **missing}.items():
-        methods_of.setdefault(reason, []).append(f"{method} ({task})")
+        methods_of.setdefault(reason.split(". GPU ")[0], []).append(f"{method} ({task})")  # not who else was there
     lines = [f"- {', '.join(cells)}: {reason}" for reason, cells in methods_of.items()]
     return ["Without a figure:", "", *lines, ""] if lines else []
 
@@ -76,7 +76,7 @@ def _reasons(rows: Sequence[Row], failed: dict[tuple[str, str], str]) -> list[st
 def _table(rows: Sequence[Row], failed: dict[tuple[str, str], str]) -> list[str]:
     tasks = list(dict.fromkeys(row.task for row in rows))
     names = list(dict.fromkeys(row.method for row in rows))
-    lines = [f"| method | {' | '.join(tasks)} | entries | seconds | GiB |", f"|---|{'---|' * (len(tasks) + 3)}"]
+    lines = [f"| method | {' | '.join(tasks)} | entries | seconds | GiB (texts) |", f"|---|{'---|' * (len(tasks) + 3)}"]
     known = [*METHODS.split(","), *names]
     for name in sorted(names, key=known.index):
         own = {row.task: row for row in rows if row.method == name}
@@ -84,7 +84,7 @@ def _table(rows: Sequence[Row], failed: dict[tuple[str, str], str]) -> list[str]
         costs = (
             _mean(asked, "entries_per_query", "{:,.0f}"),
             _mean(asked, "seconds", "{:.2f}"),
-            _mean(asked, "peak_memory_bytes", "{:.1f}", 2**30),
+            _peak(asked),
         )
         cells = [_cell(own.get(task), (name, task) in failed) for task in tasks]
         lines.append(f"| {name} | {' | '.join([*cells, *costs])} |")
@@ -100,9 +100,15 @@ def _cell(row: Row | None, failed: bool) -> str:
     return (f"{row.score:.0f}" if row.unit == "percent" else f"{row.score:.3f}") + f"{error} ({row.trials})"
 
 
-def _mean(rows: Iterable[Row], field: str, form: str, by: float = 1.0) -> str:
+def _peak(rows: Sequence[Row]) -> str:
+    """The highest peak, and how many texts were read at once."""
+    known = [(row.peak_memory_bytes, row.settings.get("batch_size", 1)) for row in rows if row.peak_memory_bytes]
+    return f"{max(known)[0] / 2**30:.1f} ({max(known)[1]})" if known else ""
+
+
+def _mean(rows: Iterable[Row], field: str, form: str) -> str:
     found = [getattr(row, field) for row in rows if getattr(row, field) is not None]
-    return form.format(fmean(found) / by) if found else ""
+    return form.format(fmean(found)) if found else ""
 
 
 def _points(rows: Sequence[Row]) -> dict[str, tuple[float, float]]:
