@@ -41,6 +41,7 @@ class Dials(TypedDict, total=False):
     recall: float | None
     middle: int
     content: float | None
+    reread: int
 
 
 @dataclass(frozen=True)
@@ -127,6 +128,11 @@ class Settings:
     rest is for expected attention, which favours what is near and rarely falls on a single fact far back. None: each
     KV head has the part that was fitted."""
 
+    reread: int = 0
+    """Tokens of passages that are read a second time, by themselves, before a question is answered: those that it
+    attends to most (`mgam.documents.second_look`). 0: the answer comes at first sight. Texts that are read densely, and
+    plain `generate`, know no second look."""
+
     def __post_init__(self) -> None:
         levels = self.pyramid_levels
         for name in ("budget", "question_budget"):
@@ -137,6 +143,10 @@ class Settings:
                 raise SettingError(
                     f"{name}={value!r} must be a whole number of tokens, at least one chunk ({levels.chunk})"
                 )
+        if not isinstance(self.reread, int) or isinstance(self.reread, bool) or 0 != self.reread < levels.chunk:
+            raise SettingError(
+                f"reread={self.reread!r} must be a whole number of tokens, at least one chunk ({levels.chunk}), or 0"
+            )
         for name in ("window", "block", "question_block", "every"):
             value = getattr(self, name)
             if not isinstance(value, int) or value < 1:

@@ -26,6 +26,10 @@ if TYPE_CHECKING:
     from mgam.integrations.loading import Loaded
 
 
+ASKING = ("question_budget", "reread")
+"""Settings that change nothing in how texts are read."""
+
+
 class Lookahead(StrEnum):
     """Who decides what a block of queries reads."""
 
@@ -114,6 +118,15 @@ def ask(
             show_default="an eighth of the model's window, from the budget up to 4096",
         ),
     ] = None,
+    reread: Annotated[
+        int | None,
+        typer.Option(
+            parser=whole_number,
+            metavar="TOKENS",
+            help="Passages that are read again, by themselves, before the answer; 0: it comes at first sight.",
+            show_default="0",
+        ),
+    ] = None,
     device: Annotated[str, typer.Option(help="auto, cpu, cuda, cuda:1, mps.")] = "auto",
     max_new_tokens: Annotated[
         int, typer.Option(parser=whole_number, metavar="TOKENS", help="The answer's greatest length.")
@@ -185,6 +198,7 @@ def ask(
     dials = {
         "budget": budget,
         "question_budget": question_budget,
+        "reread": reread,
         "lookahead": lookahead and lookahead.value,
         "dense_until": dense_until,
         "positions": positions and positions.value,
@@ -312,8 +326,10 @@ def _ask_digest(request: Request, stage: Stage) -> Iterator[tuple[Answer, dict[s
         raise SettingError("one digest is asked at a time; add texts with: mgam digest FILE... -o NAME.mgam --append")
     path, model = request.files[0], request.model
     _refuse_other_settings(request, path)
-    asking = request.settings.get("question_budget")
-    document, seconds = open_document(path, model, request.device, request.download, request.memory, stage, asking)
+    budget, again = (request.settings.get(name) for name in ASKING)
+    document, seconds = open_document(
+        path, model, request.device, request.download, request.memory, stage, budget, again
+    )
     for question in request.questions:
         answer = document.ask(question, max_new_tokens=request.max_new_tokens, on_text=stage.write)
         yield replace(answer, seconds={**seconds, **answer.seconds}), {}
@@ -321,7 +337,7 @@ def _ask_digest(request: Request, stage: Stage) -> Iterator[tuple[Answer, dict[s
 
 
 def _refuse_other_settings(request: Request, path: str) -> None:
-    """A digest is asked as it was read, but for the budget of questions."""
+    """A digest is asked as it was read, but for what concerns questions alone."""
     from mgam.documents.store.manifest import Manifest
 
     manifest = Manifest.read(Path(path))
@@ -330,7 +346,7 @@ def _refuse_other_settings(request: Request, path: str) -> None:
     if request.adapter is not None:
         asked["adapter"] = None if request.adapter == "none" else request.adapter
     for name, value in asked.items():
-        if name != "question_budget" and value != kept[name]:
+        if name not in ASKING and value != kept[name]:
             raise SettingError(f"{path} was digested with {name} {kept[name]} and is asked with it; leave out {value}")
 
 

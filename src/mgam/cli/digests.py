@@ -68,6 +68,7 @@ def open_document(
     memory: str | None,
     stage: Stage,
     question_budget: int | None = None,
+    reread: int | None = None,
     tier: Tier = Tier.DISK,
 ) -> tuple[Document, dict[str, float]]:
     """An open digest, and the seconds that loading the model and opening took."""
@@ -82,7 +83,13 @@ def open_document(
     between = time.perf_counter()
     stage.say("opening the digest")
     document = Document.open(
-        path, loaded.model, loaded.tokenizer, memory=memory, tier=tier.value, question_budget=question_budget
+        path,
+        loaded.model,
+        loaded.tokenizer,
+        memory=memory,
+        tier=tier.value,
+        question_budget=question_budget,
+        reread=reread,
     )
     seconds = {"loading": between - started, "opening": time.perf_counter() - between}
     for name in document.changed():

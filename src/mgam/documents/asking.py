@@ -5,7 +5,7 @@ from __future__ import annotations
 import copy
 import time
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -14,13 +14,16 @@ from transformers import DynamicCache, TextStreamer
 
 from mgam.documents.chart import Chart
 from mgam.documents.confidence import Watch, confidence, is_found
-from mgam.documents.evidence import Evidence, find_evidence
+from mgam.documents.evidence import Evidence, Places, find_evidence
 from mgam.documents.prompt import Prompt, build
+from mgam.documents.second_look import NEUTRAL, Passages, passages, preference
 from mgam.documents.sources import Source
+from mgam.documents.tokens import Frame
 from mgam.engine import Record
 from mgam.errors import DocumentError
 from mgam.integrations.memory import peak_memory_bytes
 from mgam.integrations.transformers import Applied, PyramidCache
+from mgam.integrations.transformers.apply import applied_to
 from mgam.integrations.transformers.call_size import call_size
 from mgam.schedule import Schedule
 
@@ -110,7 +113,9 @@ def _answers(
     on_text: Callable[[str], None] | None,
     on_chart: Callable[[Chart, Prompt, Answer], None] | None,
     evidence_count: int,
+    again: bool = True,
 ) -> Iterator[Answer]:
+    """`again`: whether texts may be looked at a second time."""
     room = max(len(prompt.ids) for prompt in prompts) + max_new_tokens
     memory: _Memory | None = None
     for number, prompt in enumerate(prompts):
@@ -119,6 +124,19 @@ def _answers(
             record = Record(evidence_from=prompt.document) if on_chart is None else Chart(evidence_from=prompt.document)
             memory = _Memory.of(model, prompt, room, record, keep=len(prompts) > 1, on_progress=on_progress)
         read = time.perf_counter()
+        looked = memory.look(model, tokenizer, prompt, evidence_count) if again else None
+        if looked is not None:
+            first, chosen = looked
+            answer = at_second_sight(
+                model, tokenizer, chosen, prompt.asked, first, len(prompt.ids), max_new_tokens, on_text
+            )
+            answer = replace(answer, tokens={**answer.tokens, "document": prompt.document})
+            seconds = {"reading": round(read - begin, 3), "answering": round(time.perf_counter() - read, 3)}
+            answer = replace(answer, seconds=seconds)
+            if on_chart is not None and isinstance(first, Chart):
+                on_chart(first, prompt, answer)
+            yield answer
+            continue
         cache, seen = memory.turn_to(prompt, again=number + 1 < len(prompts))
         watch = Watch()
         ids = torch.tensor([prompt.ids], device=model.device)
@@ -169,7 +187,9 @@ class _Memory:
     record: Record
     """What reading the texts cost."""
     place: Any = None
-    """Where the texts end, to go back to; None when only one question is asked."""
+    """Where the texts end, to go back to; None when only one question is asked, and that at first sight."""
+    neutral: Record | None = None
+    """What a question that asks for nothing attends to; found when it is needed."""
 
     @classmethod
     @torch.no_grad()
@@ -190,6 +210,7 @@ class _Memory:
             cache.watch(record)
         ids = torch.tensor([prompt.ids[: prompt.document]], device=model.device)
         _read_document(model, ids, cache, prompt.document, on_progress)
+        keep = keep or (applied is not None and applied.settings.reread > 0)
         place = cache.bookmark() if keep and applied is not None else None
         return cls(prompt.ids[: prompt.document], cache, applied, record, place)
 
@@ -204,6 +225,75 @@ class _Memory:
         for layer in self.cache.pyramids.values():
             layer.schedules = [_schedule(self.applied, prompt)]
         return self.cache, record
+
+    def look(self, model: Any, tokenizer: Any, prompt: Prompt, count: int) -> tuple[Record, Passages] | None:
+        """What a first look at a question saw, and what is to be read again; None where there is no second look."""
+        applied = self.applied
+        if applied is None or not applied.settings.reread or prompt.document < applied.reading.dense_until:
+            return None
+        cache, seen = self.turn_to(prompt, again=True)
+        assert seen is not None
+        read_question(model, cache, prompt.ids[prompt.document :], prompt.document)
+        if not seen.mass:
+            return None
+        if self.neutral is None:
+            asked = Frame.of(tokenizer).question(tokenizer, NEUTRAL)
+            cache, self.neutral = self.turn_to(replace(prompt, ids=[*self.ids, *asked]), again=True)
+            assert self.neutral is not None
+            read_question(model, cache, asked, prompt.document)
+        return seen, chosen_again(
+            applied, seen, self.neutral, prompt, prompt.sources, tokenizer, prompt.document, count
+        )
+
+
+def read_question(model: Any, cache: Any, ids: list[int], first: int) -> None:
+    """Reads a question after the texts, without logits."""
+    with torch.no_grad():
+        asked = torch.tensor([ids], device=model.device)
+        places = torch.arange(first, first + len(ids), device=model.device)[None]
+        model.get_decoder()(input_ids=asked, position_ids=places, past_key_values=cache, use_cache=True)
+
+
+def chosen_again(
+    applied: Applied,
+    seen: Record,
+    neutral: Record,
+    places: Places,
+    sources: Sequence[Source],
+    tokenizer: Any,
+    border: int,
+    count: int,
+) -> Passages:
+    """What is read again of texts that end at token `border`."""
+    settings = applied.settings
+    chunk = settings.pyramid_levels.chunk
+    recent = max(0, border - settings.window) // chunk * chunk, border
+    return passages(
+        preference(seen, neutral), places, sources, tokenizer, chunk=chunk, tokens=settings.reread, recent=recent,
+        count=count,
+    )  # fmt: skip
+
+
+def at_second_sight(
+    model: Any,
+    tokenizer: Any,
+    chosen: Passages,
+    question: str,
+    first: Record,
+    tokens: int,
+    max_new_tokens: int,
+    on_text: Callable[[str], None] | None,
+) -> Answer:
+    """The answer from passages alone. Entries are those of both looks, of which the first took `tokens` queries."""
+    short = build(tokenizer, chosen.sources, question)
+    answer = next(_answers(model, tokenizer, [short], max_new_tokens, None, on_text, None, 0, again=False))
+    after = sum(answer.tokens.values())
+    entries = {
+        size: round((count * tokens + answer.entries_per_level.get(size, 0.0) * after) / (tokens + after), 1)
+        for size, count in per_level(first, applied_to(model)).items()
+    }
+    read = {**answer.tokens, "read again": short.document}
+    return replace(answer, evidence=chosen.best, entries_per_level=entries, tokens=read)
 
 
 def _schedule(applied: Applied, prompt: Prompt) -> Schedule:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import time
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, Literal
 
@@ -14,11 +14,20 @@ import torch
 from torch import Tensor
 
 from mgam.documents import digesting
-from mgam.documents.asking import Answer, Streamer, per_level, settings_of
+from mgam.documents.asking import (
+    Answer,
+    Streamer,
+    at_second_sight,
+    chosen_again,
+    per_level,
+    read_question,
+    settings_of,
+)
 from mgam.documents.confidence import Watch, confidence, is_found
 from mgam.documents.evidence import find_evidence
 from mgam.documents.models import check_model
 from mgam.documents.pool import Counts, Pool
+from mgam.documents.second_look import NEUTRAL, Passages
 from mgam.documents.sources import Source, read_source
 from mgam.documents.store.manifest import Manifest, Segment
 from mgam.documents.store.segment import Resident
@@ -55,6 +64,8 @@ class Document:
     recent: dict[int, Tensor | None]
     _seen: list[int] = field(default_factory=list)
     _owner: object | None = None
+    _neutral: Record | None = None
+    """What a question that asks for nothing attends to; found when it is needed."""
 
     @classmethod
     def digest(
@@ -112,11 +123,13 @@ class Document:
         tier: Tier = "disk",
         room: int = ROOM,
         question_budget: int | None = None,
+        reread: int | None = None,
     ) -> Document:
         """Opens a digest for asking; the model is set to read as the digest was read.
 
         Args:
             question_budget: tokens that a query of a question or an answer may read in full; None: as it was digested.
+            reread: tokens of passages that are read a second time before an answer; None: as it was digested.
             memory: as in `digest`; pages beyond it are fetched again when they are chosen again.
             tier: where pages wait that are not hot: on `disk`, or in main memory (`host`), pinned for a GPU.
             room: tokens of questions and answers that the memory is planned for.
@@ -140,6 +153,8 @@ class Document:
             wanted = manifest.settings
             if question_budget is not None:
                 wanted = wanted.with_(question_budget=question_budget)
+            if reread is not None:
+                wanted = wanted.with_(reread=reread)
             applied = getattr(model, "_mgam_applied", None)
             if applied is None or applied.settings != wanted:
                 settings = wanted.as_dict()
@@ -195,8 +210,35 @@ class Document:
 
     def start(self, ids: int) -> PyramidCache:
         """The cache after the texts, ready for a question of `ids` tokens; for those who call the model themselves."""
+        self._owner = None
         self._rewind((Span(len(self.tokens) + ids, self._question_block, self._lookahead),))
         return self.cache
+
+    def look(self, question: str, count: int = 3) -> tuple[Record, Passages] | None:
+        """What a first look at a question sees of the texts, and what is to be read again; None where the settings want
+        no second look, or it opened nothing."""
+        applied = applied_to(self.model)
+        if not applied.settings.reread or len(self.tokens) < self.manifest.dense_until:
+            return None
+        seen = self._look(question)
+        if not seen.mass:
+            return None
+        if self._neutral is None:
+            self._neutral = self._look(NEUTRAL)
+        places = Places(self.tokens, self.sources)
+        border = len(self.tokens)
+        return seen, chosen_again(applied, seen, self._neutral, places, self.sources, self.tokenizer, border, count)
+
+    def _look(self, question: str) -> Record:
+        ids = Frame.of(self.tokenizer).question(self.tokenizer, question)
+        record = Record(evidence_from=len(self.tokens))
+        cache = self.start(len(ids))
+        cache.watch(record)
+        try:
+            read_question(self.model, cache, ids, len(self.tokens))
+        finally:
+            cache.watch(None)
+        return record
 
     def continue_from(
         self, ids: list[int], spans: tuple[Span, ...], *, owner: object | None = None, **options: Any
@@ -271,6 +313,10 @@ class Chat:
         document = self.document
         model, tokenizer = document.model, document.tokenizer
         frame = Frame.of(tokenizer)
+        begin = time.perf_counter()
+        looked = None if self.ids else document.look(question, evidence_count)
+        if looked is not None:
+            return self._say_at_second_sight(question, *looked, max_new_tokens, on_text, begin)
         asked = frame.next_question(tokenizer, question) if self.ids else frame.question(tokenizer, question)
         border = len(document.tokens) + len(self.ids)
         ids = [*self.ids, *asked]
@@ -278,7 +324,6 @@ class Chat:
         record = Record(evidence_from=border)
         document.cache.watch(record)
         streamer, watch = Streamer(tokenizer, on_text), Watch()
-        begin = time.perf_counter()
         try:
             new = document.continue_from(
                 ids, spans, owner=self, max_new_tokens=max_new_tokens, streamer=streamer,
@@ -305,6 +350,40 @@ class Chat:
             settings=settings_of(model, applied),
             confidence=sure,
             found=is_found(sure),
+        )
+
+    def _say_at_second_sight(
+        self,
+        question: str,
+        seen: Record,
+        chosen: Passages,
+        max_new_tokens: int,
+        on_text: Callable[[str], None] | None,
+        begin: float,
+    ) -> Answer:
+        """The first answer of a talk, from passages alone; later ones see it after the whole texts."""
+        document = self.document
+        tokenizer, border, first = document.tokenizer, len(document.tokens), list[float]()
+
+        def heard(text: str) -> None:
+            first.append(time.perf_counter())
+            if on_text is not None:
+                on_text(text)
+
+        asked = Frame.of(tokenizer).question(tokenizer, question)
+        answer = at_second_sight(document.model, tokenizer, chosen, question, seen, len(asked), max_new_tokens, heard)
+        done = time.perf_counter()
+        said = encode(tokenizer, answer.answer) if answer.answer else []
+        self.ids = [*asked, *said]
+        spans = (Span(border + len(asked), document._question_block, document._lookahead),)
+        self.spans = (*spans, Span(border + len(self.ids), 1)) if said else spans
+        return replace(
+            answer,
+            tokens={**answer.tokens, "document": border},
+            seconds={
+                "to the first token": round((first[0] if first else done) - begin, 3),
+                "answering": round(done - begin, 3),
+            },
         )
 
     def _remember(self, ids: list[int], spans: tuple[Span, ...], new: list[int]) -> None:

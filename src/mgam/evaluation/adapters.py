@@ -116,7 +116,7 @@ class ModelReader:
         from mgam.evaluation.batches import read_batch
 
         _ = self.settings
-        if self._loop:  # every document is read by calls of its own
+        if self._loop or self._changes.get("reread"):  # every document is read by calls of its own
             pairs = zip(documents, questions, strict=True)
             return [self.read(document, question, max_new_tokens) for document, question in pairs]
         lengths = [len(self._tokenizer(document)["input_ids"]) + max_new_tokens for document in documents]

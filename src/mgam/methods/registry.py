@@ -11,7 +11,7 @@ from mgam.errors import SettingError
 from mgam.policies import PerLayer, Policy
 from mgam.settings import Settings
 
-SEARCH = ("question_budget", "policy", "recall", "middle", "content", "search_dims", "search_bits", "every")
+SEARCH = ("question_budget", "reread", "policy", "recall", "middle", "content", "search_dims", "search_bits", "every")
 """Settings of the search of multi-granular attention, scored or learned."""
 
 

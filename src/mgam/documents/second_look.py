@@ -1,0 +1,147 @@
+"""A second look: the passages that a question attended to most are read once more, by themselves, and answer it.
+
+Among hundreds of like passages a model rarely answers from the right one at first sight, but it attends to it: more
+than to others, and more than a question that asks for nothing does. So what a question attends to is set against what
+that one attends to, and the few passages in which they differ most are read in full, as a short text. Heads that look
+things up stand in the middle layers, so these alone are asked. (Attention as a retriever: compare Ye et al. 2025, arXiv
+2502.12962, which sums the last layer; setting it against another question is ours.)
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from mgam.documents.evidence import Evidence, Places
+from mgam.documents.sources import Source
+from mgam.engine import Record
+
+NEUTRAL = "What does the text say?"
+"""A question that asks for nothing: what it attends to, any question does."""
+MIDDLE = (1 / 2, 5 / 6)
+"""The layers that are asked, as parts of the depth."""
+SLACK = 0.5
+"""Added to the share of attention that the neutral question gives a chunk, in parts of an even share."""
+SENTENCE = 240
+"""Characters at most by which a passage grows on each side, to where a sentence begins or ends."""
+_ENDS = re.compile(r"[.!?。！？][\"'”’)]*\s+|\n\s*")
+
+
+@dataclass(frozen=True)
+class Passages:
+    """What is to be read again."""
+
+    sources: list[Source]
+    """Passages in the order of the texts, one source for each file that has some."""
+    best: list[Evidence]
+    """The passages that were attended to most, best first."""
+
+
+def preference(asked: Record, neutral: Record) -> Tensor:
+    """How much more a question attends to each chunk (C,) than the neutral one: a ratio of shares of attention.
+
+    Chunk 0, which is always open, has 0. Empty where the question opened nothing.
+    """
+    chunks = max((mass.shape[1] for mass in asked.mass.values()), default=0)
+    if not chunks:
+        return torch.zeros(0)
+    mine, usual = _shares(asked, chunks), _shares(neutral, chunks)
+    return mine / (usual + SLACK / chunks)
+
+
+def _shares(record: Record, chunks: int) -> Tensor:
+    masses = [mass for _, mass in sorted(record.mass.items())]
+    first, last = (int(part * len(masses)) for part in MIDDLE)
+    total = torch.zeros(chunks, dtype=torch.float64)
+    for mass in masses[first : max(last, first + 1)]:
+        there = min(chunks, mass.shape[1])
+        total[:there] += mass[:, :there].sum(0).double()
+    total[0] = 0
+    return total / total.sum().clamp_min(1e-12)
+
+
+def passages(
+    score: Tensor,
+    places: Places,
+    sources: Sequence[Source],
+    tokenizer: Any,
+    *,
+    chunk: int,
+    tokens: int,
+    recent: tuple[int, int],
+    count: int = 3,
+) -> Passages:
+    """The passages of the best chunks, whole sentences of about `tokens` tokens in all, and the end of the texts.
+
+    Args:
+        score: of each chunk (C,), by `preference`.
+        sources: the texts that `places` tells of.
+        chunk: tokens of a chunk.
+        recent: first and last token (exclusive) of what the question reads in full anyway; it is read again as well.
+        count: passages that are shown as evidence.
+    """
+    taken = _Taken(tokenizer)
+    for first in range(*recent, chunk):
+        taken.add(places.place(first, min(first + chunk, recent[1])))
+    room, whole = taken.tokens + tokens, float(score.sum())
+    best: list[Evidence] = []
+    for number in score.argsort(descending=True, stable=True).tolist():
+        if taken.tokens >= room or score[number] <= 0:
+            break
+        found = taken.add(places.place(number * chunk, (number + 1) * chunk))
+        if found is not None and len(best) < count:
+            source, start, end = found
+            share = round(float(score[number]) / whole, 4)
+            best.append(Evidence(source.name, start, end, source.text[start:end], share))
+    return Passages(list(taken.texts(sources)), best)
+
+
+class _Taken:
+    """Stretches of texts that grow together where they touch."""
+
+    def __init__(self, tokenizer: Any) -> None:
+        self._tokenizer = tokenizer
+        self._spans: dict[int, list[tuple[int, int]]] = {}
+        self.tokens = 0
+        """Tokens of all of them, those of overlaps counted as often as they were taken."""
+
+    def add(self, place: tuple[Source, int, int] | None) -> tuple[Source, int, int] | None:
+        """Takes the sentences around a place; tells which, or None where there is nothing new."""
+        if place is None:
+            return None
+        source, (start, end) = place[0], _sentences(place[0].text, *place[1:])
+        spans = self._spans.setdefault(id(source), [])
+        if any(first <= start and end <= last for first, last in spans):
+            return None
+        spans[:] = _merged([*spans, (start, end)])
+        self.tokens += len(self._tokenizer(source.text[start:end], add_special_tokens=False).input_ids)
+        return source, start, end
+
+    def texts(self, sources: Sequence[Source]) -> Iterator[Source]:
+        """What was taken, in the order of the texts."""
+        for source in sources:
+            spans = self._spans.get(id(source), [])
+            if spans:
+                yield Source(source.name, "\n\n".join(source.text[start:end].strip() for start, end in spans))
+
+
+def _sentences(text: str, start: int, end: int) -> tuple[int, int]:
+    """Grows a stretch to where its first sentence begins and its last one ends, if that is near."""
+    before = [found.end() for found in _ENDS.finditer(text, max(0, start - SENTENCE), start)]
+    after = _ENDS.search(text, end, end + SENTENCE)
+    return (before[-1] if before else start), (after.end() if after else end)
+
+
+def _merged(spans: list[tuple[int, int]]) -> list[tuple[int, int]]:
+    merged: list[tuple[int, int]] = []
+    for start, end in sorted(spans):
+        if merged and start <= merged[-1][1]:
+            merged[-1] = merged[-1][0], max(end, merged[-1][1])
+        else:
+            merged.append((start, end))
+    return merged
