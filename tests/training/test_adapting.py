@@ -58,7 +58,7 @@ def test_it_learns_answers(prose: str, tmp_path: Path) -> None:
 
 
 def test_texts_that_are_read_together_have_the_loss_that_they_have_alone(prose: str) -> None:
-    maker = LookupMaker(make_tokenizer(), [prose], alike=0.5)
+    maker = LookupMaker(make_tokenizer(), [prose])
     pupil = Pupil(with_adapters(make_plain_model(window=2560), 2), Adapting(**DIALS))
     lookups = [maker.make(number, tokens, 2) for number, tokens in ((0, 2560), (1, 1800), (2, 2300))]
     assert len({len(one.ids) for one in lookups}) == 3

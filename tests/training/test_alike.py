@@ -8,7 +8,8 @@ from typing import Any
 import pytest
 
 from mgam.evaluation.almanac import FACTS, Profile
-from mgam.training.alike import NOWHERE, countries, descriptions, invented
+from mgam.evaluation.texts import split_sentences
+from mgam.training.alike import NOWHERE, countries, descriptions, invented, told
 from mgam.training.things import invent, kinds
 from mgam.training.wordings import Pair
 
@@ -54,10 +55,12 @@ def made(kind: str, seed: int) -> tuple[str, list[Pair]]:
     rng = random.Random(seed)
     if kind == "invented":
         return invented(rng, 6000, 12, prose)
+    if kind == "told":
+        return told(rng, 12, [sentence for one in PROFILES for sentence in split_sentences(one.long_lines[0][13:])])
     return (countries if kind == "countries" else descriptions)(rng, 6000, 12, PROFILES)
 
 
-@pytest.mark.parametrize("kind", ["invented", "countries", "descriptions"])
+@pytest.mark.parametrize("kind", ["invented", "countries", "descriptions", "told"])
 def test_what_is_asked_for_stands_where_it_is_said_to(kind: str) -> None:
     absent = asked = 0
     for seed in SEEDS:

@@ -132,13 +132,13 @@ class Pupil(nn.Module):
         return told + self.dials.prose * read, {"answers": told.detach(), "text": read.detach()}
 
     def _loss(self, hidden: Tensor, ids: Tensor, targets: list[Tensor]) -> Tensor:
-        """Mean over texts of the mean loss of the tokens at `targets`, (N,) of each text."""
+        """Mean over texts of the mean loss of the tokens at `targets`, (N,) of each text, ."""
         head = self.model.get_base_model().get_output_embeddings()
         row = torch.cat([torch.full_like(one, number) for number, one in enumerate(targets)]).to(ids.device)
         weight = torch.cat([torch.full((len(one),), 1 / max(1, len(one))) for one in targets]).to(ids.device)
         at = torch.cat(targets).to(ids.device)
         each = nn.functional.cross_entropy(head(hidden[row, at - 1]).float(), ids[row, at], reduction="none")
-        return (each * weight).sum() / len(targets)
+        return (each * weight).sum() / max(1, sum(len(one) > 0 for one in targets))
 
 
 class _Trainer(Trainer):

@@ -1,7 +1,8 @@
 """Texts of many like facts, of which a question asks for one: what is asked for must be told from all that is like it.
 
-Three kinds of text: invented things as records, sentences, paragraphs or rows of a table; profiles of countries, most
-of them under another name, so that no fact is known by heart; and what these profiles tell in paragraphs.
+Four kinds of text: invented things as records, sentences, paragraphs or rows of a table; profiles of countries, most
+of them under another name, so that no fact is known by heart; what these profiles tell in paragraphs; and prose, asked
+for figures and names in its own sentences.
 """
 
 from __future__ import annotations
@@ -213,14 +214,25 @@ def descriptions(
     writing, pairs = Writing(), list[Pair]()
     for profile, name in _some(rng, characters, profiles, 1500):
         writing.add(heading.format(name=name, ident=f"{rng.randrange(0x100000, 0x1000000):06x}", noun="Country"))
-        told = [one for path in TOLD for one in split_sentences(profile.get(path).replace(profile.name, name))]
-        for number, sentence in enumerate(told):
+        pieces = [one for path in TOLD for one in split_sentences(profile.get(path).replace(profile.name, name))]
+        for number, sentence in enumerate(pieces):
             if writing.length + len(sentence) > characters:
                 break
             where = writing.add(sentence)
-            if (one := gap(rng, told, number, where[0], name)) is not None:
+            if (one := gap(rng, pieces, number, where[0], name)) is not None:
                 pairs.append(one)
     return writing.text, _briefly(rng, rng.sample(pairs, min(questions, len(pairs))))
+
+
+def told(rng: random.Random, questions: int, sentences: Sequence[str]) -> tuple[str, list[Pair]]:
+    """Running text as it is, and questions about single sentences."""
+    writing = Writing()
+    begins = [writing.add(one)[0] for one in sentences]
+    pairs = list[Pair]()
+    for number in rng.sample(range(len(sentences)), len(sentences)):
+        if len(pairs) < questions and (one := gap(rng, sentences, number, begins[number], "")) is not None:
+            pairs.append(one)
+    return writing.text, _briefly(rng, pairs)
 
 
 def _briefly(rng: random.Random, pairs: list[Pair]) -> list[Pair]:

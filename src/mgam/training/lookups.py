@@ -17,9 +17,13 @@ from mgam.documents.prompt import AFTER, BEFORE
 from mgam.errors import SettingError
 from mgam.evaluation.almanac import FACTS, Profile
 from mgam.evaluation.texts import TextLibrary, split_sentences
-from mgam.training.alike import countries, descriptions, invented
+from mgam.training.alike import countries, descriptions, invented, told
 from mgam.training.texts import read_texts
 from mgam.training.wordings import ALMANAC, BRIEFLY, QUOTES, Pair, fact
+
+PER_QUESTION = 128
+"""Tokens of a text of like facts for each question about it, of which there are up to three times as many as about
+others: a question costs little beside its text."""
 
 
 @dataclass(frozen=True)
@@ -88,13 +92,14 @@ class LookupMaker:
         rng = random.Random(f"{self.seed}/{number}/{tokens}")
         alike = self.alike > 0 and rng.random() < self.alike
         profiles = not alike and bool(self.profiles) and rng.random() < 0.25
-        questions = min(questions, tokens // 128) if alike else questions
-        room = tokens - (48 if alike else 64) * questions - 120
+        questions = min(3 * questions, tokens // PER_QUESTION) if alike else questions
+        room = tokens - (32 if alike else 64) * questions - 120
         characters = int(room * (3.0 if alike else 3.9))
         for _ in range(12):
             if alike:
                 text, pairs = self._alike(random.Random(f"{self.seed}/{number}/alike"), characters, questions)
-            else:
+                alike = bool(pairs)
+            if not alike:
                 text, pairs = (self._dossier if profiles else self._prose)(rng, characters, questions)
             found = replace(self._encode(text, pairs), prose=not alike)
             if len(found.ids) <= tokens:
@@ -106,9 +111,11 @@ class LookupMaker:
         raise SettingError(f"no lookup of {tokens} tokens can be made; raise the length")
 
     def _alike(self, rng: random.Random, characters: int, questions: int) -> tuple[str, list[Pair]]:
-        which = rng.random() if self.profiles else 0.0
-        if which < 0.5:
+        which = rng.random() * (1.0 if self.profiles else 0.55)
+        if which < 0.4:
             return invented(rng, characters, questions, lambda drawn, many: "".join(self._running(drawn, many)))
+        if which < 0.55:
+            return told(rng, questions, self._running(rng, characters))
         return (countries if which < 0.85 else descriptions)(rng, characters, questions, self.profiles)
 
     def _running(self, rng: random.Random, characters: int) -> list[str]:
