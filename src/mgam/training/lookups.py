@@ -92,7 +92,7 @@ class LookupMaker:
         rng = random.Random(f"{self.seed}/{number}/{tokens}")
         alike = self.alike > 0 and rng.random() < self.alike
         profiles = not alike and bool(self.profiles) and rng.random() < 0.25
-        questions = min(3 * questions, tokens // PER_QUESTION) if alike else questions
+        questions = min(rng.choice((1, 3)) * questions, tokens // PER_QUESTION) if alike else questions
         room = tokens - (32 if alike else 64) * questions - 120
         characters = int(room * (3.0 if alike else 3.9))
         for _ in range(12):
