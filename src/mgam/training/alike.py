@@ -1,15 +1,15 @@
 """Texts of many like facts, of which a question asks for one: what is asked for must be told from all that is like it.
 
 Four kinds of text: invented things as records, sentences, paragraphs or rows of a table; profiles of countries, most
-of them under another name, so that no fact is known by heart; what these profiles tell in paragraphs; and prose, asked
-for figures and names in its own sentences.
+of them under another name, so that no fact is known by heart; what these profiles tell in paragraphs, with invented
+sentences between; and prose, asked for figures and names in its own sentences.
 """
 
 from __future__ import annotations
 
 import random
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 from mgam.evaluation.almanac import FACTS, Profile
 from mgam.evaluation.texts import split_sentences
@@ -23,6 +23,8 @@ ABSENT = 1 / 12
 """Part of the questions that ask for what the text does not hold. They are answered by a value that is drawn, so that
 nothing is learned there but to be unsure."""
 TOLD = (("Introduction", "Background"), ("Economy", "Economy - overview"), ("Geography", "Geography - note"))
+LANDS = ("country", "island", "town")
+"""Kinds of things of which a profile's paragraphs may tell more."""
 NOWHERE = (0, 0)
 
 
@@ -209,17 +211,26 @@ def countries(
 def descriptions(
     rng: random.Random, characters: int, questions: int, profiles: Sequence[Profile]
 ) -> tuple[str, list[Pair]]:
-    """What profiles tell in paragraphs, and questions about single sentences."""
+    """What profiles tell in paragraphs, with some sentences that are invented, and questions about single ones."""
     heading = rng.choice(HEADINGS)
+    kind = rng.choice([one for one in kinds() if one.noun in LANDS])
     writing, pairs = Writing(), list[Pair]()
     for profile, name in _some(rng, characters, profiles, 1500):
         writing.add(heading.format(name=name, ident=f"{rng.randrange(0x100000, 0x1000000):06x}", noun="Country"))
         pieces = [one for path in TOLD for one in split_sentences(profile.get(path).replace(profile.name, name))]
+        added: dict[str, Pair] = {}
+        for new in rng.sample(kind.fields, rng.randrange(4)):
+            value, said = new.value(rng), rng.choice((name, name, f"the {kind.noun}"))
+            statement = " " + _named(rng.choice(new.says), said, value)
+            pieces.insert(rng.randrange(len(pieces) + 1), statement)
+            added[statement] = Pair(_named(rng.choice(new.asks), name), value, NOWHERE)
         for number, sentence in enumerate(pieces):
             if writing.length + len(sentence) > characters:
                 break
             where = writing.add(sentence)
-            if (one := gap(rng, pieces, number, where[0], name)) is not None:
+            if sentence in added:
+                pairs.append(replace(added[sentence], evidence=where))
+            elif (one := gap(rng, pieces, number, where[0], name)) is not None:
                 pairs.append(one)
     return writing.text, _briefly(rng, rng.sample(pairs, min(questions, len(pairs))))
 

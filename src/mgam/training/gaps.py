@@ -20,7 +20,8 @@ def gap(rng: random.Random, sentences: Sequence[str], number: int, begin: int, a
     `about` is what the text calls what these sentences are about, "" if they have no heading.
     """
     sentence = sentences[number]
-    found = list(FIGURE.finditer(sentence)) or list(NAME.finditer(sentence))
+    names = (one for one in NAME.finditer(sentence) if not about or (one[0] not in about and about not in one[0]))
+    found = list(FIGURE.finditer(sentence)) or list(names)
     if not found or len(sentence) < 50:
         return None
     one = rng.choice(found)
