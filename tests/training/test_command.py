@@ -16,6 +16,8 @@ from safetensors.torch import load_file
 import mgam
 from documents.tiny import make_plain_model, make_tokenizer, text
 from mgam.integrations.loading import load
+from mgam.integrations.transformers.low_rank import fingerprint
+from mgam.policies.files import FittedPolicy
 
 WINDOW = 2048
 FIT = ["--tokens", "1920", "--steps", "3", "--batch", "2", "--width", "6", "--check", "0"]
@@ -65,6 +67,17 @@ def test_the_command_fits_and_trains_and_the_model_reads_by_it(place: Path) -> N
         read = model(ids).logits
     assert bool(torch.isfinite(read).all())
     assert (read - plain).abs().max() > 1e-3
+
+
+@pytest.mark.slow
+def test_a_policy_is_fitted_to_the_model_as_it_reads_with_adapters(place: Path, tmp_path: Path) -> None:
+    command(place, tmp_path / "with", *FIT, "--adapter", str(place / "one"))
+    fitted, bare = (FittedPolicy.load(folder) for folder in (tmp_path / "with", place / "one" / "frozen"))
+    assert fitted.notes["adapter"] == fingerprint(place / "one")
+    assert "adapter" not in bare.notes
+    assert not torch.equal(fitted.layers[0].query, bare.layers[0].query)
+    model: Any = load(str(place / "tiny"), device="cpu").model
+    mgam.apply(model, policy=str(tmp_path / "with"), adapter=str(place / "one"))
 
 
 @pytest.mark.slow

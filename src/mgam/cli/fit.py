@@ -73,7 +73,8 @@ def fit(
         float, typer.Option(min=0, max=1, help="Part of the texts with questions that hold many like facts.")
     ] = 0.0,
     adapter: Annotated[
-        str | None, typer.Option(metavar="NAME", help="With --adapter-only: go on from these adapters, not fresh ones.")
+        str | None,
+        typer.Option(metavar="NAME", help="Adapters that the model reads with; with --adapter-only, to go on from."),
     ] = None,
     lora_rank: Annotated[int | None, typer.Option(help="Rank of the adapters.", show_default="16; alone 32")] = None,
     lora_rate: Annotated[

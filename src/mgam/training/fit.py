@@ -260,6 +260,7 @@ def fit(
     windows = Windows(documents, fitting.tokens, fitting.steps * fitting.batch, fitting.seed)
     course = Course(windows, lookups if fitting.lookup_tokens else None, fitting.lookup_tokens)
     what = {"dials": asdict(fitting), "model": asdict(shape), "data": fingerprint(documents)}
+    what |= {name: value for name, value in (notes or {}).items() if name == "adapter"}
     open_run(place, what, resume, model.device)
     for parameter in model.parameters():
         parameter.requires_grad_(False)

@@ -12,6 +12,7 @@ from typing import Any
 from mgam.errors import SettingError
 from mgam.evaluation.texts import KNOWN
 from mgam.integrations.loading import Loaded, load
+from mgam.integrations.transformers.low_rank import adapters, attach, fingerprint
 from mgam.integrations.transformers.models import architecture
 from mgam.levels import Levels
 from mgam.policies.files import FittedPolicy, resolve
@@ -43,7 +44,7 @@ class FitSession:
     alike: float = 0.0
     """Part of its texts that hold many like facts."""
     start: str | None = None
-    """Adapters to go on from, where these are trained alone."""
+    """Adapters: to go on from, where these are trained alone; else those with which the model reads."""
     policy: str | None = None
     """A policy to go on from, in place of fitting one."""
     check: int = 4
@@ -66,14 +67,16 @@ def run(session: FitSession, say: Say) -> dict[str, Any]:
         if reading is None:
             raise SettingError("--policy is what low-rank training goes on from; add --lora, or leave it out")
         resolve(session.policy)
-    if session.start is not None and adapting is None:
-        raise SettingError("--adapter is what training of adapters goes on from; add --adapter-only, or leave it out")
+    if session.start is not None and reading is not None:
+        raise SettingError("with --lora adapters begin anew; leave --adapter out, or give --adapter-only in its place")
     began = time.perf_counter()
     say("loading the model")
     loaded = load(session.model, device=own_device(session.device), dtype=session.dtype, download=session.download)
     model: Any = loaded.model
     if session.policy is None and adapting is None:
         refuse_short(session.fitting, architecture(model.config).trained_window(model.config))
+        if session.start is not None:
+            attach(model, adapters(session.start))
     say("reading texts")
     maker = None
     if _wants_lookups(session):
@@ -91,9 +94,10 @@ def run(session: FitSession, say: Say) -> dict[str, Any]:
         place = session.out if alone else session.out / FROZEN
         documents = read_documents(session.data, loaded.tokenizer)
         say(f"{len(documents)} texts of {sum(len(one.ids) for one in documents):,} tokens")
-        fitted = fit(
-            model, documents, place, session.fitting, lookups=maker, say=say, notes={"model": model.name_or_path}
-        )
+        notes = {"model": model.name_or_path}
+        if session.start is not None:
+            notes["adapter"] = fingerprint(session.start)
+        fitted = fit(model, documents, place, session.fitting, lookups=maker, say=say, notes=notes)
         found |= {"seconds_fitting": fitted.notes["seconds"]}
         if session.check and rank() == 0:
             found["kept"] = _check(session, loaded, fitted, place, say)
