@@ -181,6 +181,31 @@ def _store_parts(
 
 
 @triton.jit
+def readers_of(
+    begin_ptr, end_ptr, heads, pairs, units, first_unit,
+    UNIT: tl.constexpr, SUBS: tl.constexpr, SPLITS: tl.constexpr, BLOCK_N: tl.constexpr,
+):  # fmt: skip
+    """What one program sums gradients of, and for whom: its part of the readers; row and KV head together and apart;
+    the first of its readers and the one after the last; its entries (BLOCK_N,), inside of their unit and in all."""
+    pid = tl.program_id(0)
+    sub = pid % SUBS
+    part = pid // SUBS % SPLITS
+    # Low units first: they are read by the most blocks.
+    row_head = pid // (SUBS * SPLITS) % pairs
+    unit = first_unit + pid // (SUBS * SPLITS) // pairs
+    row = (row_head // heads).to(tl.int64)
+    head = row_head % heads
+    bucket = row_head.to(tl.int64) * units + unit
+    first = tl.load(begin_ptr + bucket)
+    readers = tl.load(end_ptr + bucket) - first
+    begin = first + readers * part // SPLITS
+    end = first + readers * (part + 1) // SPLITS
+    inside = sub * BLOCK_N + tl.arange(0, BLOCK_N)
+    index = unit.to(tl.int64) * UNIT + inside
+    return part, row_head, row, head, begin, end, inside, index
+
+
+@triton.jit
 def entry_grad_kernel(
     q_ptr, grad_ptr, lse_ptr, delta_ptr, key_ptr, value_ptr, dk_ptr, dv_ptr, block_ptr, begin_ptr, end_ptr, order_ptr,
     list_ptr, rank_ptr, cos_ptr, sin_ptr, limit, anchor, scale, cap, bias, blocks, heads, pairs, units, first_unit,
@@ -204,21 +229,9 @@ def entry_grad_kernel(
     RELATIVE, for tokens: keys are turned by their place in the chunk alone, and queries by their distance
     to its first token, so that keys are turned once, and gradients turned back once.
     """
-    pid = tl.program_id(0)
-    sub = pid % SUBS
-    part = pid // SUBS % SPLITS
-    # Low units first: they are read by the most blocks.
-    row_head = pid // (SUBS * SPLITS) % pairs
-    unit = first_unit + pid // (SUBS * SPLITS) // pairs
-    row = (row_head // heads).to(tl.int64)
-    head = row_head % heads
-    bucket = row_head.to(tl.int64) * units + unit
-    first_reader = tl.load(begin_ptr + bucket)
-    readers = tl.load(end_ptr + bucket) - first_reader
-    begin = first_reader + readers * part // SPLITS
-    end = first_reader + readers * (part + 1) // SPLITS
-    inside = sub * BLOCK_N + tl.arange(0, BLOCK_N)
-    index = unit.to(tl.int64) * UNIT + inside
+    part, row_head, row, head, begin, end, inside, index = readers_of(
+        begin_ptr, end_ptr, heads, pairs, units, first_unit, UNIT, SUBS, SPLITS, BLOCK_N
+    )
     live = (inside < UNIT) & (index < count)
     if begin < end:
         key_offset = row * key_row + head.to(tl.int64) * key_head + index * key_step

@@ -150,6 +150,36 @@ def _step(
 
 
 @triton.jit
+def opened_tile(
+    key_desc, value_desc, far_desc, list_ptr, block, head, row, j,
+    CHUNK: tl.constexpr, R: tl.constexpr, BLOCK_N: tl.constexpr, D: tl.constexpr,
+):  # fmt: skip
+    """Keys and values (BLOCK_N, D) of what a block opened, from token j of it on; turned keys where R > 0."""
+    first = tl.load(list_ptr + j // CHUNK).to(tl.int32) * CHUNK + j % CHUNK
+    if R > 0:
+        key = far_desc.load([block, head, j, 0]).reshape(BLOCK_N, D)
+    else:
+        key = key_desc.load([row, head, first, 0]).reshape(BLOCK_N, D)
+    return key, value_desc.load([row, head, first, 0]).reshape(BLOCK_N, D)
+
+
+@triton.jit
+def summaries_of(count_ptr, TOP: tl.constexpr):
+    """How many summaries a block reads, of all levels."""
+    count = 0
+    for level in tl.static_range(1, TOP + 1):
+        count += tl.load(count_ptr + level)
+    return count
+
+
+@triton.jit
+def near_tile(key_desc, value_desc, row, head, j, lowest, BLOCK_N: tl.constexpr, D: tl.constexpr):
+    """Keys and values (BLOCK_N, D) of tokens from j on."""
+    key = key_desc.load([row, head, j - lowest, 0]).reshape(BLOCK_N, D)
+    return key, value_desc.load([row, head, j, 0]).reshape(BLOCK_N, D)
+
+
+@triton.jit
 def program(block_ptr, blocks, heads, tiles, BLOCK_M: tl.constexpr):
     """What one program of a walk in whole tiles reads for: block and KV head, row of the batch, first position of the
     block and of its window, number of the pair of block and head, and the program's rows (BLOCK_M,)."""
@@ -209,19 +239,14 @@ def whole_kernel(
     if OPENED:
         count = tl.load(count_ptr + pair * (TOP + 1)) * CHUNK
         for j in tl.range(0, count, BLOCK_N):
-            first = tl.load(list_ptr + pair * width + j // CHUNK).to(tl.int32) * CHUNK + j % CHUNK
-            if R > 0:
-                key = far_desc.load([block, head, j, 0]).reshape(BLOCK_N, D)
-            else:
-                key = key_desc.load([row, head, first, 0]).reshape(BLOCK_N, D)
-            value = value_desc.load([row, head, first, 0]).reshape(BLOCK_N, D)
+            key, value = opened_tile(
+                key_desc, value_desc, far_desc, list_ptr + pair * width, block, head, row, j, CHUNK, R, BLOCK_N, D
+            )
             acc, peak, total = _step(
                 acc, peak, total, q, key, value, none, own[:, None] >= 0, scale, cap, False, False, CAP, PRECISION
             )
     if SUMMARIES:
-        count = 0
-        for level in tl.static_range(1, TOP + 1):
-            count += tl.load(count_ptr + pair * (TOP + 1) + level)
+        count = summaries_of(count_ptr + pair * (TOP + 1), TOP)
         for j in tl.range(0, count, BLOCK_N):
             key = far_desc.load([block, head, few + j, 0]).reshape(BLOCK_N, D)
             value = far_value_desc.load([block, head, j, 0]).reshape(BLOCK_N, D)
@@ -230,14 +255,12 @@ def whole_kernel(
                 acc, peak, total, q, key, value, bias, own[:, None] >= 0, scale, cap, True, False, CAP, PRECISION
             )
     for j in tl.range(window, start, BLOCK_N):
-        key = key_desc.load([row, head, j - lowest, 0]).reshape(BLOCK_N, D)
-        value = value_desc.load([row, head, j, 0]).reshape(BLOCK_N, D)
+        key, value = near_tile(key_desc, value_desc, row, head, j, lowest, BLOCK_N, D)
         acc, peak, total = _step(
             acc, peak, total, q, key, value, none, own[:, None] >= 0, scale, cap, False, False, CAP, PRECISION
         )
     for j in tl.range(start, start + Q, BLOCK_N):
-        key = key_desc.load([row, head, j - lowest, 0]).reshape(BLOCK_N, D)
-        value = value_desc.load([row, head, j, 0]).reshape(BLOCK_N, D)
+        key, value = near_tile(key_desc, value_desc, row, head, j, lowest, BLOCK_N, D)
         seen = (j + tl.arange(0, BLOCK_N))[None, :] <= own[:, None]
         acc, peak, total = _step(acc, peak, total, q, key, value, none, seen, scale, cap, False, True, CAP, PRECISION)
 

@@ -6,7 +6,7 @@ import triton
 import triton.language as tl
 
 from mgam.attend.triton.tiles import angle, placed
-from mgam.attend.triton.whole import program
+from mgam.attend.triton.whole import near_tile, opened_tile, program, summaries_of
 
 
 @triton.jit
@@ -71,19 +71,14 @@ def whole_query_grad_kernel(
     if OPENED:
         count = tl.load(count_ptr + pair * (TOP + 1)) * CHUNK
         for j in tl.range(0, count, BLOCK_N):
-            first = tl.load(list_ptr + pair * width + j // CHUNK).to(tl.int32) * CHUNK + j % CHUNK
-            if R > 0:
-                key = far_desc.load([block, head, j, 0]).reshape(BLOCK_N, D)
-            else:
-                key = key_desc.load([row, head, first, 0]).reshape(BLOCK_N, D)
-            value = value_desc.load([row, head, first, 0]).reshape(BLOCK_N, D)
+            key, value = opened_tile(
+                key_desc, value_desc, far_desc, list_ptr + pair * width, block, head, row, j, CHUNK, R, BLOCK_N, D
+            )
             dq = _slope(
                 dq, q, grad, lse, delta, key, value, none, own[:, None] >= 0, scale, cap, False, False, CAP, PRECISION
             )
     if SUMMARIES:
-        count = 0
-        for level in tl.static_range(1, TOP + 1):
-            count += tl.load(count_ptr + pair * (TOP + 1) + level)
+        count = summaries_of(count_ptr + pair * (TOP + 1), TOP)
         for j in tl.range(0, count, BLOCK_N):
             key = far_desc.load([block, head, few + j, 0]).reshape(BLOCK_N, D)
             value = far_value_desc.load([block, head, j, 0]).reshape(BLOCK_N, D)
@@ -92,14 +87,12 @@ def whole_query_grad_kernel(
                 dq, q, grad, lse, delta, key, value, bias, own[:, None] >= 0, scale, cap, True, False, CAP, PRECISION
             )
     for j in tl.range(window, start, BLOCK_N):
-        key = key_desc.load([row, head, j - lowest, 0]).reshape(BLOCK_N, D)
-        value = value_desc.load([row, head, j, 0]).reshape(BLOCK_N, D)
+        key, value = near_tile(key_desc, value_desc, row, head, j, lowest, BLOCK_N, D)
         dq = _slope(
             dq, q, grad, lse, delta, key, value, none, own[:, None] >= 0, scale, cap, False, False, CAP, PRECISION
         )
     for j in tl.range(start, start + Q, BLOCK_N):
-        key = key_desc.load([row, head, j - lowest, 0]).reshape(BLOCK_N, D)
-        value = value_desc.load([row, head, j, 0]).reshape(BLOCK_N, D)
+        key, value = near_tile(key_desc, value_desc, row, head, j, lowest, BLOCK_N, D)
         seen = (j + tl.arange(0, BLOCK_N))[None, :] <= own[:, None]
         dq = _slope(dq, q, grad, lse, delta, key, value, none, seen, scale, cap, False, True, CAP, PRECISION)
     if R > 0:

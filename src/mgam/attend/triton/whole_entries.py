@@ -9,6 +9,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
+from mgam.attend.triton.backward import readers_of
 from mgam.attend.triton.tiles import OPENED, angle, placed, rows
 
 
@@ -48,20 +49,9 @@ def whole_entry_grad_kernel(
 ):  # fmt: skip
     """As `entry_grad_kernel`, for calls in whole tiles: q_desc and grad_desc (N, H*G, Q, D), queries turned by their
     true positions where R > 0; BLOCK_M divides Q, and BLOCK_N divides UNIT."""
-    pid = tl.program_id(0)
-    sub = pid % SUBS
-    part = pid // SUBS % SPLITS
-    row_head = pid // (SUBS * SPLITS) % pairs
-    unit = first_unit + pid // (SUBS * SPLITS) // pairs
-    row = (row_head // heads).to(tl.int64)
-    head = row_head % heads
-    bucket = row_head.to(tl.int64) * units + unit
-    first_reader = tl.load(begin_ptr + bucket)
-    readers = tl.load(end_ptr + bucket) - first_reader
-    begin = first_reader + readers * part // SPLITS
-    end = first_reader + readers * (part + 1) // SPLITS
-    inside = sub * BLOCK_N + tl.arange(0, BLOCK_N)
-    index = unit.to(tl.int64) * UNIT + inside
+    part, row_head, row, head, begin, end, inside, index = readers_of(
+        begin_ptr, end_ptr, heads, pairs, units, first_unit, UNIT, SUBS, SPLITS, BLOCK_N
+    )
     live = index < count
     HALF: tl.constexpr = D // 2
     if begin < end:

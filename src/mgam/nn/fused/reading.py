@@ -24,6 +24,43 @@ def _lines(base, index, step, live, D: tl.constexpr):
     return tl.load(base + index[:, None].to(tl.int64) * step + column[None, :], mask=live[:, None], other=0.0)
 
 
+@triton.jit
+def _program(heads, tokens, G: tl.constexpr, BLOCK: tl.constexpr, SIDE: tl.constexpr, CAUSAL: tl.constexpr):
+    """What one program reads for: number of the block, row and query head together, row and KV head together, row, KV
+    head, query head; first token of the window and the one after it; tokens of the block (BLOCK,)."""
+    number = tl.program_id(0)
+    member = tl.program_id(1)
+    pair = member // G
+    row = (pair // heads).to(tl.int64)
+    head = pair % heads
+    asker = member % (heads * G)
+    start = number * BLOCK
+    left = tl.maximum(start - SIDE, 0)
+    right = tl.minimum(start + BLOCK + (0 if CAUSAL else SIDE), tokens)
+    return number, member, pair, row, head, asker, left, right, start + tl.arange(0, BLOCK)
+
+
+@triton.jit
+def _tokens(keys, values, token, key_step, value_step, end, own, CAUSAL: tl.constexpr, D: tl.constexpr):
+    """Which of some tokens (N,) are there, before `end`, which of them queries see (M, N), their keys and values."""
+    live = token < end
+    seen = live[None, :] & (own >= 0)[:, None]
+    if CAUSAL:
+        seen = seen & (token[None, :] <= own[:, None])
+    return live, seen, _lines(keys, token, key_step, live, D), _lines(values, token, value_step, live, D)
+
+
+@triton.jit
+def _summaries(mean_keys, mean_values, list_ptr, bias_ptr, at, count, own, D: tl.constexpr):
+    """Lines (N,) of the summaries at some places of a list of `count`, their biases, which are there, which queries
+    see (M, N), their keys and values."""
+    live = at < count
+    line = tl.load(list_ptr + at, mask=live, other=0)
+    bias = tl.load(bias_ptr + line, mask=live, other=0.0)
+    seen = live[None, :] & (own >= 0)[:, None]
+    return line, bias, live, seen, _lines(mean_keys, line, D, live, D), _lines(mean_values, line, D, live, D)
+
+
 @triton.jit(do_not_specialize=["blocks", "tokens", "fines", "room", "means", "pairs"])
 def read_kernel(
     q_ptr, q_row, q_head, q_step, key_ptr, key_row, key_head, key_step, value_ptr, value_row, value_head, value_step,
@@ -38,16 +75,7 @@ def read_kernel(
     base 2; fine, list and count as `choose_kernel` writes them. Writes out (B, tokens, H*G, D) and lse
     (B, H*G, tokens), in base 2. `scale` is in base 2.
     """
-    number = tl.program_id(0)
-    member = tl.program_id(1)
-    pair = member // G
-    row = (pair // heads).to(tl.int64)
-    head = pair % heads
-    asker = member % (heads * G)
-    start = number * BLOCK
-    left = tl.maximum(start - SIDE, 0)
-    right = tl.minimum(start + BLOCK + (0 if CAUSAL else SIDE), tokens)
-    own = start + tl.arange(0, BLOCK)
+    number, member, pair, row, head, asker, left, right, own = _program(heads, tokens, G, BLOCK, SIDE, CAUSAL)
     column = tl.arange(0, D)
     there = own < tokens
     q = _lines(q_ptr + row * q_row + asker * q_head, own, q_step, there, D)
@@ -59,33 +87,22 @@ def read_kernel(
     none = tl.zeros((TILE,), tl.float32)
     for first in tl.range(left, right, TILE):
         token = first + tl.arange(0, TILE)
-        live = token < right
-        seen = live[None, :] & (own >= 0)[:, None]
-        if CAUSAL:
-            seen = seen & (token[None, :] <= own[:, None])
-        key = _lines(keys, token, key_step, live, D)
-        value = _lines(values, token, value_step, live, D)
+        _, seen, key, value = _tokens(keys, values, token, key_step, value_step, right, own, CAUSAL, D)
         acc, peak, total = _tile(acc, peak, total, q, key, value, none, seen, scale, PRECISION)
     place = pair.to(tl.int64) * blocks + number
     few = tl.zeros((CHUNK,), tl.float32)
     for slot in tl.range(0, tl.load(count_ptr + place * 3 + 1)):
         token = tl.load(fine_ptr + place * fines + slot) * CHUNK + tl.arange(0, CHUNK)
-        live = token < tokens
-        seen = live[None, :] & (own >= 0)[:, None]
-        key = _lines(keys, token, key_step, live, D)
-        value = _lines(values, token, value_step, live, D)
+        _, seen, key, value = _tokens(keys, values, token, key_step, value_step, tokens, own, False, D)
         acc, peak, total = _tile(acc, peak, total, q, key, value, few, seen, scale, PRECISION)
     count = tl.load(count_ptr + place * 3 + 2)
     mean_keys = mean_ptr + pair.to(tl.int64) * means * D
     mean_values = mean_keys + pairs.to(tl.int64) * means * D
     for first in tl.range(0, count, TILE):
         at = first + tl.arange(0, TILE)
-        live = at < count
-        line = tl.load(list_ptr + place * room + at, mask=live, other=0)
-        bias = tl.load(bias_ptr + line, mask=live, other=0.0)
-        seen = live[None, :] & (own >= 0)[:, None]
-        key = _lines(mean_keys, line, D, live, D)
-        value = _lines(mean_values, line, D, live, D)
+        _, bias, _, seen, key, value = _summaries(
+            mean_keys, mean_values, list_ptr + place * room, bias_ptr, at, count, own, D
+        )
         acc, peak, total = _tile(acc, peak, total, q, key, value, bias, seen, scale, PRECISION)
     target = ((row * tokens + own) * (heads * G) + asker)[:, None] * D + column[None, :]
     tl.store(out_ptr + target, (acc / total[:, None]).to(out_ptr.dtype.element_ty), mask=there[:, None])
@@ -127,16 +144,7 @@ def read_grad_kernel(
     float32, keys first; fine_grad (B, H, blocks, G, fines) and list_grad (B, H, blocks, G, room) float32: gradients
     of the biases of opened chunks and of summaries. `plain` is the scale of products, `scale` the same in base 2.
     """
-    number = tl.program_id(0)
-    member = tl.program_id(1)
-    pair = member // G
-    row = (pair // heads).to(tl.int64)
-    head = pair % heads
-    asker = member % (heads * G)
-    start = number * BLOCK
-    left = tl.maximum(start - SIDE, 0)
-    right = tl.minimum(start + BLOCK + (0 if CAUSAL else SIDE), tokens)
-    own = start + tl.arange(0, BLOCK)
+    number, member, pair, row, head, asker, left, right, own = _program(heads, tokens, G, BLOCK, SIDE, CAUSAL)
     column = tl.arange(0, D)
     there = own < tokens
     q = _lines(q_ptr + row * q_row + asker * q_head, own, q_step, there, D)
@@ -153,12 +161,7 @@ def read_grad_kernel(
     none = tl.zeros((TILE,), tl.float32)
     for first in tl.range(left, right, TILE):
         token = first + tl.arange(0, TILE)
-        live = token < right
-        seen = live[None, :] & (own >= 0)[:, None]
-        if CAUSAL:
-            seen = seen & (token[None, :] <= own[:, None])
-        key = _lines(keys, token, key_step, live, D)
-        value = _lines(values, token, value_step, live, D)
+        live, seen, key, value = _tokens(keys, values, token, key_step, value_step, right, own, CAUSAL, D)
         weight, slope = _slopes(q, grad, lse, delta, key, value, none, seen, scale, PRECISION)
         dq = tl.dot(slope.to(key.dtype), key, dq, input_precision=PRECISION)
         _add(dk, dv, token, live, weight, slope, q, grad, plain, D, PRECISION)
@@ -167,10 +170,7 @@ def read_grad_kernel(
     few = tl.zeros((CHUNK,), tl.float32)
     for slot in tl.range(0, tl.load(count_ptr + place * 3 + 1)):
         token = tl.load(fine_ptr + place * fines + slot) * CHUNK + tl.arange(0, CHUNK)
-        live = token < tokens
-        seen = live[None, :] & (own >= 0)[:, None]
-        key = _lines(keys, token, key_step, live, D)
-        value = _lines(values, token, value_step, live, D)
+        live, seen, key, value = _tokens(keys, values, token, key_step, value_step, tokens, own, False, D)
         weight, slope = _slopes(q, grad, lse, delta, key, value, few, seen, scale, PRECISION)
         if GATED:
             tl.store(fine_grad_ptr + told * fines + slot, tl.sum(slope))
@@ -183,12 +183,9 @@ def read_grad_kernel(
     dv = dk + pairs.to(tl.int64) * means * D
     for first in tl.range(0, count, TILE):
         at = first + tl.arange(0, TILE)
-        live = at < count
-        line = tl.load(list_ptr + place * room + at, mask=live, other=0)
-        bias = tl.load(bias_ptr + line, mask=live, other=0.0)
-        seen = live[None, :] & (own >= 0)[:, None]
-        key = _lines(mean_keys, line, D, live, D)
-        value = _lines(mean_values, line, D, live, D)
+        line, bias, live, seen, key, value = _summaries(
+            mean_keys, mean_values, list_ptr + place * room, bias_ptr, at, count, own, D
+        )
         weight, slope = _slopes(q, grad, lse, delta, key, value, bias, seen, scale, PRECISION)
         if GATED:
             tl.store(list_grad_ptr + told * room + at, tl.sum(slope, 0), mask=live)

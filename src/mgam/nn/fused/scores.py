@@ -68,9 +68,19 @@ def _buckets(chunk, left, right, CHUNK: tl.constexpr, FAR: tl.constexpr):
 
 
 @triton.jit
-def _windows(block, begin, BLOCK: tl.constexpr, SIDE: tl.constexpr, CAUSAL: tl.constexpr):
+def _program(
+    heads, begin, BLOCK: tl.constexpr, SIDE: tl.constexpr, CAUSAL: tl.constexpr, BN: tl.constexpr, BC: tl.constexpr
+):
+    """What one program judges: row and KV head together and apart, blocks (BN,), chunks (BC,), and the borders (BN,)
+    of the blocks' windows."""
+    pair = tl.program_id(2)
+    row = (pair // heads).to(tl.int64)
+    head = pair % heads
+    block = tl.program_id(0) * BN + tl.arange(0, BN)
+    chunk = tl.program_id(1) * BC + tl.arange(0, BC)
     start = (begin + block) * BLOCK
-    return tl.maximum(start - SIDE, 0), start + BLOCK + (0 if CAUSAL else SIDE)
+    left = tl.maximum(start - SIDE, 0)
+    return pair, row, head, block, chunk, left, start + BLOCK + (0 if CAUSAL else SIDE)
 
 
 @triton.jit(do_not_specialize=["begin", "blocks", "chunks", "asks"])
@@ -85,12 +95,7 @@ def score_kernel(
     ask (B, asks, H, R+1), find (B, chunks*S, H, R), prior (2*FAR, H); score (B, H, blocks, chunks) and near
     (B, H, blocks) float32, of blocks from number `begin` on. `scale` is in base 2.
     """
-    pair = tl.program_id(2)
-    row = (pair // heads).to(tl.int64)
-    head = pair % heads
-    block = tl.program_id(0) * BN + tl.arange(0, BN)
-    chunk = tl.program_id(1) * BC + tl.arange(0, BC)
-    left, right = _windows(block, begin, BLOCK, SIDE, CAUSAL)
+    pair, row, head, block, chunk, left, right = _program(heads, begin, BLOCK, SIDE, CAUSAL, BN, BC)
     ask_width = heads * (R + 1)
     asked = ask_ptr + row * asks * ask_width + head * (R + 1)
     place = pair.to(tl.int64) * blocks + block
@@ -130,12 +135,7 @@ def score_grad_kernel(
     grad (B, H, blocks, chunks) and near_grad (B, H, blocks) float32; `plain` is the scale of products, `scale` the same
     in base 2.
     """
-    pair = tl.program_id(2)
-    row = (pair // heads).to(tl.int64)
-    head = pair % heads
-    block = tl.program_id(0) * BN + tl.arange(0, BN)
-    chunk = tl.program_id(1) * BC + tl.arange(0, BC)
-    left, right = _windows(block, begin, BLOCK, SIDE, CAUSAL)
+    pair, row, head, block, chunk, left, right = _program(heads, begin, BLOCK, SIDE, CAUSAL, BN, BC)
     ask_width = heads * (R + 1)
     ask_base = row * asks * ask_width + head * (R + 1)
     place = pair.to(tl.int64) * blocks + block
