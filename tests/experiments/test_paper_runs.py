@@ -244,7 +244,7 @@ def test_runs_are_compared_on_the_same_samples() -> None:
 def test_the_plan_tells_most_first_and_waits_for_rates(tmp_path: Path) -> None:
     size = SIZES["paper"]
     names = [run.name for run in plan.plan(size)]
-    assert len(names) == len(set(names)) == 15 + 15 + 16 + 8 + 15 + 28
+    assert len(names) == len(set(names)) == 15 + 15 + 16 + 15 + 28
     assert sorted(names[15:20]) == sorted(f"{model}-0" for model in MODELS)
     able = [run.name for run, able in plan.ready(size, tmp_path, "*") if able]
     assert able == names[:15]

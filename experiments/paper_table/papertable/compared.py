@@ -16,10 +16,9 @@ READERS = {"answer": "the block of <answer>", "question": "the first block", "be
 
 
 def ablations(found: Results) -> Iterator[str]:
-    """Ablations and remedies on hop, and on the task whose question stands far from its evidence."""
-    names = [*(("ablation", name) for name in ABLATIONS), *(("remedy", name) for name in REMEDIES)]
-    runs = [(f"{kind}-{name}", name if kind == "ablation" else f"remedy: {name}") for kind, name in names]
-    yield "## Ablations and remedies\n\n" + _compared(found, runs, "MGAM both ways, hop alone")
+    """Ablations on hop; ablations and remedies on the task whose question stands far from its evidence."""
+    runs = [(f"ablation-{name}", name) for name in ABLATIONS]
+    yield "## Ablations\n\n" + _compared(found, runs, "MGAM both ways, hop alone")
     own = [f"remedy: {name}" if name in REMEDIES else name for name in FAR]
     yield "## Question far from its evidence\n\n" + _compared(
         found, [(f"far-{name}", said) for name, said in zip(FAR, own, strict=True)], "far alone, lengths mixed"
@@ -69,7 +68,7 @@ def _compared(found: Results, runs: Sequence[tuple[str, str]], title: str) -> st
 
 
 def by_length(found: Results, run: str) -> list[tuple[int, float]]:
-    """Mean accuracy over the seeds of an ablation, a remedy, or a run of `far`, and over its tasks, by length."""
+    """Mean accuracy over the seeds of an ablation or a run of `far`, and over its tasks, by length."""
     own = [found.get(f"{run.replace(' ', '-')}-{seed}") for seed in range(ABLATION_SEEDS)]
     tests = [one["test"]["scores"] for one in own if one and "test" in one]
     lengths = list(next(iter(tests[0].values()))) if tests else []

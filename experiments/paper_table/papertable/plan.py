@@ -14,7 +14,7 @@ from typing import Any
 
 from mgam.evaluation.machine import commit
 from papertable.library import Library
-from papertable.models import ABLATIONS, FAR, MODELS, REMEDIES
+from papertable.models import ABLATIONS, FAR, MODELS
 from papertable.sizes import Size
 from papertable.train import Run, train
 
@@ -28,18 +28,17 @@ SLOWEST_FIRST = tuple(reversed(MODELS))
 
 
 def plan(size: Size) -> list[Run]:
-    """Rates for each model, seeds of all, ablations, remedies, lengths mixed, what must be read afar. A rate of 0 is
-    yet to be chosen."""
+    """Rates for each model, seeds of all, ablations, lengths mixed, what must be read afar. A rate of 0 is yet to be
+    chosen."""
     runs = [
         Run(f"tune-{model}-{rate:g}", model, rate, TUNING_SEED, size, tuning=True)
         for model in SLOWEST_FIRST for rate in size.rates
     ]  # fmt: skip
     runs += [Run(f"{model}-{seed}", model, 0.0, seed, size) for seed in range(SEEDS) for model in SLOWEST_FIRST]
     runs += [
-        Run(f"{kind}-{name.replace(' ', '-')}-{seed}", "mgam", 0.0, seed, size, (ABLATED,), changes,
+        Run(f"ablation-{name.replace(' ', '-')}-{seed}", "mgam", 0.0, seed, size, (ABLATED,), changes,
             steps=max(1, size.steps // 2))
-        for kind, every in (("ablation", ABLATIONS), ("remedy", REMEDIES))
-        for seed in range(ABLATION_SEEDS) for name, changes in every.items()
+        for seed in range(ABLATION_SEEDS) for name, changes in ABLATIONS.items()
     ]  # fmt: skip
     runs += [
         Run(f"mixed-{model}-{seed}", model, 0.0, seed, size, mixed=True)
