@@ -7,9 +7,11 @@ from typing import Any
 
 import pytest
 
+from documents.tiny import make_tokenizer
 from mgam.evaluation.almanac import FACTS, Profile
 from mgam.evaluation.texts import split_sentences
 from mgam.training.alike import NOWHERE, countries, descriptions, invented, told
+from mgam.training.lookups import LookupMaker
 from mgam.training.things import invent, kinds
 from mgam.training.wordings import Pair
 
@@ -110,3 +112,10 @@ def test_no_wording_is_one_of_the_evaluation() -> None:
     wordings = [one for kind in kinds() for field in kind.fields for one in field.asks]
     asked = [pair.question for kind in ("countries", "descriptions", "invented") for pair in made(kind, 1)[1]]
     assert not [one for one in wordings + asked if one.startswith(tuple(there))]
+
+
+def test_every_lookup_can_be_made(prose: str) -> None:
+    """Whole records make a text longer or shorter by leaps."""
+    maker = LookupMaker(make_tokenizer(), [prose], alike=1.0)
+    for number in range(200):
+        assert 1000 < len(maker.make(number, 2560, 4).ids) <= 2560

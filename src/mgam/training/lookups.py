@@ -95,17 +95,17 @@ class LookupMaker:
         questions = min(rng.choice((1, 3)) * questions, tokens // PER_QUESTION) if alike else questions
         room = tokens - (32 if alike else 64) * questions - 120
         characters = int(room * (3.0 if alike else 3.9))
-        for _ in range(12):
+        for attempt in range(12):
             if alike:
                 text, pairs = self._alike(random.Random(f"{self.seed}/{number}/alike"), characters, questions)
-                alike = bool(pairs)
+                alike = bool(pairs) and attempt < 8
             if not alike:
                 text, pairs = (self._dossier if profiles else self._prose)(rng, characters, questions)
             found = replace(self._encode(text, pairs), prose=not alike)
             if len(found.ids) <= tokens:
                 return found
             over = len(found.ids) - tokens  # questions stay as long as they are: the text gives way
-            characters -= int(characters * 1.1 * over / found.document) + 1
+            characters -= int(characters * (0.06 + 1.1 * over / found.document)) + 1  # and pieces may be long
             if characters <= 0:
                 break
         raise SettingError(f"no lookup of {tokens} tokens can be made; raise the length")
