@@ -16,11 +16,12 @@ import torch
 from papertable import growth, plan, tables, train
 from papertable.figures import apart, figure, margin, scores
 from papertable.library import TASKS, Library
-from papertable.measure import CUTS, _reads, baselines, evaluate, read_otherwise
+from papertable.measure import CUTS, baselines, evaluate, read_otherwise
 from papertable.models import ABLATIONS, MODELS, REMEDIES, Reader, loss_of, parameters
 from papertable.sample import Batch, collate
 from papertable.sizes import SIZES, Size
 from papertable.train import Run
+from papertable.watch import reads_of
 from typer.testing import CliRunner
 
 SMOKE = SIZES["smoke"]
@@ -151,7 +152,7 @@ def test_what_blocks_read_of_the_evidence_is_counted(library: Library) -> None:
         for layer in layers:
             layer.seen_covers = []
         reader(collate(samples))
-        found = _reads(layers, samples)
+        found = reads_of(layers, samples)
         read: list[list[bool]] = []
         for row, sample in enumerate(samples):
             for gold in sample.ends[sample.gold].tolist():
