@@ -1,4 +1,4 @@
-"""Time, memory, entries read, and the figures of a part."""
+"""Time and memory, and the figures of a part: as trained, and read otherwise."""
 
 from __future__ import annotations
 
