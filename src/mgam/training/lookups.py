@@ -136,6 +136,7 @@ class LookupMaker:
     def _prose(self, rng: random.Random, characters: int, questions: int) -> tuple[str, list[Pair]]:
         chosen = self._running(rng, characters)
         quoted = sum(rng.random() < self.quotes for _ in range(questions)) if self.quotes else 0
+        quoted = min(quoted, questions - 1)  # a text may have nothing to quote
         facts = [fact(rng) for _ in range(questions - quoted)]
         places = sorted(rng.randrange(len(chosen)) for _ in facts)
         parts: list[str] = []
