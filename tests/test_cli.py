@@ -173,10 +173,16 @@ def test_options_reach_the_library(command: Command, calls: dict[str, Any], text
     assert [source.name for source in calls["ask"]["sources"]] == [text, text]
 
 
-def test_the_default_is_the_library_default(command: Command, calls: dict[str, Any], text: str) -> None:
+def test_the_default_is_the_library_default_with_a_second_look(
+    command: Command, calls: dict[str, Any], text: str
+) -> None:
     assert command("ask", text, QUESTION).code == 0
     assert calls["load"].items() >= {"name": None, "device": "auto", "dtype": None, "download": False}.items()
-    assert calls["apply"] == {"method": "mgam"}
+    assert calls["apply"] == {"method": "mgam", "reread": 2048}
+    assert command("ask", text, QUESTION, "--reread", "0").code == 0
+    assert calls["apply"] == {"method": "mgam", "reread": 0}
+    assert command("ask", text, QUESTION, "--method", "quest").code == 0
+    assert "reread" not in calls["apply"]
 
 
 def test_standard_input(command: Command, calls: dict[str, Any], monkeypatch: pytest.MonkeyPatch) -> None:

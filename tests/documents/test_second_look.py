@@ -8,7 +8,7 @@ import pytest
 import torch
 
 import mgam
-from mgam.documents import asking
+from mgam.documents import asking, second_look
 from mgam.documents.document import Document
 from mgam.documents.prompt import build
 from mgam.documents.second_look import passages, preference
@@ -22,6 +22,12 @@ from .conftest import Command, Make
 DIALS: dict[str, Any] = {
     "window": 64, "levels": (1, 16, 64), "block": 64, "question_block": 16, "dense_until": 128, "budget": 128,
 }  # fmt: skip
+
+
+@pytest.fixture
+def always(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Every question singles something out, whatever a model of random weights attends to."""
+    monkeypatch.setattr(second_look, "DISTINCT", 0.0)
 
 
 def record(*layers: dict[int, float]) -> Record:
@@ -42,7 +48,20 @@ def test_what_any_question_attends_to_is_not_preferred() -> None:
     score = preference(asked, neutral)
     assert int(score.argmax()) == 7
     assert score[0] == score[15] == 0
-    assert preference(record(), neutral).numel() == 0
+    assert preference(record(), neutral).numel() == preference(neutral, neutral).numel() == 0
+
+
+def test_a_question_of_the_whole_is_answered_at_first_sight(tokenizer: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    model = tiny.make_plain_model(window=8192)
+    mgam.apply(model, **DIALS, reread=64)
+    monkeypatch.setattr(second_look, "DISTINCT", 1e9)
+    first = asking.ask(model, tokenizer, [tiny.source(3000)], "Who?", max_new_tokens=6)
+    mgam.apply(model, **DIALS)
+    assert "read again" not in first.tokens
+    plain = asking.ask(model, tokenizer, [tiny.source(3000)], "Who?", max_new_tokens=6)
+    assert (first.answer, first.evidence, first.entries_per_level) == (
+        plain.answer, plain.evidence, plain.entries_per_level
+    )  # fmt: skip
 
 
 def test_passages_are_whole_sentences_in_the_order_of_the_texts(tokenizer: Any) -> None:
@@ -90,6 +109,7 @@ def test_the_budget_bounds_what_is_read_again(tokenizer: Any) -> None:
     assert lengths[0] < 64 + 16 + 2 * 240
 
 
+@pytest.mark.usefixtures("always")
 def test_the_answer_is_that_of_the_passages(tokenizer: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     model = tiny.make_plain_model(window=8192)
     sources = [Source("a.txt", tiny.text(2500, 1)), Source("b.txt", tiny.text(2000, 2))]
@@ -119,6 +139,7 @@ def test_what_is_read_densely_is_read_once(tokenizer: Any) -> None:
     assert "read again" not in asking.ask(model, tokenizer, [tiny.source(3000)], "Who?", max_new_tokens=2).tokens
 
 
+@pytest.mark.usefixtures("always")
 @pytest.mark.parametrize("memory", [None, "1MiB"])
 def test_a_digest_answers_as_its_texts_do(tokenizer: Any, digest: Make, memory: str | None) -> None:
     source = tiny.source(1500)
@@ -136,6 +157,7 @@ def test_a_digest_answers_as_its_texts_do(tokenizer: Any, digest: Make, memory: 
     assert document.ask("What?", max_new_tokens=6).answer == expected[1].answer
 
 
+@pytest.mark.usefixtures("always")
 def test_a_digest_may_be_asked_with_another_budget(model: Any, tokenizer: Any, digest: Make) -> None:
     """It changes no byte of a digest, so a digest goes on, and opens, with any."""
     made = digest(tiny.source(900))
@@ -158,6 +180,7 @@ def test_a_method_without_search_has_no_second_look() -> None:
         mgam.apply(tiny.make_plain_model(), "sliding", reread=64)
 
 
+@pytest.mark.usefixtures("always")
 def test_the_command_says_what_was_read_again(command: Command, book: str) -> None:
     words = ("ask", book, "Who?", "--reread", "128", "--dense-until", "0", "--max-new-tokens", "2", "--adapter", "none")
     code, out, _ = command(*words)

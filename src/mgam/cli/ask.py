@@ -13,7 +13,16 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from mgam.cli.digests import ADAPTER_DEFAULT, ADAPTER_HELP, MEMORY_HELP, adapter_of, is_digest, open_document
+from mgam.cli.digests import (
+    ADAPTER_DEFAULT,
+    ADAPTER_HELP,
+    AGAIN,
+    AGAIN_HELP,
+    MEMORY_HELP,
+    adapter_of,
+    is_digest,
+    open_document,
+)
 from mgam.errors import SettingError
 
 if TYPE_CHECKING:
@@ -123,8 +132,8 @@ def ask(
         typer.Option(
             parser=whole_number,
             metavar="TOKENS",
-            help="Passages that are read again, by themselves, before the answer; 0: it comes at first sight.",
-            show_default="0",
+            help=AGAIN_HELP,
+            show_default=f"{AGAIN} with method mgam",
         ),
     ] = None,
     device: Annotated[str, typer.Option(help="auto, cpu, cuda, cuda:1, mps.")] = "auto",
@@ -376,7 +385,8 @@ def _applied(request: Request, loaded: Loaded, dials: Any) -> tuple[Any, Any]:
             raise SettingError(f"--adapter has no part in --method {request.method}; leave it out")
         return loaded.model, dials
     adapter = adapter_of(loaded.model, request.adapter, request.settings.get("policy"))
-    return mgam.apply(loaded.model, request.method, **request.settings, **adapter), None
+    settings = {**({"reread": AGAIN} if request.method == "mgam" else {}), **request.settings}
+    return mgam.apply(loaded.model, request.method, **settings, **adapter), None
 
 
 def _estimate(model: Any, tokenizer: Any, sources: Sequence[Source], stage: Stage) -> Estimate:

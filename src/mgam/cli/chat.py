@@ -10,7 +10,7 @@ from typing import Annotated
 import typer
 
 from mgam.cli.ask import quiet_libraries, whole_number
-from mgam.cli.digests import MEMORY_HELP, TIER_HELP, Tier, open_document
+from mgam.cli.digests import AGAIN, AGAIN_HELP, MEMORY_HELP, TIER_HELP, Tier, open_document
 
 
 def chat(
@@ -22,6 +22,12 @@ def chat(
     max_new_tokens: Annotated[
         int, typer.Option(parser=whole_number, metavar="TOKENS", help="An answer's greatest length.")
     ] = 128,
+    reread: Annotated[
+        int | None,
+        typer.Option(
+            parser=whole_number, metavar="TOKENS", help="Of the first question: " + AGAIN_HELP, show_default=str(AGAIN)
+        ),
+    ] = None,
     download: Annotated[bool, typer.Option("--download", help="Fetch a hub id that is not here yet.")] = False,
     as_json: Annotated[bool, typer.Option("--json", help="One JSON object a line for each answer.")] = False,
 ) -> None:
@@ -30,7 +36,7 @@ def chat(
     from mgam.cli.progress import Stage
 
     with Stage(silent=as_json) as stage:
-        document, _ = open_document(path, model, device, download, memory, stage, tier=tier)
+        document, _ = open_document(path, model, device, download, memory, stage, reread=reread, tier=tier)
     talk = document.chat()
     try:
         while question := _ask(as_json):

@@ -25,6 +25,9 @@ class Tier(StrEnum):
 
 
 TIER_HELP = "Where pages wait: on disk, or in main memory (host: slower to open, then quicker), pinned for a GPU."
+AGAIN = 2048
+"""Tokens that `ask` and `chat` read a second time, if they are not told another number."""
+AGAIN_HELP = "Passages that are read again, by themselves, before the answer; 0: it comes at first sight."
 ADAPTER_HELP = "Adapters with which the model looks things up: from mgam fit --adapter-only, a hub id, or none."
 ADAPTER_DEFAULT = "lookup, which is shipped, with the default model"
 
@@ -81,6 +84,8 @@ def open_document(
     started = time.perf_counter()
     loaded = load_for(manifest, model, device, download, stage)
     between = time.perf_counter()
+    if reread is None and manifest.settings.method == "mgam":
+        reread = AGAIN
     stage.say("opening the digest")
     document = Document.open(
         path,

@@ -241,9 +241,8 @@ class _Memory:
             cache, self.neutral = self.turn_to(replace(prompt, ids=[*self.ids, *asked]), again=True)
             assert self.neutral is not None
             read_question(model, cache, asked, prompt.document)
-        return seen, chosen_again(
-            applied, seen, self.neutral, prompt, prompt.sources, tokenizer, prompt.document, count
-        )
+        chosen = chosen_again(applied, seen, self.neutral, prompt, prompt.sources, tokenizer, prompt.document, count)
+        return None if chosen is None else (seen, chosen)
 
 
 def read_question(model: Any, cache: Any, ids: list[int], first: int) -> None:
@@ -263,14 +262,16 @@ def chosen_again(
     tokenizer: Any,
     border: int,
     count: int,
-) -> Passages:
-    """What is read again of texts that end at token `border`."""
+) -> Passages | None:
+    """What is read again of texts that end at token `border`; None where the question singles nothing out."""
+    score = preference(seen, neutral)
+    if not score.numel():
+        return None
     settings = applied.settings
     chunk = settings.pyramid_levels.chunk
     recent = max(0, border - settings.window) // chunk * chunk, border
     return passages(
-        preference(seen, neutral), places, sources, tokenizer, chunk=chunk, tokens=settings.reread, recent=recent,
-        count=count,
+        score, places, sources, tokenizer, chunk=chunk, tokens=settings.reread, recent=recent, count=count
     )  # fmt: skip
 
 

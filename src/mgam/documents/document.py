@@ -216,7 +216,7 @@ class Document:
 
     def look(self, question: str, count: int = 3) -> tuple[Record, Passages] | None:
         """What a first look at a question sees of the texts, and what is to be read again; None where the settings want
-        no second look, or it opened nothing."""
+        no second look, or the question singles nothing out."""
         applied = applied_to(self.model)
         if not applied.settings.reread or len(self.tokens) < self.manifest.dense_until:
             return None
@@ -227,7 +227,8 @@ class Document:
             self._neutral = self._look(NEUTRAL)
         places = Places(self.tokens, self.sources)
         border = len(self.tokens)
-        return seen, chosen_again(applied, seen, self._neutral, places, self.sources, self.tokenizer, border, count)
+        chosen = chosen_again(applied, seen, self._neutral, places, self.sources, self.tokenizer, border, count)
+        return None if chosen is None else (seen, chosen)
 
     def _look(self, question: str) -> Record:
         ids = Frame.of(self.tokenizer).question(self.tokenizer, question)

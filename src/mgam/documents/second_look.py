@@ -27,6 +27,10 @@ MIDDLE = (1 / 2, 5 / 6)
 """The layers that are asked, as parts of the depth."""
 SLACK = 0.5
 """Added to the share of attention that the neutral question gives a chunk, in parts of an even share."""
+DISTINCT = 3.0
+"""A preference that some chunk must have, or there is no second look: a question of the text as a whole, such as what
+it is about, singles nothing out, and is answered at first sight. Of 39 questions for single facts (none of the test
+split) 39 had as much, read with adapters, and 33 without; of 31 that asked what the text is about 8 and 12."""
 SENTENCE = 240
 """Characters at most by which a passage grows on each side, to where a sentence begins or ends."""
 _ENDS = re.compile(r"[.!?。！？][\"'”’)]*\s+|\n\s*")
@@ -45,13 +49,13 @@ class Passages:
 def preference(asked: Record, neutral: Record) -> Tensor:
     """How much more a question attends to each chunk (C,) than the neutral one: a ratio of shares of attention.
 
-    Chunk 0, which is always open, has 0. Empty where the question opened nothing.
+    Chunk 0, which is always open, has 0. Empty where the question opened nothing, or singles nothing out.
     """
     chunks = max((mass.shape[1] for mass in asked.mass.values()), default=0)
     if not chunks:
         return torch.zeros(0)
-    mine, usual = _shares(asked, chunks), _shares(neutral, chunks)
-    return mine / (usual + SLACK / chunks)
+    score = _shares(asked, chunks) / (_shares(neutral, chunks) + SLACK / chunks)
+    return score if float(score.max()) >= DISTINCT else score[:0]
 
 
 def _shares(record: Record, chunks: int) -> Tensor:
