@@ -224,6 +224,21 @@ def test_batches_give_the_same_trials(bench: Bench) -> None:
     assert all(one.score == 1.0 and one.settings["batch_size"] == 3 for one in bench.results.trials.values())
 
 
+def test_a_batch_that_does_not_fit_is_read_in_halves(bench: Bench) -> None:
+    class Narrow(BatchRuleReader):
+        def read_batch(self, documents: list[str], questions: list[str], max_new_tokens: int) -> list[Reading]:
+            if len(documents) > 3:
+                raise DoesNotFitError("out of memory")
+            return super().read_batch(documents, questions, max_new_tokens)
+
+    reader = Narrow("rule", limit=5500)
+    run(Plan(PLAN.tasks, PLAN.lengths, PLAN.trials, batch_size=8), reader, bench)
+    assert reader.sizes == [2, 2, 2, 2, 2]  # all eight shorter texts; two of the longer ones, then one, and no more
+    found = {(one.task, one.length, one.trial): one.status for one in bench.results.trials.values()}
+    assert len(found) == 16
+    assert {length for (_, length, _), status in found.items() if status != "ok"} == {2048}
+
+
 def trial(score: float, index: int, hits: bool = True, **more: Any) -> Trial:
     return Trial("t", "m", "x", 1024, 0, index, score=score, hits=hits, depths=[index / 10], **more)
 

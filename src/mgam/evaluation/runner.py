@@ -155,15 +155,32 @@ def _read(plan: Plan, length: int, batch: Sequence[Asked], reader: Reader, bench
         if len(batch) == 1:
             return unread("no sample", error)
         return [trial for one in batch for trial in _read(plan, length, [one], reader, bench)]  # which one it is
+    readings: list[Reading] | None = None
     try:
         readings = _readings(plan, batch, samples, reader)
-    except (DoesNotFitError, SettingError) as error:  # too much memory, or positions that the model does not have
+    except DoesNotFitError as error:
+        if len(batch) == 1:
+            return unread("does not fit", error)
+    except SettingError as error:  # positions that the model does not have
         return unread("does not fit", error)
+    if readings is None:  # told here, where what the error held is free again
+        return _halved(plan, length, batch, reader, bench)
     settings = _settings(plan, reader)
     return [
         _trial(task, sample, reading, reader, plan.seed, index, bench, settings)
         for (task, index), sample, reading in zip(batch, samples, readings, strict=True)
     ]
+
+
+def _halved(plan: Plan, length: int, batch: Sequence[Asked], reader: Reader, bench: Bench) -> list[Trial]:
+    """Reads what did not fit at once in two parts; where one text alone does not fit, no more are tried."""
+    half = len(batch) // 2
+    trials = _read(plan, length, batch[:half], reader, bench)
+    lost = next((trial for trial in trials if trial.status == "does not fit"), None)
+    if lost is None:
+        return trials + _read(plan, length, batch[half:], reader, bench)
+    rest = batch[half:]
+    return trials + [_unread(plan, task, reader, length, index, "does not fit", lost.reason) for task, index in rest]
 
 
 def _readings(plan: Plan, batch: Sequence[Asked], samples: Sequence[Sample], reader: Reader) -> list[Reading]:
