@@ -8,7 +8,7 @@ from pathlib import Path
 from statistics import fmean, median, stdev
 from typing import Any
 
-from decoders import METHODS
+from decoders import METHODS, TASKS
 from growth import exponent
 
 from mgam import methods
@@ -43,7 +43,8 @@ def _decoders(folder: Path) -> str:
         f"{run.get('date')}, {run.get('device')}, commit {commits}; {run.get('processes')} processes shared "
         "a device with other work, so seconds compare within a table and are no speed figures. Scores in percent "
         "± standard error (trials); loss in nats per token. Entries, seconds and memory are means over the question "
-        "tasks; memory is the highest peak of the process, in brackets how many texts it read at once.",
+        "tasks; memory is the highest peak of the process, in brackets how many texts it read at once. What does not "
+        "fit did not fit beside the other processes.",
         "",
     ]
     for model in dict.fromkeys(row.model for row in rows):
@@ -74,7 +75,8 @@ def _reasons(rows: Sequence[Row], failed: dict[tuple[str, str], str]) -> list[st
 
 
 def _table(rows: Sequence[Row], failed: dict[tuple[str, str], str]) -> list[str]:
-    tasks = list(dict.fromkeys(row.task for row in rows))
+    wanted = [*TASKS.split(","), *(row.task for row in rows)]
+    tasks = sorted({row.task for row in rows}, key=wanted.index)
     names = list(dict.fromkeys(row.method for row in rows))
     lines = [f"| method | {' | '.join(tasks)} | entries | seconds | GiB (texts) |", f"|---|{'---|' * (len(tasks) + 3)}"]
     known = [*METHODS.split(","), *names]
@@ -130,6 +132,8 @@ def _frontier(rows: Sequence[Row]) -> str:
         for name, (entries, score) in points.items()
         if score > 0 and not any(e <= entries and s >= score and (e, s) != (entries, score) for e, s in points.values())
     ]
+    if "dense" not in points:
+        return "Dense attention was not read here, so nothing is said of a frontier."
     if not best:
         return "No method found anything here."
     shown = ", ".join(f"{name} ({points[name][1]:.0f} % at {points[name][0]:,.0f})" for name in sorted(best))
