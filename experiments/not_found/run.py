@@ -47,13 +47,14 @@ def main() -> None:
     asking.add_argument("--tokens", type=int, default=1200, help="of prose in each text")
     asking.add_argument("--model", default=None)
     asking.add_argument("--adapter", default=None, help="low-rank adapters to read with, as mgam ask takes them")
+    asking.add_argument("--reread", type=int, default=0, help="tokens that are read a second time, as mgam ask does")
     asking.add_argument("--facts", choices=("hidden", "countries"), default="hidden", help="what is asked for")
     asking.add_argument("--out", type=Path, required=True)
     what.add_parser("report").add_argument("files", type=Path, nargs="+")
     given = parser.parse_args()
     if given.what == "ask":
         make = like_facts if given.facts == "countries" else hidden_facts
-        ask_all(make, given.split, given.documents, given.tokens, given.model, given.adapter, given.out)
+        ask_all(make, given.split, given.documents, given.tokens, given.model, given.adapter, given.reread, given.out)
     else:
         rows = [json.loads(line) for file in given.files for line in file.read_text(encoding="utf-8").splitlines()]
         report(rows)
@@ -92,11 +93,11 @@ def like_facts(library: TextLibrary, split: Split, tokens: int, tokenizer: Any, 
 
 def ask_all(
     make: Callable[[TextLibrary, Split, int, Any, random.Random], Made], split: Split, documents: int, tokens: int,
-    name: str | None, adapter: str | None, out: Path,
+    name: str | None, adapter: str | None, reread: int, out: Path,
 ) -> None:  # fmt: skip
     """Adds a line of JSON for each question."""
     model, tokenizer = load(name)
-    mgam.apply(model, adapter=adapter)
+    mgam.apply(model, adapter=adapter, reread=reread)
     library, rng = TextLibrary(), random.Random(split)
     with out.open("a", encoding="utf-8") as file:
         for _ in range(documents):
