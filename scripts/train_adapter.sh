@@ -11,9 +11,14 @@ mkdir -p "$out"
 texts=(--data novels --data speeches --data wikipedia --data essays)
 needles=(--tasks needle_prose --prose novels --batch-size 20 --keep-out 64,768)
 
-mgam fit "${texts[@]}" --data factbook -o "$out/lookup" --adapter-only --lora-steps 9000 --lora-minutes 3.2 --questions 24 --quotes 0.25 \
-  --seed 1 --json | tee "$out/lookup.out"
+mgam fit "${texts[@]}" --data factbook -o "$out/first" --adapter-only --lora-steps 9000 --lora-minutes 3.2 --questions 24 --quotes 0.25 \
+  --seed 1 --json | tee "$out/first.out"
+mgam fit "${texts[@]}" --data factbook -o "$out/lookup" --adapter-only --lora-steps 9000 --lora-minutes 3.6 --lora-at-once 2 --questions 24 --quotes 0.25 \
+  --alike 0.6 --adapter "$out/first" --lengths 2048,2048,4096,8192 --seed 1 --json | tee "$out/lookup.out"
 mgam eval "${needles[@]}" --lengths 8k,16k,32k,64k,128k --trials 60 --results "$out/needles_lookup.jsonl" --methods "mgam,mgam:adapter=$out/lookup"
+
+mgam eval --tasks facts_by_name --prose novels --keep-out 64,768 --lengths 1536,8k,32k --trials 60 --batch-size 6 --results "$out/facts_lookup.jsonl" \
+  --methods "dense,mgam:adapter=$out/lookup"
 
 mgam fit "${texts[@]}" -o "$out/policy" --tokens 8192 --steps 3000 --minutes 3 --lookup-tokens 4096 --check 3 --json | tee "$out/policy.out"
 mgam eval "${needles[@]}" --lengths 8k,16k,32k,64k --trials 60 --results "$out/needles.jsonl" --methods "mgam,mgam:policy=$out/policy"
