@@ -39,7 +39,7 @@ $(USER_READY): $(MADE) pyproject.toml constraints.txt
 	@touch $@
 
 $(DEV_READY): $(USER_READY)
-	$(BIN)/python -m pip install --quiet -c constraints.txt -e '.[gguf,documents,quantised,train,dev]'
+	$(BIN)/python -m pip install --quiet -c constraints.txt -e '.[gguf,documents,quantised,train,plots,dev]'
 	@[ "$$(uname -s)" != Linux ] || $(BIN)/python -c 'import triton' 2> /dev/null || \
 	  $(BIN)/python -m pip install --quiet '$(TRITON)'
 	@touch $@

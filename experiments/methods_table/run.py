@@ -21,6 +21,8 @@ import tables
 import torch
 import trained
 
+from mgam.errors import MgamError
+
 
 def main() -> None:
     """Reads the command line and runs a part."""
@@ -63,4 +65,8 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    try:
+        main()
+    except MgamError as error:
+        print(f"error: {error}", file=sys.stderr)
+        sys.exit(2)

@@ -12,6 +12,7 @@ from decoders import METHODS, TASKS
 from growth import exponent
 
 from mgam import methods
+from mgam.benchmarks.plots import pyplot
 from mgam.evaluation.results import ResultsFile, Row, summarise
 
 
@@ -141,7 +142,7 @@ def _frontier(rows: Sequence[Row]) -> str:
 
 
 def _plot_quality(rows: Sequence[Row], path: Path) -> None:
-    plots = _plots()
+    plots = pyplot()
     models = list(dict.fromkeys(row.model for row in rows))
     places = dict.fromkeys((row.model, row.length) for row in rows)
     cells = {place: _points([row for row in rows if (row.model, row.length) == place]) for place in places}
@@ -263,7 +264,7 @@ def _mebibytes(value: int | None) -> str:
 
 
 def _plot_growth(lines: Sequence[dict[str, Any]], names: Sequence[str], path: Path) -> None:
-    plots = _plots()
+    plots = pyplot()
     figure, axes = plots.subplots(1, 3, figsize=(20, 5.5))
     wanted = (
         ("seconds of reading a text", lambda line: median(line["seconds"])),
@@ -288,13 +289,3 @@ def _plot_growth(lines: Sequence[dict[str, Any]], names: Sequence[str], path: Pa
         axis.legend(fontsize=7, title="exponent measured (claimed)", title_fontsize=7, **about)
     figure.tight_layout()
     figure.savefig(path, metadata={"Date": None})
-
-
-def _plots() -> Any:
-    import matplotlib
-
-    matplotlib.use("Agg")
-    matplotlib.rcParams |= {"svg.hashsalt": "mgam", "svg.fonttype": "none"}
-    import matplotlib.pyplot
-
-    return matplotlib.pyplot

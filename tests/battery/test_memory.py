@@ -90,7 +90,9 @@ def test_segments_fit_their_room(trial: Trial, monkeypatch: pytest.MonkeyPatch) 
     assert largest(trial, tokens, 0) <= max(4 * room, block, text)
 
 
-@pytest.mark.parametrize("case", [case for case in CASES if case.method in ("longheads", "moba")], ids=str)
+@pytest.mark.parametrize(
+    "case", [case for case in CASES if case.method in ("longheads", "moba")], ids=lambda case: case.name
+)
 def test_covers_of_query_heads_are_cut_where_kernels_serve(case: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     """Kernels read covers of KV heads in place; what query heads chose is gathered on every device."""
     tokens, room = 512, 1 << 15

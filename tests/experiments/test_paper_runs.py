@@ -375,6 +375,5 @@ def test_what_cannot_be_reached_is_named(monkeypatch: pytest.MonkeyPatch, tmp_pa
 
 
 def test_pictures_are_drawn(tmp_path: Path) -> None:
-    pytest.importorskip("matplotlib")
     points = [{"model": "mgam", "length": length, "step_ms": 2.0, "step_peak_bytes": 1e9} for length in (512, 1024)]
     assert [path.name for path in tables.plots.draw(tmp_path, {}, points)] == ["time.svg", "memory.svg"]

@@ -64,16 +64,19 @@ CASES: list[tuple[int, dict[str, Any]]] = [
 
 @pytest.mark.parametrize(("tokens", "changes"), CASES)
 def test_outputs_and_gradients(tokens: int, changes: dict[str, Any], monkeypatch: pytest.MonkeyPatch) -> None:
-    """With one cover, the kernels put out and learn what plain torch does; poisoned memory changes nothing."""
+    """With one cover, the kernels put out and learn what plain torch does; poisoned memory changes nothing.
+
+    In half precision both are held against plain torch in float32: the kernels may be off by twice as much.
+    """
     module, states, weight = make(**changes), text(tokens), text(tokens, seed=5)
     found: list[dict[str, Tensor]] = []
     module.seen_covers = []
-    for kernels in (True, False):
+    for kernels, precision in ((True, half()), (False, half()), (False, nullcontext())):
         module.kernels = kernels
         module.zero_grad()
         given = states.clone().requires_grad_()
-        with half():
-            assert module.served(given)
+        with precision:
+            assert module.served(given) or not kernels
             out = module(given)
         (out * weight).sum().backward()
         grads = {name: part.grad for name, part in module.named_parameters()}
@@ -81,8 +84,9 @@ def test_outputs_and_gradients(tokens: int, changes: dict[str, Any], monkeypatch
         part, chosen = module.seen_covers[0]
         monkeypatch.setattr(module, "choose", lambda *args, chosen=chosen: chosen)
     assert len(part.start) == -(-tokens // module.block)
-    for name, wanted in found[1].items():
-        assert apart(found[0][name], wanted) < LOOSE, name
+    fused, plain, exact = found
+    for name, wanted in exact.items():
+        assert apart(fused[name], wanted) < max(LOOSE, 2 * apart(plain[name], wanted)), name
 
 
 @pytest.mark.parametrize(("tokens", "changes"), [case for case in CASES if "policy" not in case[1]])

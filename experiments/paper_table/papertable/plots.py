@@ -6,7 +6,7 @@ from collections import defaultdict
 from pathlib import Path
 from typing import Any
 
-from mgam.errors import SettingError
+from mgam.benchmarks.plots import pyplot
 from papertable.compared import by_length
 from papertable.figures import scores
 from papertable.models import FAR, MODELS
@@ -52,14 +52,8 @@ def draw(folder: Path, found: dict[str, dict[str, Any]], points: list[dict[str, 
 
 
 def _picture(path: Path, lines: Lines, across: str, up: str, logs: bool) -> Path:
-    try:
-        import matplotlib
-
-        matplotlib.use("Agg")
-        from matplotlib import pyplot
-    except ImportError as missing:
-        raise SettingError("pictures need matplotlib: pip install 'mgam[plots]'") from missing
-    figure, axes = pyplot.subplots(figsize=(7, 4.5))
+    plots = pyplot()
+    figure, axes = plots.subplots(figsize=(7, 4.5))
     for label, points in lines.items():
         if points:
             axes.plot(*zip(*sorted(points), strict=True), marker="o" if len(points) < 20 else "", label=label)
@@ -70,7 +64,6 @@ def _picture(path: Path, lines: Lines, across: str, up: str, logs: bool) -> Path
     axes.set_ylabel(up)
     axes.grid(True, which="both", alpha=0.3)
     axes.legend(fontsize=8)
-    pyplot.rcParams["svg.hashsalt"] = "mgam"
     figure.savefig(path, bbox_inches="tight", metadata={"Date": None})
-    pyplot.close(figure)
+    plots.close(figure)
     return path

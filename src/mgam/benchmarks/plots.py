@@ -5,9 +5,26 @@ from __future__ import annotations
 import math
 from collections import defaultdict
 from pathlib import Path
+from typing import Any
 
 from mgam.benchmarks.suite import Report
 from mgam.errors import SettingError
+
+
+def pyplot() -> Any:
+    """matplotlib's interface to draw with, without a window; SVGs come out alike each time and keep their text.
+
+    Raises:
+        SettingError: when matplotlib is not installed.
+    """
+    try:
+        import matplotlib
+        from matplotlib import pyplot as plots
+    except ImportError as missing:
+        raise SettingError("pictures need matplotlib: pip install 'mgam[plots]'") from missing
+    plots.switch_backend("Agg")
+    matplotlib.rcParams |= {"svg.hashsalt": "mgam", "svg.fonttype": "none"}
+    return plots
 
 
 def plot(report: Report, folder: Path) -> list[Path]:
@@ -16,13 +33,7 @@ def plot(report: Report, folder: Path) -> list[Path]:
     Raises:
         SettingError: when matplotlib is not installed.
     """
-    try:
-        import matplotlib
-
-        matplotlib.use("Agg")
-        from matplotlib import pyplot
-    except ImportError as missing:
-        raise SettingError("pictures need matplotlib: pip install 'mgam[plots]'") from missing
+    plots = pyplot()
     groups: dict[tuple[str, int], dict[str, list[tuple[int, float]]]] = defaultdict(lambda: defaultdict(list))
     memory: dict[str, list[tuple[int, float]]] = defaultdict(list)
     for row in report.rows:
@@ -35,7 +46,7 @@ def plot(report: Report, folder: Path) -> list[Path]:
     if memory:
         pictures.append(("memory", memory, "GB beyond queries, keys and values"))
     for name, lines, unit in pictures:
-        figure, axes = pyplot.subplots(figsize=(9, 6))
+        figure, axes = plots.subplots(figsize=(9, 6))
         for label, points in sorted(lines.items()):
             axes.plot(*zip(*sorted(points), strict=True), marker="o", label=label)
         axes.set_xscale("log", base=2)
@@ -47,6 +58,6 @@ def plot(report: Report, folder: Path) -> list[Path]:
         axes.legend(fontsize=7)
         path = folder / f"{report.name}-{name.replace(' ', '-').replace('+', 'and')}.png"
         figure.savefig(path, dpi=130, bbox_inches="tight")
-        pyplot.close(figure)
+        plots.close(figure)
         written.append(path)
     return written
