@@ -115,7 +115,7 @@ def compare(made: Made) -> None:
 def test_same_bits_every_time() -> None:
     found = []
     torch.manual_seed(1)
-    made = CASES["granular"].make(DTYPES[-1])
+    made = replace(CASES["granular"], few=4).make(DTYPES[-1])
     states = leaves(made)
     for _ in range(2):
         for leaf in states:
