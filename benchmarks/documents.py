@@ -49,6 +49,7 @@ Budget = Annotated[int, typer.Option(help="Tokens that a query may read in full.
 Sources = Annotated[str, typer.Option(help="Text sources, one after the other, with commas; see mgam data list.")]
 Asking = Annotated[int | None, typer.Option(help="The same for questions and answers.", show_default="mgam's own")]
 Adapter = Annotated[str | None, typer.Option(help="Low-rank adapters to read with: a folder, or a shipped name.")]
+Reread = Annotated[int, typer.Option(help="Tokens of passages that a question reads a second time.")]
 Host = Annotated[bool, typer.Option("--host", help="Pages wait in main memory, not on disk.")]
 
 
@@ -67,6 +68,7 @@ class Cell:
     host: bool = False
     question_budget: int | None = None
     adapter: str | None = None
+    reread: int = 0
 
     @property
     def path(self) -> Path:
@@ -91,14 +93,17 @@ def digest(
 def ask(
     tokens: Tokens = 32_000, memory: Memory = None, model: Model = None, device: Device = "auto",
     folder: Folder = Path("digests"), eight_bits: Eight = False, budget: Budget = 1024, sources: Sources = "",
-    host: Host = False, question_budget: Asking = None, adapter: Adapter = None, again: Again = False,
+    host: Host = False, question_budget: Asking = None, adapter: Adapter = None, reread: Reread = 0,
+    again: Again = False,
 ) -> None:  # fmt: skip
     """Opening (with cold and warm file caches), first token of 20 questions, hits by depth, peak memory."""
-    cell = Cell(tokens, memory, model, device, folder, eight_bits, budget, sources, host, question_budget, adapter)
+    asked = host, question_budget, adapter, reread
+    cell = Cell(tokens, memory, model, device, folder, eight_bits, budget, sources, *asked)
     if not (cell.path / "manifest.json").exists():
         _keep("digest", cell, True, lambda: _apart("digest", cell))  # also where its figures are known already
     kind = "ask, host tier" if host else "ask"
     kind += f", question budget {question_budget}" if question_budget else ""
+    kind += f", second look of {reread}" if reread else ""
     _keep(kind, cell, again, lambda: {"cold": _apart("ask cold", cell), "warm": _apart("ask", cell)})
 
 
@@ -260,7 +265,13 @@ def _ask(cell: Cell, questions: int = 2 * NEEDLES) -> dict[str, Any]:
     began = time.perf_counter()
     tier: Tier = "host" if cell.host else "disk"
     document = Document.open(
-        cell.path, model, tokenizer, memory=cell.memory, tier=tier, question_budget=cell.question_budget
+        cell.path,
+        model,
+        tokenizer,
+        memory=cell.memory,
+        tier=tier,
+        question_budget=cell.question_budget,
+        reread=cell.reread,
     )
     opened = time.perf_counter() - began
     rows = []

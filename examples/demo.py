@@ -39,8 +39,8 @@ def main() -> int:
     asked = questions()[0]
     text = (HERE / asked.file).read_text(encoding="utf-8")
     place = text.index(asked.passage) / len(text)
-    print(f'$ mgam ask examples/{asked.file} "{asked.question}" --adapter none\n', flush=True)
-    printed = _run([sys.executable, "-m", "mgam", "ask", str(HERE / asked.file), asked.question, "--adapter", "none"])
+    print(f'$ mgam ask examples/{asked.file} "{asked.question}"\n', flush=True)
+    printed = _run([sys.executable, "-m", "mgam", "ask", str(HERE / asked.file), asked.question])
     answer = printed.split("\n\n")[0]  # the facts that follow are set apart by an empty line
     if not re.search(asked.expected, answer, re.IGNORECASE):
         print(
