@@ -20,7 +20,7 @@ from typing import Any
 
 import mgam
 from mgam.documents.asking import ask_each
-from mgam.documents.confidence import FOUND
+from mgam.documents.confidence import FOUND, FOUND_AGAIN
 from mgam.documents.sources import Source
 from mgam.evaluation.almanac import FACTS as ALMANAC
 from mgam.evaluation.almanac import Profile
@@ -34,7 +34,7 @@ FACTS: list[tuple[str, str, str]] = INVENTED["facts"]
 """A statement with room for a value, its question, and the kind of value. The first half tunes, the second tests."""
 Made = tuple[str, list[str], dict[str, str]]
 """A text, questions, and what answers those of them that it does answer."""
-THRESHOLDS = (0.3, 0.35, 0.4, 0.45, 0.5, 0.55, 0.6)
+THRESHOLDS = (0.3, 0.35, 0.4, 0.45, 0.5, 0.55, 0.6, 0.7, 0.8, 0.9)
 
 
 def main() -> None:
@@ -150,13 +150,14 @@ def report(rows: list[dict[str, Any]]) -> None:
     if all(row["top"] is not None for row in rows):
         print(f"the same by the share of the first passage: {area(right, absent, lambda row: row['top']):.2f}")
     print(f"\n| below | marked | of these not right | absent facts marked | right answers marked |\n{'|---' * 5}|")
-    for threshold in sorted({*THRESHOLDS, FOUND}):
+    named = {FOUND: " (FOUND)", FOUND_AGAIN: " (FOUND_AGAIN)"}
+    for threshold in sorted({*THRESHOLDS, *named}):
         marked = [row for row in rows if row["confidence"] < threshold]
         wrong = sum(not row["right"] for row in marked) / max(1, len(marked))
         missing = sum(not row["there"] for row in marked)
         lost = sum(row["right"] for row in marked)
         print(
-            f"| {threshold}{' (FOUND)' if threshold == FOUND else ''} | {len(marked)} | {wrong:.0%} "
+            f"| {threshold}{named.get(threshold, '')} | {len(marked)} | {wrong:.0%} "
             f"| {missing} of {len(absent)} | {lost} of {len(right)} |"
         )
 

@@ -64,3 +64,10 @@ def test_the_threshold_marks(tokenizer: Any, monkeypatch: pytest.MonkeyPatch) ->
 def test_unknown_where_nothing_was_watched(tokenizer: Any) -> None:
     assert module.confidence(tiny.make_model(), tokenizer, QUESTION, torch.tensor([5, 6]), module.Watch()) is None
     assert module.is_found(None) is None
+
+
+def test_after_a_second_look_more_is_wanted() -> None:
+    between = (module.FOUND + module.FOUND_AGAIN) / 2
+    assert module.is_found(between)
+    assert not module.is_found(between, again=True)
+    assert module.is_found(module.FOUND_AGAIN, again=True)

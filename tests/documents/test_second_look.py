@@ -8,7 +8,7 @@ import pytest
 import torch
 
 import mgam
-from mgam.documents import asking, second_look
+from mgam.documents import asking, confidence, second_look
 from mgam.documents.document import Document
 from mgam.documents.prompt import build
 from mgam.documents.second_look import passages, preference
@@ -124,6 +124,7 @@ def test_the_answer_is_that_of_the_passages(tokenizer: Any, monkeypatch: pytest.
     for question, answer, short in zip(questions, answers, read[len(questions) :], strict=True):
         assert answer.answer == asking.ask(model, tokenizer, short, question, max_new_tokens=6).answer
         assert answer.tokens["read again"] < answer.tokens["document"] / 4
+        assert answer.found is confidence.is_found(answer.confidence, again=True)
         assert answer.evidence
         for one in answer.evidence:
             source = next(source for source in sources if source.name == one.file)

@@ -20,7 +20,7 @@ def show(answer: Answer, console: Console | None = None) -> None:
     console = console or Console(highlight=False)
     console.print()
     if answer.found is False:
-        console.print(_doubt(answer.confidence))
+        console.print(_doubt(answer))
         console.print()
     console.print(_evidence(answer.evidence) if answer.evidence else _no_evidence(answer))
     facts = Table.grid(padding=(0, 2))
@@ -36,12 +36,13 @@ def show(answer: Answer, console: Console | None = None) -> None:
     console.print(facts)
 
 
-def _doubt(confidence: float | None) -> Text:
-    from mgam.documents.confidence import FOUND
+def _doubt(answer: Answer) -> Text:
+    from mgam.documents.confidence import threshold
 
+    again = "read again" in answer.tokens
     return Text(
-        f"Perhaps not found in the text: the confidence is {confidence:.2f}, and answers that stand in a text mostly "
-        f"have {FOUND} or more (measured on short texts)."
+        f"Perhaps not found in the text: the confidence is {answer.confidence:.2f}, and answers that stand in a text "
+        f"mostly have {threshold(again)} or more ({'after a second look' if again else 'measured on short texts'})."
     )
 
 

@@ -294,7 +294,8 @@ def at_second_sight(
         for size, count in per_level(first, applied_to(model)).items()
     }
     read = {**answer.tokens, "read again": short.document}
-    return replace(answer, evidence=chosen.best, entries_per_level=entries, tokens=read)
+    found = is_found(answer.confidence, again=True)
+    return replace(answer, evidence=chosen.best, entries_per_level=entries, tokens=read, found=found)
 
 
 def _schedule(applied: Applied, prompt: Prompt) -> Schedule:

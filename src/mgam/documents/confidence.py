@@ -18,6 +18,8 @@ from mgam.documents.prompt import bare
 
 FOUND = 0.45
 """Answers with less confidence are marked as not found in the text."""
+FOUND_AGAIN = 0.8
+"""The same after a second look: a short text of like passages lends confidence to wrong answers too."""
 
 
 class Watch(LogitsProcessor):
@@ -52,6 +54,11 @@ def confidence(model: Any, tokenizer: Any, question: str, answer: Tensor, watch:
     return round(math.exp(float((weight * given).sum() / weight.sum())), 4)
 
 
-def is_found(sure: float | None) -> bool | None:
+def threshold(again: bool) -> float:
+    """Confidence from which on an answer counts as found, at first sight or after a second look."""
+    return FOUND_AGAIN if again else FOUND
+
+
+def is_found(sure: float | None, again: bool = False) -> bool | None:
     """Whether an answer seems to stand in the text; None when that is not known."""
-    return None if sure is None else sure >= FOUND
+    return None if sure is None else sure >= threshold(again)
