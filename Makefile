@@ -1,7 +1,7 @@
 # Everything that a fresh machine needs is set up by the targets themselves; only Python 3.11 or later must be there.
 #   make demo   set up, then ask a question of a long text that is shipped with the project
 #   make test   set up, then lint, type-check and test
-#   make test-oldest   set up a second environment with the oldest transformers that is accepted, then test models and battery
+#   make test-oldest   set up a second environment with the oldest transformers that is accepted, then test models and part of the battery
 
 PYTHON ?= python3
 VENV   := .venv
@@ -19,7 +19,7 @@ TRITON := triton==3.9.0
 OLDEST       := .venv-oldest
 OLDEST_READY := $(OLDEST)/.ready
 
-.PHONY: demo test test-oldest kernels-reading kernels-others docs lint format types clean help
+.PHONY: demo test suite kernels test-oldest docs lint format types clean help
 .DEFAULT_GOAL := help
 
 help:
@@ -51,18 +51,15 @@ test: $(DEV_READY)
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
-	$(BIN)/python -m pytest
-	$(MAKE) -j 2 kernels-reading kernels-others
+	$(MAKE) -j 2 suite kernels
 
-# Kernels in Triton's interpreter, which uses one core: two halves side by side.
-READING := tests/test_triton_backward.py tests/test_triton_read.py
-INTERPRETED := OMP_NUM_THREADS=1 TRITON_INTERPRET=1 $(BIN)/python -m pytest -p no:cacheprovider
+# Side by side: both use one core.
+suite: $(DEV_READY)
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest
 
-kernels-reading: $(DEV_READY)
-	$(INTERPRETED) $(READING)
-
-kernels-others: $(DEV_READY)
-	$(INTERPRETED) $(filter-out $(READING),$(wildcard tests/test_triton_*.py)) tests/nn/test_fused.py
+# Kernels in Triton's interpreter.
+kernels: $(DEV_READY)
+	OMP_NUM_THREADS=1 TRITON_INTERPRET=1 $(BIN)/python -m pytest -p no:cacheprovider $(wildcard tests/test_triton_*.py) tests/nn/test_fused.py
 
 $(OLDEST_READY): pyproject.toml constraints-oldest.txt
 	$(PYTHON) -m venv --clear $(OLDEST)
