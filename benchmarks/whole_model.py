@@ -55,6 +55,7 @@ def main(
     lengths: Annotated[str, typer.Option(help="Tokens, with commas.")] = "8192,32768,131072",
     batches: Annotated[str, typer.Option(help="Rows, with commas.")] = "1",
     repeats: Annotated[int, typer.Option(help="Readings that are timed.")] = 2,
+    dense_repeats: Annotated[int | None, typer.Option(help="The same for dense; as many as ours if not given.")] = None,
     steps: Annotated[int, typer.Option(help="Tokens generated and timed.")] = 16,
     settings: Annotated[str, typer.Option(help="Settings of ours as name=number, with commas.")] = "",
     methods: Annotated[str, typer.Option(help="mgam, dense or both, with a comma.")] = "mgam,dense",
@@ -76,6 +77,7 @@ def main(
             mgam.apply(model, **given)
         else:
             mgam.remove(model)
+        often = dense_repeats if method == "dense" and dense_repeats is not None else repeats
         for tokens in map(int, lengths.split(",")):
             for batch in map(int, batches.split(",")):
                 sizes = [call_size(model, batch)]
@@ -84,7 +86,7 @@ def main(
                 for size in sizes:
                     row = {"method": method, "shape": shape, "tokens": tokens, "batch": batch, "call": size}
                     try:
-                        row |= timed(model, method, tokens, batch, size, repeats, steps)
+                        row |= timed(model, method, tokens, batch, size, often, steps)
                     except torch.OutOfMemoryError as error:
                         row |= {"refused": str(error).splitlines()[0][:120]}
                     rows.append(row)

@@ -36,7 +36,8 @@ def principal(moments: Tensor, width: int, steps: int = 4) -> Tensor:
     wide = wide / size + 1e-7 * eye
     twice = wide @ wide
     basis = eye[:, :width].expand(*moments.shape[:-2], dim, width)
+    warps = min(16, max(4, dim * width // 2048))  # 64 numbers a thread: more would not stay in registers
     for number in range(steps + 1):  # a last time without a product: what was nearly parallel comes out square
         basis = (twice @ basis if number < steps else basis).contiguous()
-        orthonormal_kernel[(basis[..., 0, 0].numel(),)](basis, D=dim, WIDTH=width, num_warps=4)
+        orthonormal_kernel[(basis[..., 0, 0].numel(),)](basis, D=dim, WIDTH=width, num_warps=warps)
     return basis.to(moments.dtype)
