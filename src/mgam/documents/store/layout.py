@@ -166,6 +166,11 @@ class Layout:
         return self._built[1]
 
     @cached_property
+    def numbers_end(self) -> int:
+        """First byte after the whole numbers: tokens and checksums of pages."""
+        return self.places[f"layers.{self.shape.layers - 1}.checks"].end
+
+    @cached_property
     def pages_begin(self) -> int:
         """First byte of the pages; all before it is read when a digest is opened."""
         return self.places["layers.0.pages"].begin

@@ -18,6 +18,7 @@ from torch import Tensor
 from mgam.documents.store import files, rounding
 from mgam.documents.store.layout import CODES, SIZES, Layout, Place
 from mgam.documents.store.pages import checksums
+from mgam.documents.store.rooms import PIECE, Room
 from mgam.errors import DigestError
 
 Numbers = NDArray[Any]
@@ -127,23 +128,29 @@ def check_size(descriptor: int, layout: Layout, path: Path) -> None:
         raise DigestError(f"{path} has another header than its digest calls for: it is damaged or foreign")
 
 
-def read_head(descriptor: int, layout: Layout, sha256: str, path: Path, buffer: bytearray | None = None) -> Resident:
-    """All that stands before the pages, in a buffer that is large enough or in new memory.
+def read_head(descriptor: int, layout: Layout, sha256: str, path: Path, room: Room) -> Resident:
+    """All that stands before the pages, in a room that is used again for the next segment.
 
     Raises:
         DigestError: it does not fit its checksum, or ends early.
     """
-    data = memoryview(bytearray(layout.pages_begin) if buffer is None else buffer)[: layout.pages_begin]
-    try:
-        got = files.read_at(descriptor, data, 0)
-    except OSError as error:
-        raise DigestError(f"{path} cannot be read: {error.strerror}") from error
-    if got != len(data) or hashlib.sha256(data).hexdigest() != sha256:
+    room.begin(layout)
+    found = hashlib.sha256()
+    for first in range(0, layout.pages_begin, PIECE):
+        last = min(first + PIECE, layout.pages_begin)
+        piece = room.piece(first, last)
+        try:
+            got = files.read_at(descriptor, piece, first)
+        except OSError as error:
+            raise DigestError(f"{path} cannot be read: {error.strerror}") from error
+        found.update(piece[:got])
+        room.keep(first, last)
+    if found.hexdigest() != sha256:
         raise DigestError(
             f"{path} is damaged between byte 0 and {layout.pages_begin:,} (tokens, summaries or search keys); "
             "digest the texts again, or take the segment from a copy"
         )
-    return Resident(data, layout)
+    return Resident(*room.held(layout), layout)
 
 
 @dataclass(frozen=True)
@@ -151,15 +158,10 @@ class Resident:
     """The tensors of a segment that stand before its pages."""
 
     data: memoryview
+    """On the CPU: all of it, or the whole numbers, which come first, where all is on another device."""
+    moved: Tensor | None
+    """All of it on another device."""
     layout: Layout
-    moved: Tensor | None = None
-    """All of `data` on another device, in one piece."""
-
-    def on(self, device: torch.device) -> Resident:
-        """The same with tensors on a device, moved there at once."""
-        if device.type == "cpu":
-            return self
-        return replace(self, moved=torch.frombuffer(self.data, dtype=torch.uint8).to(device))
 
     @cached_property
     def _whole(self) -> Tensor:

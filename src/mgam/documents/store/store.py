@@ -19,11 +19,14 @@ from torch import Tensor
 from mgam.documents.sources import read_source
 from mgam.documents.store import files, segment
 from mgam.documents.store.manifest import Manifest, Segment, Text
+from mgam.documents.store.rooms import Room, room_on
 from mgam.documents.store.segment import Numbers, Resident
 from mgam.errors import DigestError, MgamError
 
 OPEN_FILES = 200
 READERS = 8
+DEVICE_READERS = 16
+"""What they read passes through little memory: more of them take hardly more of it."""
 PAGES_EACH = 32
 """Pages that one reader takes at a time: a disk is asked for several things at once."""
 
@@ -117,39 +120,33 @@ class Store:
         Raises:
             DigestError: one is damaged.
         """
-        workers = min(READERS, os.cpu_count() or 1)
-        spare: list[bytearray] = []
+        workers = min(READERS if device.type == "cpu" else DEVICE_READERS, os.cpu_count() or 1)
 
-        def read(number: int) -> tuple[Resident, bytearray]:
-            need = self.manifest.layout(self.manifest.segments[number]).pages_begin
-            buffer = spare.pop() if spare else bytearray()
-            buffer = buffer if len(buffer) >= need else bytearray(need)
-            return self.resident(number, buffer).on(device), buffer
-
-        def hand_out(waiting: deque[Future[tuple[Resident, bytearray]]]) -> Iterator[tuple[Segment, Resident]]:
+        def hand_out(waiting: deque[tuple[Room, Future[Resident]]]) -> Iterator[tuple[Segment, Resident]]:
             for number, part in enumerate(self.manifest.segments):
-                found, buffer = waiting.popleft().result()
+                room, reading = waiting.popleft()
+                found = reading.result()
                 self.learn_checks(number, found)
                 yield part, found
-                spare.append(buffer)
                 if number + ahead < len(self.manifest.segments):
-                    waiting.append(readers.submit(read, number + ahead))
+                    waiting.append((room, readers.submit(self.resident, number + ahead, room)))
 
-        ahead = workers + 1
+        ahead = min(workers + 1, len(self.manifest.segments))
+        rooms = [room_on(device) for _ in range(ahead)]
         readers = ThreadPoolExecutor(workers)
         try:
-            yield hand_out(deque(readers.submit(read, n) for n in range(min(ahead, len(self.manifest.segments)))))
+            yield hand_out(deque((room, readers.submit(self.resident, n, room)) for n, room in enumerate(rooms)))
         finally:
             readers.shutdown(cancel_futures=True)
 
-    def resident(self, number: int, buffer: bytearray | None = None) -> Resident:
-        """What stays in memory of a segment, checked; in `buffer` where one is given."""
+    def resident(self, number: int, room: Room | None = None) -> Resident:
+        """What stays in memory of a segment, checked; in a room where one is given."""
         part = self.manifest.segments[number]
         descriptor = files.open_for_reading(self.folder, part.file)
         try:
             layout = self.manifest.layout(part)
             segment.check_size(descriptor, layout, self.path(number))
-            return segment.read_head(descriptor, layout, part.sha256, self.path(number), buffer)
+            return segment.read_head(descriptor, layout, part.sha256, self.path(number), room or Room())
         finally:
             os.close(descriptor)
 
