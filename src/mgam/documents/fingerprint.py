@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import hashlib
 import json
+from collections.abc import Sequence
 from typing import Any
 
 import torch
+from torch import Tensor
 
 from mgam.integrations.transformers import low_rank
 
@@ -18,17 +20,28 @@ def of_model(model: Any, adapter: str | None = None) -> str:
     """A hash of shapes, number formats and a sample of all weights, and of the adapters that `adapter` names; the
     device does not matter."""
     found = hashlib.sha256()
-    with torch.no_grad():
-        for name, weight in sorted(model.named_parameters()):
-            flat = weight.detach().reshape(-1)
-            step = max(1, flat.numel() // SAMPLE)
-            found.update(f"{name} {tuple(weight.shape)} {weight.dtype}\n".encode())
-            found.update(flat[::step][:SAMPLE].contiguous().cpu().view(torch.uint8).numpy().tobytes())
+    weights = sorted(model.named_parameters())
+    samples = [_sample(weight.detach().reshape(-1)) for _, weight in weights]
+    for (name, weight), sample in zip(weights, _on_cpu(samples), strict=True):
+        found.update(f"{name} {tuple(weight.shape)} {weight.dtype}\n".encode())
+        found.update(sample.numpy().tobytes())
     rotary = getattr(model.config.get_text_config(decoder=True), "rope_parameters", None)
     found.update(json.dumps(rotary, sort_keys=True, default=str).encode())
     if adapter is not None:
         found.update(low_rank.fingerprint(adapter).encode())
     return found.hexdigest()
+
+
+def _sample(flat: Tensor) -> Tensor:
+    """Bytes of a sample of numbers."""
+    return flat[:: max(1, flat.numel() // SAMPLE)][:SAMPLE].contiguous().view(torch.uint8)
+
+
+def _on_cpu(samples: Sequence[Tensor]) -> Sequence[Tensor]:
+    """The same on the CPU: from one device they are fetched at once."""
+    if len({sample.device for sample in samples}) != 1:
+        return [sample.cpu() for sample in samples]
+    return torch.cat(list(samples)).cpu().split([len(sample) for sample in samples])
 
 
 def of_tokenizer(tokenizer: Any) -> str:

@@ -56,7 +56,6 @@ def attend(
     Raises:
         SettingError: when shapes, dtypes, devices or indices do not fit one another, before anything is launched.
     """
-    from mgam.attend.triton.autograd import Read
     from mgam.attend.triton.forward import read
     from mgam.attend.triton.lists import Lists, check
     from mgam.attend.triton.tables import Turn
@@ -75,6 +74,8 @@ def attend(
         states.requires_grad for states in (queries, *pyramid.keys, *pyramid.values)
     ):
         return read(queries, lists, pyramid.keys, pyramid.values, scale, turn=turn, softcap=softcap, out=out).out
+    from mgam.attend.triton.autograd import Read
+
     return Read.apply(queries, lists, turn, scale, softcap, *pyramid.keys, *pyramid.values)
 
 
