@@ -37,10 +37,12 @@ from mgam.documents.tiers import HostPages, parse_memory, slots_for
 from mgam.documents.tokens import Frame, Places, Tokens, encode
 from mgam.engine import Record
 from mgam.errors import DigestError, DocumentError
+from mgam.integrations import warming
 from mgam.integrations.memory import peak_memory_bytes
 from mgam.integrations.transformers.apply import applied_to, apply
 from mgam.integrations.transformers.cache import PyramidCache
 from mgam.schedule import Schedule, Span
+from mgam.turns import quick_turns
 
 ROOM = 2048
 """Tokens of questions and answers that there is room for at once; more takes copying."""
@@ -148,7 +150,9 @@ class Document:
             )
         bound = parse_memory(memory)
         device = model.device
-        with store.residents(device) as parts:  # which are being read while the rest is made ready
+        beside = warming.beside(device, model.dtype)
+        with beside, quick_turns(), store.residents(device) as parts:  # which are read while the rest is made ready
+            warming.import_kernels(device)
             check_model(manifest, model, tokenizer, folder)
             wanted = manifest.settings
             if question_budget is not None:
@@ -162,6 +166,7 @@ class Document:
             slots = slots_for(manifest.shape, manifest.tokens, room, bound, device)
             pool, cache = prepare(model, manifest.shape, manifest.tokens + room, slots)
             tokens, recent = _load(store, parts, cache)
+        warming.finish(device, model.dtype)
         if tier == "disk":
             pool.fetch = store.read_pages
         else:

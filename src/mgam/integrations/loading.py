@@ -65,10 +65,13 @@ def load(
     location = locate(name, download=download, on_status=on_status)
     if (folder := Path(location)).is_dir():
         refuse_weights_if_too_large(folder, number_format, place)
-    tokenizer = _load_tokenizer(location, download)
-    model = _load_model(location, number_format, download)
+    from mgam.integrations import warming
+
+    with warming.beside(place, number_format):
+        tokenizer = _load_tokenizer(location, download)
+        model = _placed(_load_model(location, number_format, download), place)
     model.name_or_path = name or DEFAULT_MODEL  # what the user knows it by, not where the cache keeps it
-    return Loaded(_placed(model, place).eval(), tokenizer)
+    return Loaded(model.eval(), tokenizer)
 
 
 def locate(name: str | None, *, download: bool = False, on_status: Callable[[str], None] | None = None) -> str:
