@@ -48,9 +48,15 @@ def finish(device: torch.device, dtype: torch.dtype) -> None:
 
 
 def _begun(device: torch.device, dtype: torch.dtype) -> list[Future[Any]]:
-    here = torch.device("cuda", torch.cuda.current_device()) if device.index is None else device
+    here = device if device.index is not None else torch.device("cuda", _current())
     begun: list[Future[Any]] = [_libraries(here, dtype)]
     return [*begun, _triton()] if kernels.installed() else begun
+
+
+def _current() -> int:
+    """The device that is meant where none is numbered; asked for only where CUDA runs already, else a thread starts
+    it."""
+    return torch.cuda.current_device() if torch.cuda.is_initialized() else 0
 
 
 @cache

@@ -16,9 +16,9 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from mgam.documents.store import files, rounding
+from mgam.documents.store.landing import PIECE, Landing
 from mgam.documents.store.layout import CODES, SIZES, Layout, Place
 from mgam.documents.store.pages import checksums
-from mgam.documents.store.rooms import PIECE, Room
 from mgam.errors import DigestError
 
 Numbers = NDArray[Any]
@@ -128,29 +128,29 @@ def check_size(descriptor: int, layout: Layout, path: Path) -> None:
         raise DigestError(f"{path} has another header than its digest calls for: it is damaged or foreign")
 
 
-def read_head(descriptor: int, layout: Layout, sha256: str, path: Path, room: Room) -> Resident:
-    """All that stands before the pages, in a room that is used again for the next segment.
+def read_head(descriptor: int, layout: Layout, sha256: str, path: Path, landing: Landing) -> Resident:
+    """All that stands before the pages, at a landing that is used again for the next segment.
 
     Raises:
         DigestError: it does not fit its checksum, or ends early.
     """
-    room.begin(layout)
+    landing.begin(layout)
     found = hashlib.sha256()
     for first in range(0, layout.pages_begin, PIECE):
         last = min(first + PIECE, layout.pages_begin)
-        piece = room.piece(first, last)
+        piece = landing.piece(first, last)
         try:
             got = files.read_at(descriptor, piece, first)
         except OSError as error:
             raise DigestError(f"{path} cannot be read: {error.strerror}") from error
         found.update(piece[:got])
-        room.keep(first, last)
+        landing.keep(first, last)
     if found.hexdigest() != sha256:
         raise DigestError(
             f"{path} is damaged between byte 0 and {layout.pages_begin:,} (tokens, summaries or search keys); "
             "digest the texts again, or take the segment from a copy"
         )
-    return Resident(*room.held(layout), layout)
+    return Resident(*landing.held(layout), layout)
 
 
 @dataclass(frozen=True)

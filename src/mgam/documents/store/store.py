@@ -18,8 +18,8 @@ from torch import Tensor
 
 from mgam.documents.sources import read_source
 from mgam.documents.store import files, segment
+from mgam.documents.store.landing import Landing, landing_on
 from mgam.documents.store.manifest import Manifest, Segment, Text
-from mgam.documents.store.rooms import Room, room_on
 from mgam.documents.store.segment import Numbers, Resident
 from mgam.errors import DigestError, MgamError
 
@@ -122,31 +122,31 @@ class Store:
         """
         workers = min(READERS if device.type == "cpu" else DEVICE_READERS, os.cpu_count() or 1)
 
-        def hand_out(waiting: deque[tuple[Room, Future[Resident]]]) -> Iterator[tuple[Segment, Resident]]:
+        def hand_out(waiting: deque[tuple[Landing, Future[Resident]]]) -> Iterator[tuple[Segment, Resident]]:
             for number, part in enumerate(self.manifest.segments):
-                room, reading = waiting.popleft()
+                landing, reading = waiting.popleft()
                 found = reading.result()
                 self.learn_checks(number, found)
                 yield part, found
                 if number + ahead < len(self.manifest.segments):
-                    waiting.append((room, readers.submit(self.resident, number + ahead, room)))
+                    waiting.append((landing, readers.submit(self.resident, number + ahead, landing)))
 
         ahead = min(workers + 1, len(self.manifest.segments))
-        rooms = [room_on(device) for _ in range(ahead)]
+        landings = [landing_on(device) for _ in range(ahead)]
         readers = ThreadPoolExecutor(workers)
         try:
-            yield hand_out(deque((room, readers.submit(self.resident, n, room)) for n, room in enumerate(rooms)))
+            yield hand_out(deque((one, readers.submit(self.resident, n, one)) for n, one in enumerate(landings)))
         finally:
             readers.shutdown(cancel_futures=True)
 
-    def resident(self, number: int, room: Room | None = None) -> Resident:
-        """What stays in memory of a segment, checked; in a room where one is given."""
+    def resident(self, number: int, landing: Landing | None = None) -> Resident:
+        """What stays in memory of a segment, checked; at a landing where one is given."""
         part = self.manifest.segments[number]
         descriptor = files.open_for_reading(self.folder, part.file)
         try:
             layout = self.manifest.layout(part)
             segment.check_size(descriptor, layout, self.path(number))
-            return segment.read_head(descriptor, layout, part.sha256, self.path(number), room or Room())
+            return segment.read_head(descriptor, layout, part.sha256, self.path(number), landing or Landing())
         finally:
             os.close(descriptor)
 

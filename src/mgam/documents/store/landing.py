@@ -1,4 +1,4 @@
-"""Room for what stays in memory of a segment, used for one after the other: in main memory, or on a GPU.
+"""Where what stays in memory of a segment comes to, used for one after the other: main memory, or a GPU's.
 
 A GPU gets it piece by piece through a little pinned memory: while one piece is sent, the next is read and hashed.
 """
@@ -16,7 +16,7 @@ PIECE = 2**22
 """Bytes read and hashed at a time: they are in the processor's cache still when they are hashed."""
 
 
-class Room:
+class Landing:
     """Main memory for one segment at a time."""
 
     def __init__(self) -> None:
@@ -39,7 +39,7 @@ class Room:
         return memoryview(self._memory)[: layout.pages_begin], None
 
 
-class DeviceRoom(Room):
+class DeviceLanding(Landing):
     """Memory of a device for one segment at a time. Whole numbers stay in main memory too, where they are used.
 
     Made by the thread that will read what is held, on the stream on which it does.
@@ -94,6 +94,6 @@ class DeviceRoom(Room):
         return self._staged[first // PIECE % 2, : last - first]
 
 
-def room_on(device: torch.device) -> Room:
-    """Room on a device."""
-    return Room() if device.type == "cpu" else DeviceRoom(device)
+def landing_on(device: torch.device) -> Landing:
+    """Landing on a device."""
+    return Landing() if device.type == "cpu" else DeviceLanding(device)

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from mgam.documents.store import rooms, segment
+from mgam.documents.store import landing, segment
 from mgam.errors import DigestError
 
 from . import tiny
@@ -20,15 +20,15 @@ CPU = torch.device("cpu")
 @pytest.fixture(params=[64, 1000, 2**22])
 def piece(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> int:
     """Bytes at a time: far fewer than the whole numbers, not a divisor of anything, all at once."""
-    for module in (rooms, segment):
+    for module in (landing, segment):
         monkeypatch.setattr(module, "PIECE", request.param)
     return int(request.param)
 
 
 @pytest.mark.parametrize("eight_bits", [False, True])
-def test_a_room_on_a_device_holds_what_main_memory_would(digest: Make, piece: int, eight_bits: bool) -> None:
+def test_a_landing_on_a_device_holds_what_main_memory_would(digest: Make, piece: int, eight_bits: bool) -> None:
     store = digest(tiny.source(300), eight_bits=eight_bits).store
-    one = rooms.DeviceRoom(CPU)
+    one = landing.DeviceLanding(CPU)
     for number, part in enumerate(store.manifest.segments):
         plain, moved = store.resident(number), store.resident(number, one)
         assert moved.moved is not None
@@ -45,7 +45,7 @@ def test_a_room_on_a_device_holds_what_main_memory_would(digest: Make, piece: in
 def test_damage_anywhere_is_found_on_the_way_to_a_device(digest: Make, piece: int, tmp_path: Path) -> None:
     store = digest(tiny.source(300)).store
     layout = store.manifest.layout(store.manifest.segments[0])
-    file, one = store.path(0), rooms.DeviceRoom(CPU)
+    file, one = store.path(0), landing.DeviceLanding(CPU)
     whole = file.read_bytes()
     for place in (len(layout.header), layout.numbers_end - 1, layout.numbers_end, layout.pages_begin - 1):
         file.write_bytes(whole[:place] + bytes([whole[place] ^ 1]) + whole[place + 1 :])
@@ -64,16 +64,16 @@ def test_a_file_that_ends_early_is_damaged(digest: Make, piece: int, monkeypatch
         return read(descriptor, [views[0][: max(0, end - offset)]], offset)
 
     monkeypatch.setattr(os, "preadv", short)
-    for room in (rooms.Room(), rooms.DeviceRoom(CPU)):
+    for one in (landing.Landing(), landing.DeviceLanding(CPU)):
         with pytest.raises(DigestError, match="is damaged between byte 0"):
-            store.resident(0, room)
+            store.resident(0, one)
 
 
-def test_residents_pass_through_rooms_on_a_device(digest: Make, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_residents_come_to_a_device(digest: Make, monkeypatch: pytest.MonkeyPatch) -> None:
     document = digest(tiny.source(900))
     expected = document.ask("What is it?", max_new_tokens=3).answer
     document.close()
-    monkeypatch.setattr("mgam.documents.store.store.room_on", rooms.DeviceRoom)
+    monkeypatch.setattr("mgam.documents.store.store.landing_on", landing.DeviceLanding)
     again = document.open(document.path, document.model, document.tokenizer)
     assert len(document.manifest.segments) > 3
     assert again.ask("What is it?", max_new_tokens=3).answer == expected
