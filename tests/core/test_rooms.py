@@ -10,7 +10,7 @@ import mgam
 SOURCE = Path(mgam.__file__).parent
 ROOMS = [
     ("errors",),
-    ("levels", "schedule", "positions", "merge", "kernels", "processes"),
+    ("levels", "schedule", "positions", "merge", "kernels", "processes", "turns"),
     ("pyramid", "pyramid_triton", "cover"),
     ("attend", "policies"),
     ("settings", "segments", "engine", "device", "step"),
