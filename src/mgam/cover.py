@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -48,6 +49,7 @@ class Cover:
     placed: tuple[Tensor, tuple[Tensor, ...]] | None = None
     """Counts (N, H, 1+L) int32 of the lists' entries and their ranks (as `ranks` has them, int64, in the lists'
     shapes), where the maker has worked them out."""
+    _sums: dict[str, Any] = field(default_factory=dict, init=False, repr=False, compare=False)
 
     def __post_init__(self) -> None:
         if len(self.summaries) != self.levels.top:
@@ -101,7 +103,13 @@ class Cover:
         return list(self.counted(blocks).tolist())
 
     def counted(self, blocks: Blocks) -> Tensor:
-        """The same (1+L,), in float64 on the cover's device: nothing waits for it."""
+        """The same (1+L,), in float64 on the cover's device: nothing waits for it, and it is found once."""
+        if self._sums.get("blocks") is not blocks:
+            self._sums.update(blocks=blocks, counted=self._counted(blocks))
+        counted: Tensor = self._sums["counted"]
+        return counted
+
+    def _counted(self, blocks: Blocks) -> Tensor:
         if self.placed is not None and self.known is not None:
             length, weight, near = self._near(blocks, self.placed[0].device)
             return torch.addcmul(near, length @ self.placed[0].double().mean(1), weight)

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from collections import defaultdict
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import cache, cached_property
 from itertools import groupby
 from types import ModuleType
@@ -19,9 +19,9 @@ from torch import Tensor
 from mgam import kernels
 from mgam.attend import attend, blockwise
 from mgam.attend.dispatch import serving
-from mgam.cover import Cover, dense_cover
+from mgam.cover import Cover, Known, dense_cover
 from mgam.levels import Levels
-from mgam.policies.base import Heard, Policy
+from mgam.policies.base import ByPlace, Heard, Policy
 from mgam.policies.scored import Scored
 from mgam.positions import Positions
 from mgam.pyramid import Pyramid
@@ -55,6 +55,29 @@ class Reading:
     def policy_of(self, blocks: Blocks) -> Policy:
         """Who chooses for these blocks."""
         return self.asking if blocks.asking and self.asking is not None else self.policy
+
+
+@dataclass(frozen=True)
+class Stage:
+    """What is read between two times at which tokens are forgotten."""
+
+    groups: tuple[tuple[bool, Blocks], ...]
+    begin: list[int]
+    """Where the first block of each row was decided, among those that are not dense; -1 for a row without any."""
+    read_to: list[int]
+    """Where the last block of each row ends; 0 for a row without any."""
+
+    @classmethod
+    def of(cls, groups: Sequence[tuple[bool, Blocks]], rows: int) -> Stage:
+        """The stage of these groups, of so many rows."""
+        begin, read_to = [-1] * rows, [0] * rows
+        for dense, blocks in groups:
+            places = zip(blocks.row.tolist(), blocks.decide.tolist(), blocks.stop.tolist(), strict=True)
+            for row, decide, stop in places:
+                read_to[row] = max(read_to[row], stop)
+                if not dense:
+                    begin[row] = decide if begin[row] < 0 else min(begin[row], decide)
+        return cls(tuple(groups), begin, read_to)
 
 
 @dataclass(frozen=True)
@@ -120,37 +143,25 @@ class Plan:
             return None
         return blocks if torch.equal(blocks.row, torch.arange(len(self.before))) else None
 
-    def begin(self, groups: Sequence[tuple[bool, Blocks]]) -> list[int]:
-        """Where the first block of each row was decided, among those that are not dense; -1 for a row without any."""
-        found = [-1] * len(self.before)
-        for dense, blocks in groups:
-            for row, decide in zip(blocks.row.tolist(), blocks.decide.tolist(), strict=True) if not dense else ():
-                found[row] = decide if found[row] < 0 else min(found[row], decide)
-        return found
+    @cached_property
+    def at_once(self) -> list[Stage]:
+        """First what is dense, then all the rest."""
+        halves = [tuple(group for group in self.groups if group[0] == dense) for dense in (True, False)]
+        return [Stage.of(groups, len(self.before)) for groups in halves if groups]
 
-    def read_to(self, groups: Sequence[tuple[bool, Blocks]]) -> list[int]:
-        """Where the last block of each row ends; 0 for a row without any."""
-        found = [0] * len(self.before)
-        for _, blocks in groups:
-            for row, stop in zip(blocks.row.tolist(), blocks.stop.tolist(), strict=True):
-                found[row] = max(found[row], stop)
-        return found
-
-    def stages(self, by_block: bool) -> list[tuple[tuple[bool, Blocks], ...]]:
-        """The groups in the order in which they must be read when tokens are forgotten in between.
-
-        First what is dense, then the rest: at once, or the n-th block of every row together.
-        """
+    @cached_property
+    def by_block(self) -> list[Stage]:
+        """First what is dense, then the n-th block of every row together."""
         found: dict[int, list[tuple[bool, Blocks]]] = defaultdict(list)
         rest = sorted(place for dense, blocks in self.groups if not dense for place in blocks.places())
         number: dict[tuple[int, int], int] = {}
         for _, places in groupby(rest, key=lambda place: place[0]):
             number |= {place: count for count, place in enumerate(places, start=1)}
         for dense, blocks in self.groups:
-            stage = [0 if dense else number[place] if by_block else 1 for place in blocks.places()]
+            stage = [0 if dense else number[place] for place in blocks.places()]
             for one in sorted(set(stage)):
                 found[one].append((dense, blocks[torch.tensor([other == one for other in stage])]))
-        return [tuple(found[one]) for one in sorted(found)]
+        return [Stage.of(found[one], len(self.before)) for one in sorted(found)]
 
 
 @dataclass
@@ -228,11 +239,14 @@ def read(
         with torch.no_grad():
             observe(heard, pyramid)
     out: Tensor | None = None
-    for groups in plan.stages(reading.policy.by_block) if evict else [plan.groups]:  # type: ignore[attr-defined]
+    stages = [Stage(plan.groups, [], [])]
+    if evict:
+        stages = plan.by_block if reading.policy.by_block else plan.at_once  # type: ignore[attr-defined]
+    for stage in stages:
         if evict:
             with torch.no_grad():
-                evict(heard, plan.begin(groups), pyramid)
-        for dense, blocks in groups:
+                evict(heard, stage.begin, pyramid)
+        for dense, blocks in stage.groups:
             for part in _segments(dense, blocks, plan, reading, pyramid, queries, softcap is not None):
                 taken = part.take(queries)
                 cover = _choose(taken, queries, recent, part, plan, pyramid, reading)
@@ -247,7 +261,7 @@ def read(
                     _watch(record, taken, there, cover, pyramid, reading, scale, softcap, layer)
         if evict:
             with torch.no_grad():
-                reading.policy.count(heard, plan.read_to(groups), pyramid)  # type: ignore[attr-defined]
+                reading.policy.count(heard, stage.read_to, pyramid)  # type: ignore[attr-defined]
     return torch.zeros_like(queries) if out is None else out
 
 
@@ -312,11 +326,18 @@ def _choose(
         if part.dense:
             key = ("dense", heads, levels, queries.device)
             return blocks.once(key, lambda: dense_cover(blocks, heads, levels, queries.device))
-        voters = None
-        policy = reading.policy_of(blocks)
+        policy, there = reading.policy_of(blocks), blocks.moved(pyramid.gone)
         if policy.votes:
             voters = part.voters(taken.detach(), queries.detach(), recent, plan.before)
-        return policy.choose(voters, blocks.moved(pyramid.gone), pyramid, levels)
+            return policy.choose(voters, there, pyramid, levels)
+        if not isinstance(policy, ByPlace):
+            return policy.choose(None, there, pyramid, levels)
+
+        def find() -> Cover:
+            cover = policy.choose(None, there, pyramid, levels)
+            return replace(cover, known=Known(cover.begin, cover.most))
+
+        return there.once(("cover", policy, heads, levels, queries.device), find)
 
 
 def _segments(
@@ -324,9 +345,9 @@ def _segments(
 ) -> list[Segment]:
     """Cuts a group so that no working tensor grows with the call. `written`: logits are written out, head by head."""
     device = queries.device
-    heads = pyramid.keys[0].shape[1]
     per_head = not dense and bool(getattr(reading.policy_of(blocks), "per_head", False))
-    in_place = serving(queries, pyramid, reading.backend) == "triton" and not per_head  # those are gathered
+    heads = queries.shape[1] if per_head else pyramid.keys[0].shape[1]
+    in_place = serving(queries, pyramid, reading.backend) == "triton"
     sized = blocks.once("padded", lambda: padded(blocks)) if in_place and queries.is_cuda else blocks
 
     tokens = sized.once("tokens", lambda: int(sized.stop.max()) if len(sized) else 0)
@@ -334,7 +355,7 @@ def _segments(
         per_block = _kernel_elements(sized, tokens, reading, heads, queries)
         limit = KERNEL_ELEMENTS if queries.is_cuda else CPU_ELEMENTS
     else:
-        per_block = _elements(dense, sized, tokens, reading, queries.shape[1] if per_head else heads, queries, written)
+        per_block = _elements(dense, sized, tokens, reading, heads, queries, written)
         limit = GPU_ELEMENTS if queries.is_cuda else CPU_ELEMENTS
     step = max(1, limit // max(per_block, 1))
 

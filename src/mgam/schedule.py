@@ -176,8 +176,9 @@ class Blocks:
 
     def moved(self, by: Sequence[int]) -> Blocks:
         """The same blocks where row b has lost `by[b]` tokens before them."""
-        if not any(by):
-            return self
+        return self.once(("moved", *by), lambda: self._moved(by)) if any(by) else self
+
+    def _moved(self, by: Sequence[int]) -> Blocks:
         lost = torch.tensor(list(by))[self.row.cpu()].to(self.row.device)
         places = (self.start - lost, self.decide - lost, self.vote_from - lost, self.vote_to - lost)
         start, decide, vote_from, vote_to = places

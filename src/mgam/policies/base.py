@@ -46,6 +46,13 @@ class Policy(Protocol):
 
 
 @runtime_checkable
+class ByPlace(Protocol):
+    """A policy whose choice follows from places alone, so that the layers of a call share its covers."""
+
+    by_place: bool
+
+
+@runtime_checkable
 class PerLayer(Protocol):
     """The policies of a model's layers, where they differ."""
 

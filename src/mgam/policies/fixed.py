@@ -19,6 +19,7 @@ class Full:
     """Everything at level 0: dense attention."""
 
     votes = False
+    by_place = True
 
     def choose(self, voters: Voters | None, blocks: Blocks, pyramid: Pyramid, levels: Levels) -> Cover:
         """Dense covers."""
@@ -38,6 +39,7 @@ class Window:
     mass: float = 1.0
 
     votes = False
+    by_place = True
 
     def choose(self, voters: Voters | None, blocks: Blocks, pyramid: Pyramid, levels: Levels) -> Cover:
         """Covers that open the first chunk only."""
@@ -61,6 +63,7 @@ class Dyadic:
     mass: float = 1.0
 
     votes = False
+    by_place = True
 
     def choose(self, voters: Voters | None, blocks: Blocks, pyramid: Pyramid, levels: Levels) -> Cover:
         """Covers whose chunks grow with distance."""

@@ -31,6 +31,7 @@ class Local:
     tokens: int = 64
 
     votes = False
+    by_place = True
 
     def choose(self, voters: Voters | None, blocks: Blocks, pyramid: Pyramid, levels: Levels) -> Cover:
         """Covers that look at places only."""
@@ -77,6 +78,7 @@ class Blockwise:
     exchange: int = 256
 
     votes = False
+    by_place = True
 
     @property
     def window(self) -> int:
