@@ -188,6 +188,21 @@ def test_strided_states() -> None:
     made.compare(got, want.out)
 
 
+@pytest.mark.parametrize("name", ["ragged", "one query, granular"])
+def test_each_query_head_may_read_its_own_cover(name: str) -> None:
+    from mgam.attend import attend
+
+    made = CASES[name].make(DTYPES[-1])
+    group = made.queries.shape[1] // made.cover.opened.shape[1]
+    opened = made.cover.opened.repeat_interleave(group, 1)
+    opened[:, ::group] = -1  # the first head of each group opens nothing
+    summaries = tuple(index.repeat_interleave(group, 1) for index in made.cover.summaries)
+    cover = replace(made.cover, opened=opened, summaries=summaries)
+    want = oracle(replace(made, cover=cover))
+    got = attend(made.queries, made.blocks, cover, made.pyramid, made.positions, made.scale, backend="triton")
+    made.compare(got, want.out)
+
+
 @dataclass
 class Broken:
     words: str

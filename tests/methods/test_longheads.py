@@ -78,7 +78,7 @@ def test_rows_move_and_a_cache_is_cropped() -> None:
     pyramid.select(torch.tensor([1, 1, 0]))
     assert torch.equal(kept(pyramid).keys[0, :, :7], kept(pyramid).keys[1, :, :7])
     pyramid.crop([3, 3, 3])
-    assert kept(pyramid).tail[0].shape[1] == 27 - kept(pyramid).begin[0]
+    assert sum(part.shape[1] for part in kept(pyramid).tail[0]) == 27 - kept(pyramid).begin[0]
     with pytest.raises(SettingError, match="cropped"):
         pyramid.crop([10, 10, 10])
 

@@ -6,13 +6,10 @@ import pytest
 import torch
 
 from mgam import methods
-from mgam.attend import attend
 from mgam.engine import Plan, Reading, read
-from mgam.errors import SettingError
 from mgam.levels import Levels
 from mgam.policies import Voters
 from mgam.policies.ranked import Boxes, ByBound, ByMean
-from mgam.positions import Positions
 from mgam.pyramid import Pyramid
 from mgam.schedule import Blocks, Schedule
 
@@ -99,15 +96,6 @@ def test_a_prompt_is_dense_for_methods_that_serve_generation() -> None:
     torch.testing.assert_close(out[True][:, :, :26], full[:, :, :26], atol=1e-12, rtol=0)
     assert torch.equal(out[True][:, :, 26:], out[False][:, :, 26:])
     assert not torch.allclose(out[True][:, :, 26:], full[:, :, 26:], atol=1e-3)
-
-
-def test_triton_names_what_it_cannot_do() -> None:
-    queries, keys, values = states(40)
-    pyramid, blocks = Pyramid.of(keys, values, LEVELS), blocks_at([39])
-    voters = Voters(queries[:, :, 39:], torch.ones(1, 1, dtype=torch.bool))
-    cover = ByMean(8, 1, sink=False, per_head=True).choose(voters, blocks, pyramid, LEVELS)
-    with pytest.raises(SettingError, match="per query head"):
-        attend(queries[:, :, 39:], blocks, cover, pyramid, Positions(), 0.3, backend="triton")
 
 
 def test_declared() -> None:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cache
 
 import torch
@@ -69,7 +69,7 @@ BACKENDS: dict[str, Backend] = {
 
 
 def serving(queries: Tensor, pyramid: Pyramid, backend: str | None = None) -> str:
-    """Name of the backend that `attend` would run with a cover per KV head.
+    """Name of the backend that `attend` would run.
 
     Raises:
         SettingError: as `choose` does.
@@ -126,14 +126,26 @@ def attend(
         if backend not in (None, "torch"):
             raise SettingError(f"backend {backend!r} cannot read a digest; choose 'torch', or leave it out")
         return blockwise.attend(queries, blocks, cover, pyramid, positions, scale, softcap)
-    if cover.opened.shape[1] != pyramid.keys[0].shape[1]:
-        if backend == "triton":
-            raise SettingError(
-                "backend 'triton' cannot serve a cover per query head: it loads each KV head once for its whole group; "
-                "choose 'torch', or leave it out"
-            )
-        backend = backend or "torch"
-    return choose(queries, backend).run(queries, blocks, cover, pyramid, positions, scale, softcap, out=out)
+    chosen, given = choose(queries, backend), (pyramid, positions, scale, softcap)
+    group = cover.opened.shape[1] // pyramid.keys[0].shape[1]
+    if group == 1 or chosen.backend != "triton":
+        return chosen.run(queries, blocks, cover, *given, out=out)
+    # A kernel loads each KV head once for all that share a cover: here for one query head of each group.
+    parts = [
+        chosen.run(queries[:, member::group], blocks, _of_heads(cover, slice(member, None, group)), *given, out=None)
+        for member in range(group)
+    ]
+    return torch.stack(parts, 2).flatten(1, 2)
+
+
+def _of_heads(cover: Cover, some: slice) -> Cover:
+    """What some of the heads read."""
+    return replace(
+        cover,
+        opened=cover.opened[:, some],
+        summaries=tuple(index[:, some] for index in cover.summaries),
+        placed=None,
+    )
 
 
 def _refused(name: str, queries: Tensor) -> tuple[str, ...]:

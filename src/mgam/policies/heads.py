@@ -11,7 +11,7 @@ from torch import Tensor
 from mgam.errors import SettingError
 from mgam.levels import Levels
 from mgam.policies.base import Heard, Voters
-from mgam.policies.ranked import Ranked, dots, first_chunks
+from mgam.policies.ranked import Ranked, dots
 from mgam.positions import Positions, rotate
 from mgam.pyramid import Pyramid
 from mgam.schedule import Blocks
@@ -23,6 +23,8 @@ ELEMENTS = 1 << 24
 @dataclass(frozen=True)
 class ByChunkKey(Ranked):
     """A chunk is as good as the product of its own key with the query, which stands at position 0 (Lu et al. 2024)."""
+
+    adds_up = True
 
     def observe(self, heard: Heard, pyramid: Pyramid) -> None:
         """Makes the keys of chunks that became complete."""
@@ -36,7 +38,7 @@ class ByChunkKey(Ranked):
         """q . C, without scale."""
         kept = pyramid.carried[ChunkKeys]
         assert isinstance(kept, ChunkKeys)
-        found = dots(voters.queries, first_chunks(kept.keys, blocks, chunks))
+        found = dots(voters.queries, kept.keys, blocks, chunks)
         return found.flatten(1, 2).unflatten(1, (pyramid.keys[0].shape[1], -1))
 
 
@@ -54,23 +56,30 @@ class ChunkKeys:
         self.chunk = chunk
         self.keys = like.new_empty(like.shape[0], like.shape[1], 0, like.shape[3])
         self.begin = [0] * len(before)
-        self.tail = [like.new_empty(like.shape[1], 0, like.shape[3])] * len(before)
-        """Queries of each row from position `begin[b]` on: those of the open chunk and of the one before it."""
+        self.tail: list[list[Tensor]] = [[] for _ in before]
+        """Queries (H*G, n, D) of each row from position `begin[b]` on, as they came: those of the open chunk and of the
+        one before it."""
 
     def extend(self, heard: Heard, pyramid: Pyramid) -> None:
         """Takes the queries of a call and makes the keys of the chunks that it completes."""
         self._widen(max(pyramid.lengths) // self.chunk)
         step = max(1, ELEMENTS // (heard.queries.shape[1] * self.chunk**2))
         for row, (old, new) in enumerate(zip(heard.before, pyramid.lengths, strict=True)):
-            known = torch.cat((self.tail[row], heard.between(row, old, new)), 1)
+            if old == new:
+                continue
+            came = heard.between(row, old, new)
             done, complete = old // self.chunk, new // self.chunk
+            if done == complete:  # what is one of many columns must not keep them all
+                self.tail[row] = [*self.tail[row], came if heard.queries.shape[2] == 1 else came.clone()]
+                continue
+            known = torch.cat((*self.tail[row], came), 1)
             for low in range(done, complete, step):
                 high = min(low + step, complete)
                 part = known[:, low * self.chunk - self.begin[row] : high * self.chunk - self.begin[row]]
                 made = _chunk_keys(part.unflatten(1, (high - low, self.chunk)), row, low, pyramid, heard.positions)
                 self.keys[row, :, low:high] = made
             begin = max(0, complete - 1) * self.chunk
-            self.tail[row] = known[:, max(0, begin - self.begin[row]) :].clone()
+            self.tail[row] = [known[:, max(0, begin - self.begin[row]) :].clone()]
             self.begin[row] = max(begin, self.begin[row])
 
     def select(self, rows: Tensor) -> None:
@@ -91,7 +100,8 @@ class ChunkKeys:
                     f"longheads keeps the queries of two chunks of {self.chunk} tokens, so a cache cannot be cropped "
                     f"to {length} tokens any more; read the text again"
                 )
-            self.tail[row] = self.tail[row][:, : length - self.begin[row]]
+            if self.tail[row]:
+                self.tail[row] = [torch.cat(self.tail[row], 1)[:, : length - self.begin[row]]]
 
     def _widen(self, chunks: int) -> None:
         if chunks > self.keys.shape[2]:
@@ -105,7 +115,7 @@ def _chunk_keys(queries: Tensor, row: int, low: int, pyramid: Pyramid, positions
     """Keys (H*G, n, D) of n chunks from number `low` on; queries (H*G, n, w, D)."""
     heads, count, chunk, _ = queries.shape
     index = torch.arange(low, low + count, device=queries.device).expand(1, pyramid.keys[0].shape[1], -1)
-    rows = torch.tensor([row], device=queries.device)
+    rows = torch.full((1,), row, device=queries.device)
     keys, values = (
         part[0].detach().unflatten(1, (count, chunk)) for part in pyramid.chunks(rows, index, torch.zeros_like(rows))
     )

@@ -3,16 +3,18 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from itertools import pairwise
+from typing import ClassVar
 
 import torch
 from torch import Tensor
 
-from mgam.cover import Cover, cover_of, window_start
+from mgam.cover import Cover, Known, cover_of, windows
 from mgam.levels import Levels
 from mgam.policies.base import Rest, Voters
 from mgam.policies.scored import highest
-from mgam.pyramid import Pyramid, take
+from mgam.pyramid import Pyramid
 from mgam.schedule import Blocks
 
 
@@ -30,6 +32,8 @@ class Ranked(ABC):
     """Whether each query head chooses for itself; else the heads of a group choose together."""
 
     votes = True
+    adds_up: ClassVar[bool] = False
+    """Whether a sum of queries judges as its queries do together: then voters are summed before they judge."""
 
     @abstractmethod
     def judge(self, voters: Voters, blocks: Blocks, pyramid: Pyramid, levels: Levels, chunks: int) -> Tensor:
@@ -39,8 +43,8 @@ class Ranked(ABC):
         """Covers for N blocks within the budget."""
         assert voters is not None
         device = pyramid.keys[0].device
-        start = window_start(blocks.decide, self.window, levels).to(device)
-        chunks = int(start.max()) // levels.chunk if len(blocks) else 0
+        begin, start = windows(blocks, self.window, levels, device)
+        chunks = int(begin.max()) // levels.chunk if len(blocks) else 0
         most, first = self.budget // levels.chunk, int(self.sink)
         heads = voters.queries.shape[1] if self.per_head else pyramid.keys[0].shape[1]
         number = torch.arange(chunks, device=device)
@@ -51,10 +55,15 @@ class Ranked(ABC):
         elif chunks - first > most:
             scores = self.scores(voters, blocks, pyramid, levels, chunks).masked_fill(~allowed[:, None], -torch.inf)
             opened &= highest(scores, most)
-        return cover_of(opened, start, levels, rest=self.rest, mass=self.mass, most=first + most, sink=self.sink)
+        cover = cover_of(opened, start, levels, rest=self.rest, mass=self.mass, most=first + most, sink=self.sink)
+        return cover if self.rest != "drop" else replace(cover, known=Known(begin, cover.width))
 
     def scores(self, voters: Voters, blocks: Blocks, pyramid: Pyramid, levels: Levels, chunks: int) -> Tensor:
         """Judgements (N, heads, chunks) in float32 or finer, summed over those who choose together."""
+        if self.adds_up:
+            wide = voters.queries.to(torch.promote_types(voters.queries.dtype, torch.float32))
+            summed = (wide * voters.live[:, None, :, None]).sum(2, keepdim=True)
+            voters = Voters(summed, torch.ones_like(voters.live[:, :1]))
         found = self.judge(voters, blocks, pyramid, levels, chunks)
         found = (found * voters.live[:, None, None, :, None]).sum(3)
         return found.flatten(1, 2) if self.per_head else found.sum(2)
@@ -71,9 +80,11 @@ class Ranked(ABC):
 class ByMean(Ranked):
     """A chunk is as good as its mean key's logit: the gate of MoBA (Lu et al. 2025, arXiv 2502.13189)."""
 
+    adds_up = True
+
     def judge(self, voters: Voters, blocks: Blocks, pyramid: Pyramid, levels: Levels, chunks: int) -> Tensor:
         """The means are level 1 of the pyramid."""
-        return dots(voters.queries, first_chunks(pyramid.keys[1], blocks, chunks))
+        return dots(voters.queries, pyramid.keys[1], blocks, chunks)
 
 
 @dataclass(frozen=True)
@@ -83,9 +94,9 @@ class ByBound(Ranked):
     def judge(self, voters: Voters, blocks: Blocks, pyramid: Pyramid, levels: Levels, chunks: int) -> Tensor:
         """sum_d max(q_d min_d, q_d max_d), which no logit of a key in the chunk exceeds."""
         box = Boxes.of(pyramid, levels)
-        low, high = (first_chunks(side, blocks, chunks) for side in (box.low, box.high))
         queries = voters.queries
-        return dots(queries.clamp_min(0), high) + dots(queries.clamp_max(0), low)
+        above = dots(queries.clamp_min(0), box.high, blocks, chunks)
+        return above + dots(queries.clamp_max(0), box.low, blocks, chunks)
 
 
 @dataclass
@@ -114,32 +125,35 @@ class Boxes:
             self.low, self.high = (_wider(side, room) for side in (self.low, self.high))
         together = len({*zip(self.chunks, targets, strict=True)}) == 1
         for row in range(1 if together else len(targets)):
-            new = torch.arange(self.chunks[row], targets[row], device=self.low.device)
-            if len(new):
-                rows = torch.arange(len(targets), device=new.device) if together else new.new_tensor([row])
-                index = new.expand(len(rows), self.low.shape[1], -1)
-                keys, _ = pyramid.chunks(rows, index, torch.zeros_like(rows))
-                keys = keys.detach().unflatten(2, (len(new), levels.chunk))
-                self.low[rows, :, new[0] : new[-1] + 1] = keys.amin(3)
-                self.high[rows, :, new[0] : new[-1] + 1] = keys.amax(3)
+            first, last = self.chunks[row], targets[row]
+            if first < last:
+                rows = slice(0, len(targets)) if together else slice(row, row + 1)
+                index = torch.arange(first, last, device=self.low.device).expand(
+                    rows.stop - rows.start, self.low.shape[1], -1
+                )
+                numbers = torch.arange(rows.start, rows.stop, device=self.low.device)
+                keys, _ = pyramid.chunks(numbers, index, torch.zeros_like(numbers))
+                keys = keys.detach().unflatten(2, (last - first, levels.chunk))
+                self.low[rows, :, first:last] = keys.amin(3)
+                self.high[rows, :, first:last] = keys.amax(3)
         self.chunks = [max(pair) for pair in zip(self.chunks, targets, strict=True)]
 
 
-def first_chunks(states: Tensor, blocks: Blocks, chunks: int) -> Tensor:
-    """The first chunks (R, H, chunks, D) of the row of each block; one copy, R = 1, where all blocks are of one row."""
+def dots(queries: Tensor, states: Tensor, blocks: Blocks, chunks: int) -> Tensor:
+    """Products (N, H, G, V, chunks), in float32 or finer, of each block's queries (N, H*G, V, D) with the first chunks
+    of its row in states (B, H, C, D)."""
+    heads, wide = states.shape[1], torch.promote_types(queries.dtype, torch.float32)
+    folded = queries.unflatten(1, (heads, -1)).to(wide)
     rows = blocks.row.tolist()
-    if len(set(rows)) == 1:
-        return states[rows[0] : rows[0] + 1, :, :chunks]
-    heads = torch.arange(chunks, device=states.device).expand(len(rows), states.shape[1], -1)
-    return take(states, blocks.row.to(states.device), heads)
-
-
-def dots(queries: Tensor, keys: Tensor) -> Tensor:
-    """Products (N, H, G, V, C) of queries (N, H*G, V, D) with keys (N or 1, H, C, D), in float32 or finer."""
-    heads = keys.shape[1]
-    wide = torch.promote_types(queries.dtype, torch.float32)
-    folded = queries.unflatten(1, (heads, -1))
-    return torch.einsum("nhgvd,nhcd->nhgvc", folded.to(wide), keys.to(wide).expand(folded.shape[0], -1, -1, -1))
+    if rows == [*range(len(states))]:  # as when a token is generated for each
+        return torch.einsum("nhgvd,nhcd->nhgvc", folded, states[:, :, :chunks].to(wide))
+    borders = [0, *(n for n in range(1, len(rows)) if rows[n] != rows[n - 1]), len(rows)]
+    return torch.cat(
+        [
+            torch.einsum("nhgvd,hcd->nhgvc", folded[first:last], states[rows[first], :, :chunks].to(wide))
+            for first, last in pairwise(borders)
+        ]
+    )
 
 
 def _wider(states: Tensor, room: int) -> Tensor:
