@@ -7,6 +7,7 @@ from typing import Protocol
 
 import torch
 from torch import Tensor
+from torch.nn.functional import pad
 
 from mgam import kernels
 from mgam.errors import SettingError
@@ -159,7 +160,7 @@ class Pyramid:
             kept.crop(self.lengths)
 
     def keep(self, places: Sequence[Tensor], floor: Sequence[int]) -> None:
-        """Forgets all tokens of each row but those at `places[b]` (H, n_b), sorted, and frees their memory.
+        """Forgets all tokens of each row but those at `places[b]` (H or 1, n_b), sorted, and frees their memory.
 
         What is kept closes up: from then on token `t` stands at place `t - gone[b]`, and summaries are made of what is
         kept. `floor[b]`: the shortest length that the row can be cropped to afterwards.
@@ -169,18 +170,20 @@ class Pyramid:
         """
         if not self.in_memory:
             raise SettingError("a digest keeps every token; a method that evicts cannot read one")
-        most = max(index.shape[1] for index in places)
-        packed = []
-        for states in (self.keys[0], self.values[0]):
-            part = states.new_zeros(len(places), states.shape[1], most, states.shape[3])
-            for row, index in enumerate(places):
-                wide = index.to(states.device)[..., None].expand(-1, -1, states.shape[3])
-                part[row, :, most - index.shape[1] :] = states[row].gather(1, wide)
-            packed.append(part)
+        counts, states = [index.shape[1] for index in places], (self.keys[0], self.values[0])
+        most, device = max(counts), states[0].device
+        table = torch.stack(
+            [
+                index if count == most else pad(index, (most - count, 0))
+                for index, count in zip(places, counts, strict=True)
+            ]
+        )
+        index = (table if table.device == device else sent(table, device))[..., None]
+        index = index.expand(-1, states[0].shape[1], -1, states[0].shape[3])
         fresh = Pyramid(self.levels)
-        fresh.append(packed[0], packed[1], [index.shape[1] for index in places])
+        fresh.append(states[0].gather(2, index), states[1].gather(2, index), counts)
         self.keys, self.values, self.search, self._reserved = fresh.keys, fresh.values, fresh.search, 0
-        self.gone = [length - index.shape[1] for length, index in zip(self.lengths, places, strict=True)]
+        self.gone = [length - count for length, count in zip(self.lengths, counts, strict=True)]
         self._floor = list(floor)
         self.derived.clear()
 

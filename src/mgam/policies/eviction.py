@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import defaultdict
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -9,7 +10,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from mgam.cover import window_start
+from mgam import kernels
+from mgam.cover import indices, window_start
 from mgam.errors import SettingError
 from mgam.policies.base import Heard
 from mgam.policies.fixed import Full, Window
@@ -46,7 +48,7 @@ class Sliding(Window):
         for row, (start, count) in enumerate(zip(first, pyramid.held, strict=True)):
             sink = min(levels.chunk, start)
             place = torch.cat((torch.arange(sink), torch.arange(start, count)))
-            places.append(place.expand(pyramid.keys[0].shape[1], -1))
+            places.append(place[None])
             if start > sink:
                 floor[row] = begin[row] - self.spare
         pyramid.keep(places, floor)
@@ -108,7 +110,8 @@ class SnapKV(Full):
             if end:
                 asking = kept.rows[row]
                 keys, group = pyramid.keys[0][row, :, :end], asking.shape[0] // heads
-                weights = masses(asking, end - asking.shape[1], keys, self.scale, heard.positions) / group
+                first = end - asking.shape[1]
+                weights = masses(asking[None], first, keys[None], self.scale, heard.positions)[0] / group
                 smooth = F.avg_pool1d(weights[None], self.smooth, 1, self.smooth // 2)[0]
                 smooth[:, : self.sink] = torch.inf
                 smooth[:, end - self.recent :] = torch.inf
@@ -171,34 +174,43 @@ class HeavyHitters(Full):
         """Forgets the least attended of the older tokens."""
         kept = pyramid.carried[Attended]
         assert isinstance(kept, Attended)
-        places, floor, over = [], pyramid.floor, False
+        places, floor = {}, pyramid.floor
+        alike: dict[tuple[int, int], list[int]] = defaultdict(list)
         for row, (start, held) in enumerate(zip(begin, pyramid.held, strict=True)):
-            scores = kept.rows[row]
-            heads, lost = len(scores), pyramid.lengths[row] - held
-            place = torch.arange(held, device=scores.device).expand(heads, -1)
-            old = start - lost - self.recent
-            if old > self.heavy:
-                best = place[:, :0]
+            old = start - (pyramid.lengths[row] - held) - self.recent
+            alike[held, old if old > self.heavy else 0].append(row)
+        if not any(old for _, old in alike):
+            return
+        for (held, old), rows in alike.items():
+            scores = torch.stack([kept.rows[row] for row in rows])
+            place = torch.arange(held, device=scores.device).expand(*scores.shape[:2], -1)
+            if old:
+                best = place[..., :0]
                 if self.heavy:
-                    best = highest(scores[:, :old], self.heavy).nonzero()[:, 1].view(heads, self.heavy)
-                kept.rows[row] = torch.cat((scores.gather(1, best), scores[:, old:]), 1)
-                place = torch.cat((best, place[:, old:]), 1)
-                floor[row], over = start, True
-            places.append(place)
-        if over:
-            pyramid.keep(places, floor)
+                    best = indices(highest(scores[..., :old], self.heavy), self.heavy)
+                scores = torch.cat((scores.gather(2, best), scores[..., old:]), 2)
+                place = torch.cat((best, place[..., old:]), 2)
+            for number, row in enumerate(rows):
+                kept.rows[row], places[row] = scores[number], place[number]
+                floor[row] = begin[row] if old else floor[row]
+        pyramid.keep([places[row] for row in range(len(begin))], floor)
 
     def count(self, heard: Heard, read_to: list[int], pyramid: Pyramid) -> None:
         """Adds what the queries that were just read attended to."""
         kept = pyramid.carried[Attended]
         assert isinstance(kept, Attended)
-        for row, stop in enumerate(read_to):
-            seen, gone = kept.seen[row], pyramid.lengths[row] - pyramid.held[row]
+        alike: dict[tuple[int, int], list[int]] = defaultdict(list)
+        for row, (seen, stop) in enumerate(zip(kept.seen, read_to, strict=True)):
             if seen < stop:
-                keys = pyramid.keys[0][row, :, : stop - gone]
-                found = masses(heard.between(row, seen, stop), seen - gone, keys, self.scale, heard.positions)
-                found[:, : seen - gone] += kept.rows[row]
-                kept.rows[row], kept.seen[row] = found, stop
+                gone = pyramid.lengths[row] - pyramid.held[row]
+                alike[seen - gone, stop - gone].append(row)
+        for (first, end), rows in alike.items():
+            queries = torch.stack([heard.between(row, kept.seen[row], read_to[row]) for row in rows])
+            keys = torch.stack([pyramid.keys[0][row, :, :end] for row in rows])
+            found = masses(queries, first, keys, self.scale, heard.positions)
+            found[..., :first] += torch.stack([kept.rows[row] for row in rows])
+            for number, row in enumerate(rows):
+                kept.rows[row], kept.seen[row] = found[number], read_to[row]
 
 
 class Attended:
@@ -222,24 +234,29 @@ class Attended:
 
 
 def masses(queries: Tensor, first: int, keys: Tensor, scale: float, positions: Positions) -> Tensor:
-    """Causal softmax weights that each key gets, (H, n), summed over queries and the heads of a group.
+    """Causal softmax weights that each key gets, (R, H, n), summed over queries and the heads of a group.
 
-    Shapes: queries (H*G, m, D) stand at places `first` and on, keys (H, n, D) at places 0 and on.
+    Shapes: queries (R, H*G, m, D) stand at places `first` and on, keys (R, H, n, D) at places 0 and on.
     """
-    heads, count, _ = keys.shape
-    own = first + torch.arange(queries.shape[1], device=keys.device)
+    rows, heads, count, _ = keys.shape
+    own = first + torch.arange(queries.shape[2], device=keys.device)
     if positions.kind == "granular":
         assert positions.rotary is not None
         cos, sin = positions.rotary.table(keys.device, keys.dtype, max(count, positions.rotary.limit))
         keys, queries = rotate(keys, cos[:count], sin[:count]), rotate(queries, cos[own], sin[own])
+    if kernels.serve(keys):
+        from mgam.policies import attended_triton
+
+        return attended_triton.masses(queries, first, keys, scale)
     wide = torch.promote_types(keys.dtype, torch.float32)
-    found = torch.zeros(heads, count, dtype=wide, device=keys.device)
+    found = torch.zeros(rows, heads, count, dtype=wide, device=keys.device)
     place = torch.arange(count, device=keys.device)
-    step = max(1, (GPU_ELEMENTS if keys.is_cuda else ELEMENTS) // max(1, queries.shape[0] * count))
-    for low in range(0, queries.shape[1], step):
-        part = queries[:, low : low + step].unflatten(0, (heads, -1))
-        end = min(count, first + low + part.shape[2])  # no query of this part sees a later key
-        logits = torch.einsum("hgqd,hnd->hgqn", part, keys[:, :end]).to(wide) * scale
+    step = max(1, (GPU_ELEMENTS if keys.is_cuda else ELEMENTS) // max(1, rows * queries.shape[1] * count))
+    for low in range(0, queries.shape[2], step):
+        part = queries[:, :, low : low + step].unflatten(1, (heads, -1))
+        end = min(count, first + low + part.shape[3])  # no query of this part sees a later key
+        logits = torch.einsum("rhgqd,rhnd->rhgqn", part, keys[:, :, :end]).to(wide) * scale
         future = place[:end] > own[low : low + step, None]
-        found[:, :end] += torch.softmax(logits.masked_fill(future, -torch.inf), -1).nan_to_num(0.0).sum((1, 2))
+        weights = torch.softmax(logits.masked_fill(future, -torch.inf), -1).nan_to_num(0.0)
+        found[..., :end] += weights.sum((2, 3))
     return found
