@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import weakref
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -104,8 +105,9 @@ class Cover:
 
     def counted(self, blocks: Blocks) -> Tensor:
         """The same (1+L,), in float64 on the cover's device: nothing waits for it, and it is found once."""
-        if self._sums.get("blocks") is not blocks:
-            self._sums.update(blocks=blocks, counted=self._counted(blocks))
+        kept = self._sums.get("blocks")  # blocks may hold this cover: to hold them too would close a ring
+        if kept is None or kept() is not blocks:
+            self._sums.update(blocks=weakref.ref(blocks), counted=self._counted(blocks))
         counted: Tensor = self._sums["counted"]
         return counted
 

@@ -138,3 +138,33 @@ def test_memory_is_freed() -> None:
 def test_out_of_range() -> None:
     with pytest.raises(SettingError, match="budget=3"):
         SnapKV(capacity=3, recent=2, sink=2)
+
+
+def test_h2o_rows_of_a_batch_forget_as_they_do_alone() -> None:
+    """Rows that hold as much after a call, but held less or more before it, beside one that forgets."""
+    rows = [states(seed=seed) for seed in range(3)]
+    calls = [(4, 5, 14), (3, 2, 3), (6, 6, 2)]
+
+    def run(chosen: list[int]) -> list[Tensor]:
+        policy = HeavyHitters(8, 2, SCALE)
+        reading, pyramid, outs = Reading(policy, LEVELS, dense_prompt=False), Pyramid(LEVELS), []
+        before = [0] * len(chosen)
+        for call in calls:
+            counts = [call[row] for row in chosen]
+            most = max(counts)
+            spans = [slice(old, old + new) for old, new in zip(before, counts, strict=True)]
+            columns = [
+                torch.cat([torch.nn.functional.pad(rows[row][part][:, :, span], (0, 0, most - count, 0))
+                           for row, span, count in zip(chosen, spans, counts, strict=True)])
+                for part in range(3)
+            ]  # fmt: skip
+            pyramid.append(columns[1], columns[2], counts)
+            plan = Plan.of([Schedule.uniform(1)] * len(chosen), before, counts, most, 0)
+            out = read(columns[0], pyramid, plan, reading, SCALE)
+            outs.append([out[number, :, most - count :] for number, count in enumerate(counts)])
+            before = [old + new for old, new in zip(before, counts, strict=True)]
+        return [torch.cat(parts, 1) for parts in zip(*outs, strict=True)]
+
+    together = run([0, 1, 2])
+    for row in range(3):
+        torch.testing.assert_close(together[row], run([row])[0], atol=1e-9, rtol=0)

@@ -178,7 +178,8 @@ class SelfAttention(nn.Module, ABC):
             from mgam.nn.fused.rotary import Rotation, serves
 
             if serves(states, cos.shape[1]):
-                return Rotation.apply(states, cos[first:last], sin[first:last])
+                with torch.cuda.device_of(states):  # as kernels are launched on the current device
+                    return Rotation.apply(states, cos[first:last], sin[first:last])
         return rotate(states, cos[first:last], sin[first:last])
 
     def _merge(self, heads: Tensor) -> Tensor:

@@ -119,7 +119,8 @@ class LearnedGranularAttention(SelfAttention):
 
     def _whole(self, states: Tensor) -> Tensor:
         if states.shape[1] and self.kernels and self.served(states):
-            return self.out(self.fused(states).flatten(2))
+            with torch.cuda.device_of(states):  # kernels are launched on the current device, and this may be another
+                return self.out(self.fused(states).flatten(2))
         return super()._whole(states)
 
     def served(self, states: Tensor) -> bool:

@@ -81,5 +81,6 @@ def mass_kernel(
         level = tl.load(level_ptr + head * count + query, mask=query < count, other=float("inf"))
         logit = tl.dot(q, tl.trans(k), input_precision=PRECISION) * scale
         seen = place[None] <= first + query[:, None]
-        mass += tl.sum(tl.where(seen, tl.exp2(logit - level[:, None]), 0.0), 0)
+        weight = tl.exp2(logit - level[:, None])
+        mass += tl.sum(tl.where(seen & (weight == weight), weight, 0.0), 0)  # a query that is no number counts nothing
     tl.store(mass_ptr + head * places + place, mass, mask=place < places)

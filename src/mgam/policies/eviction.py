@@ -175,13 +175,13 @@ class HeavyHitters(Full):
         kept = pyramid.carried[Attended]
         assert isinstance(kept, Attended)
         places, floor = {}, pyramid.floor
-        alike: dict[tuple[int, int], list[int]] = defaultdict(list)
+        alike: dict[tuple[int, int, int], list[int]] = defaultdict(list)
         for row, (start, held) in enumerate(zip(begin, pyramid.held, strict=True)):
             old = start - (pyramid.lengths[row] - held) - self.recent
-            alike[held, old if old > self.heavy else 0].append(row)
-        if not any(old for _, old in alike):
+            alike[held, kept.rows[row].shape[1], old if old > self.heavy else 0].append(row)
+        if not any(old for *_, old in alike):
             return
-        for (held, old), rows in alike.items():
+        for (held, _, old), rows in alike.items():
             scores = torch.stack([kept.rows[row] for row in rows])
             place = torch.arange(held, device=scores.device).expand(*scores.shape[:2], -1)
             if old:

@@ -69,8 +69,8 @@ class ChunkKeys:
                 continue
             came = heard.between(row, old, new)
             done, complete = old // self.chunk, new // self.chunk
-            if done == complete:  # what is one of many columns must not keep them all
-                self.tail[row] = [*self.tail[row], came if heard.queries.shape[2] == 1 else came.clone()]
+            if done == complete:  # the caller may write over its queries, and one of many columns must not keep them
+                self.tail[row] = [*self.tail[row], came.clone()]
                 continue
             known = torch.cat((*self.tail[row], came), 1)
             for low in range(done, complete, step):

@@ -61,8 +61,8 @@ class Ranked(ABC):
     def scores(self, voters: Voters, blocks: Blocks, pyramid: Pyramid, levels: Levels, chunks: int) -> Tensor:
         """Judgements (N, heads, chunks) in float32 or finer, summed over those who choose together."""
         if self.adds_up:
-            wide = voters.queries.to(torch.promote_types(voters.queries.dtype, torch.float32))
-            summed = (wide * voters.live[:, None, :, None]).sum(2, keepdim=True)
+            wide = torch.promote_types(voters.queries.dtype, torch.float32)
+            summed = voters.queries.masked_fill(~voters.live[:, None, :, None], 0).sum(2, keepdim=True, dtype=wide)
             voters = Voters(summed, torch.ones_like(voters.live[:, :1]))
         found = self.judge(voters, blocks, pyramid, levels, chunks)
         found = (found * voters.live[:, None, None, :, None]).sum(3)

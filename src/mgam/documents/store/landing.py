@@ -65,6 +65,8 @@ class DeviceLanding(Landing):
         with torch.cuda.stream(self._reader) if self._reader is not None else nullcontext():
             if len(self._moved) < layout.pages_begin:
                 self._moved = torch.empty(layout.pages_begin, dtype=torch.uint8, device=self._device)
+                if self._stream is not None:
+                    self._moved.record_stream(self._stream)  # a reading that fails waits for no copy
         if self._stream is not None and self._reader is not None:
             self._stream.wait_stream(self._reader)  # which may be reading what was held before
 

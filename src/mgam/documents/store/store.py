@@ -26,7 +26,9 @@ from mgam.errors import DigestError, MgamError
 OPEN_FILES = 200
 READERS = 8
 DEVICE_READERS = 16
-"""What they read passes through little memory: more of them take hardly more of it."""
+"""On a device more of them pay: what they read passes through little pinned memory."""
+AHEAD_BYTES = 1 << 30
+"""Memory of a device that segments which are read ahead take at most, two of them aside."""
 PAGES_EACH = 32
 """Pages that one reader takes at a time: a disk is asked for several things at once."""
 
@@ -132,6 +134,9 @@ class Store:
                     waiting.append((landing, readers.submit(self.resident, number + ahead, landing)))
 
         ahead = min(workers + 1, len(self.manifest.segments))
+        if device.type != "cpu" and ahead:
+            largest = max(self.manifest.layout(part).pages_begin for part in self.manifest.segments)
+            ahead = min(ahead, max(2, AHEAD_BYTES // largest))
         landings = [landing_on(device) for _ in range(ahead)]
         readers = ThreadPoolExecutor(workers)
         try:
