@@ -17,6 +17,9 @@ from mgam.positions import Positions, rotate
 from mgam.pyramid import Pyramid, take
 from mgam.schedule import Blocks
 
+PREFIX = 256
+"""Queries that are read densely at a time."""
+
 # Shape letters: N blocks, H KV heads, G query heads per KV head, Q queries per block, E entries before the window,
 # W tokens in the window, D head dim, R rotated pairs.
 
@@ -133,12 +136,22 @@ def _attend_prefix(
         keys = rotate(keys, cos[:stop], sin[:stop])
         place = own.clamp_max(cos.shape[0] - 1)
         flat = rotate(flat, cos[place], sin[place])
-    wide = torch.promote_types(queries.dtype, torch.float32)
-    future = torch.arange(stop, device=device)[None] > own[:, None]
-    bias = torch.zeros((), dtype=wide, device=device).masked_fill(future, -torch.inf)[None, None]
     grouped = flat.view(1, heads, query_heads // heads, count * size, dim)
-    out = _softmax(grouped, keys, values, bias, scale, softcap)
-    return out.reshape(query_heads, count, size, dim).transpose(0, 1)
+    step = max(1, PREFIX // size)  # blocks that share their keys: what lies beyond the last of them is not multiplied
+    parts = []
+    for first in range(0, count, step):
+        end = min(stop, int(blocks.start[first : first + step].max()) + size)
+        some = slice(first * size, (first + step) * size)
+        parts.append(_causal(grouped[:, :, :, some], keys[:, :, :end], values[:, :, :end], own[some], scale, softcap))
+    return torch.cat(parts, 3).reshape(query_heads, count, size, dim).transpose(0, 1)
+
+
+def _causal(q_NHGQD: Tensor, keys: Tensor, values: Tensor, own: Tensor, scale: float, softcap: float | None) -> Tensor:
+    """Attention of queries at positions `own` (Q,) to keys from position 0 on."""
+    wide = torch.promote_types(q_NHGQD.dtype, torch.float32)
+    future = torch.arange(keys.shape[2], device=own.device)[None] > own[:, None]
+    bias = torch.zeros((), dtype=wide, device=own.device).masked_fill(future, -torch.inf)[None, None]
+    return _softmax(q_NHGQD, keys, values, bias, scale, softcap)
 
 
 def _softmax(
