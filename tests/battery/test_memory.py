@@ -10,6 +10,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from mgam import engine
+from mgam.attend import blockwise
 from mgam.engine import Plan, read
 from mgam.policies import eviction
 from mgam.pyramid import Pyramid
@@ -75,6 +76,7 @@ def test_no_buffer_grows_with_the_square(trial: Trial, monkeypatch: pytest.Monke
 def test_the_watch_sees_a_square(monkeypatch: pytest.MonkeyPatch) -> None:
     """The control: computed in one piece, dense attention needs sixteen times the memory for four times the text."""
     monkeypatch.setattr(engine, "CPU_ELEMENTS", 1 << 30)
+    monkeypatch.setattr(blockwise, "PREFIX", 1 << 30)
     short, long = (largest(Trial(CASES[0]), tokens, tokens) for tokens in (200, 800))
     assert long > 10 * short
 
