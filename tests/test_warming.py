@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from mgam.integrations import warming
-from mgam.turns import quick_turns
+from mgam.threads import quick_turns
 
 CPU = torch.device("cpu")
 

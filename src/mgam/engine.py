@@ -330,7 +330,7 @@ def _choose(
         if policy.votes:
             voters = part.voters(taken.detach(), queries.detach(), recent, plan.before)
             return policy.choose(voters, there, pyramid, levels)
-        if not isinstance(policy, ByPlace):
+        if not (isinstance(policy, ByPlace) and policy.by_place):
             return policy.choose(None, there, pyramid, levels)
 
         def find() -> Cover:

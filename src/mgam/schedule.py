@@ -9,6 +9,7 @@ import math
 from collections.abc import Callable, Hashable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property
+from itertools import pairwise
 from typing import Any, Literal, TypeVar
 
 import torch
@@ -168,6 +169,11 @@ class Blocks:
     def places(self) -> list[tuple[int, int]]:
         """(row, first position) of each block."""
         return list(zip(self.row.tolist(), self.start.tolist(), strict=True))
+
+    def runs(self) -> list[tuple[int, int]]:
+        """Stretches [first, last) of consecutive blocks of one row."""
+        rows = self.row.tolist()
+        return list(pairwise([0, *(n for n in range(1, len(rows)) if rows[n] != rows[n - 1]), len(rows)]))
 
     @property
     def stop(self) -> Tensor:

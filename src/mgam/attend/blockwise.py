@@ -6,7 +6,6 @@ Memory grows with the cover, not the text.
 from __future__ import annotations
 
 import math
-from itertools import pairwise
 
 import torch
 import torch.nn.functional as F
@@ -35,9 +34,7 @@ def attend(
 ) -> Tensor:
     """One softmax over each block's cover. Shapes: queries (N, H*G, Q, D); returns the same shape."""
     if cover.is_dense:
-        rows = blocks.row.tolist()
-        borders = [0, *(n for n in range(1, len(rows)) if rows[n] != rows[n - 1]), len(rows)]
-        parts = [slice(*pair) for pair in pairwise(borders)]
+        parts = [slice(*run) for run in blocks.runs()]
         return torch.cat(
             [_attend_prefix(queries[part], blocks[part], pyramid, positions, scale, softcap) for part in parts]
         )

@@ -42,7 +42,7 @@ from mgam.integrations.memory import peak_memory_bytes
 from mgam.integrations.transformers.apply import applied_to, apply
 from mgam.integrations.transformers.cache import PyramidCache
 from mgam.schedule import Schedule, Span
-from mgam.turns import quick_turns
+from mgam.threads import quick_turns
 
 ROOM = 2048
 """Tokens of questions and answers that there is room for at once; more takes copying."""

@@ -18,7 +18,7 @@ from torch import Tensor
 from torch.nn import functional
 
 from mgam import kernels
-from mgam.turns import quick_turns
+from mgam.threads import quick_turns
 
 Loaded = TypeVar("Loaded")
 

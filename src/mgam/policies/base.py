@@ -47,7 +47,7 @@ class Policy(Protocol):
 
 @runtime_checkable
 class ByPlace(Protocol):
-    """A policy whose choice follows from places alone, so that the layers of a call share its covers."""
+    """A policy that says whether its choice follows from places alone: then the layers of a call share its covers."""
 
     by_place: bool
 

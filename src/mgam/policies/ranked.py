@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from dataclasses import dataclass, replace
-from itertools import pairwise
 from typing import ClassVar
 
 import torch
@@ -147,11 +146,10 @@ def dots(queries: Tensor, states: Tensor, blocks: Blocks, chunks: int) -> Tensor
     rows = blocks.row.tolist()
     if rows == [*range(len(states))]:  # as when a token is generated for each
         return torch.einsum("nhgvd,nhcd->nhgvc", folded, states[:, :, :chunks].to(wide))
-    borders = [0, *(n for n in range(1, len(rows)) if rows[n] != rows[n - 1]), len(rows)]
     return torch.cat(
         [
             torch.einsum("nhgvd,hcd->nhgvc", folded[first:last], states[rows[first], :, :chunks].to(wide))
-            for first, last in pairwise(borders)
+            for first, last in blocks.runs()
         ]
     )
 
