@@ -233,18 +233,31 @@ def _digest(cell: Cell) -> dict[str, Any]:
         on_progress=lambda done, total: first.append(done),
     )  # fmt: skip
     seconds = time.perf_counter() - began
+    rehearsed = _rehearsed(cell, model, tokenizer) if model.device.type == "cuda" else None
     size = sum(file.stat().st_size for file in cell.path.iterdir())
     read = manifest.tokens - (first[0] if first else manifest.tokens)
     return {
         "tokens": manifest.tokens,
         "tokens_read_in_this_run": read,
         "seconds": round(seconds, 1),
+        "seconds_of_rehearsal": rehearsed,
         "tokens_per_second": round(read / seconds, 1),
         "peak_memory_bytes": peak_memory_bytes(),
         "disk_bytes_per_token": round(size / manifest.tokens, 1),
         "resident_bytes_per_token": round(manifest.shape.resident_bytes_per_token, 1),
         "settings": manifest.settings.as_dict(),
     }
+
+
+def _rehearsed(cell: Cell, model: Any, tokenizer: Any) -> float:
+    from mgam.documents.document import Document
+    from mgam.documents.rehearsing import rehearse
+
+    began = time.perf_counter()
+    document = Document.open(cell.path, model, tokenizer, memory=cell.memory)
+    rehearse(document)
+    document.close()
+    return round(time.perf_counter() - began, 1)
 
 
 def _ask_cold(cell: Cell) -> dict[str, Any]:

@@ -24,7 +24,7 @@ from mgam.evaluation.tokens import TokenCounter
 from mgam.integrations.loading import DEFAULT_MODEL, load, locate
 
 METHODS = (
-    "dense,mgam:question_budget=1024,mgam:question_budget=4096,streaming-llm,quest,longheads,snapkv,h2o,moba,"
+    "dense,mgam:question_budget=1024,mgam:question_budget=4096,mgam:reread=2048,streaming-llm,quest,longheads,snapkv,h2o,moba,"
     "infini-retri,sliding,strided,dilated,blockwise,longformer,bigbird,dyadic"
 )
 TASKS = "needle_prose,needle_keys,variables,facts_by_id,loss_novels"

@@ -11,6 +11,7 @@ import mgam
 from mgam.documents import asking, confidence, second_look
 from mgam.documents.document import Document
 from mgam.documents.prompt import build
+from mgam.documents.rehearsing import rehearse
 from mgam.documents.second_look import passages, preference
 from mgam.documents.sources import Source
 from mgam.engine import Record
@@ -156,6 +157,17 @@ def test_a_digest_answers_as_its_texts_do(tokenizer: Any, digest: Make, memory: 
     said = talk.say("And then?", max_new_tokens=6)
     assert "read again" not in said.tokens  # what it asks about was said, and need not stand in the texts
     assert document.ask("What?", max_new_tokens=6).answer == expected[1].answer
+
+
+@pytest.mark.usefixtures("always")
+@pytest.mark.parametrize("tokens", [30, 1500])  # shorter than the window, and long enough for a second look
+def test_a_rehearsal_changes_no_answer(tokenizer: Any, digest: Make, tokens: int) -> None:
+    document = digest(tiny.source(tokens), model=tiny.make_model(reread=64))
+    expected = document.ask("Who?", max_new_tokens=6)
+    rehearse(document)
+    found = document.ask("Who?", max_new_tokens=6)
+    assert (found.answer, found.evidence, found.tokens) == (expected.answer, expected.evidence, expected.tokens)
+    assert found.entries_per_level == expected.entries_per_level
 
 
 @pytest.mark.usefixtures("always")

@@ -144,7 +144,7 @@ def _run(request: Request, *, silent: bool) -> Manifest:
                 begun = True
             stage.advance(done, total)
 
-        return digesting.digest(
+        manifest = digesting.digest(
             model,
             loaded.tokenizer,
             sources,
@@ -154,6 +154,13 @@ def _run(request: Request, *, silent: bool) -> Manifest:
             eight_bits=request.eight_bits,
             on_progress=progress,
         )
+        if model.device.type == "cuda":
+            from mgam.documents.document import Document
+            from mgam.documents.rehearsing import rehearse
+
+            stage.say("trying a question, so that others find their kernels compiled")
+            rehearse(Document.open(request.out, model, loaded.tokenizer, memory=memory))
+        return manifest
 
 
 def _settings(request: Request, there: Manifest | None) -> dict[str, Any]:

@@ -27,6 +27,7 @@ from mgam.documents.confidence import Watch, confidence, is_found
 from mgam.documents.evidence import find_evidence
 from mgam.documents.models import check_model
 from mgam.documents.pool import Counts, Pool
+from mgam.documents.rehearsing import rehearse
 from mgam.documents.second_look import NEUTRAL, Passages
 from mgam.documents.sources import Source, read_source
 from mgam.documents.store.manifest import Manifest, Segment
@@ -112,7 +113,10 @@ class Document:
             model, tokenizer, texts, Path(path), append=append, memory=bound, eight_bits=eight_bits, room=room,
             call=call, segment=segment, on_progress=on_progress,
         )  # fmt: skip
-        return cls.open(path, model, tokenizer, memory=memory, room=room)
+        document = cls.open(path, model, tokenizer, memory=memory, room=room)
+        if model.device.type == "cuda":
+            rehearse(document)
+        return document
 
     @classmethod
     def open(
@@ -225,17 +229,18 @@ class Document:
         applied = applied_to(self.model)
         if not applied.settings.reread or len(self.tokens) < self.manifest.dense_until:
             return None
-        seen = self._look(question)
+        seen = self.attended(question)
         if not seen.mass:
             return None
         if self._neutral is None:
-            self._neutral = self._look(NEUTRAL)
+            self._neutral = self.attended(NEUTRAL)
         places = Places(self.tokens, self.sources)
         border = len(self.tokens)
         chosen = chosen_again(applied, seen, self._neutral, places, self.sources, self.tokenizer, border, count)
         return None if chosen is None else (seen, chosen)
 
-    def _look(self, question: str) -> Record:
+    def attended(self, question: str) -> Record:
+        """What a question attends to at first sight; no answer is made."""
         ids = Frame.of(self.tokenizer).question(self.tokenizer, question)
         record = Record(evidence_from=len(self.tokens))
         cache = self.start(len(ids))
