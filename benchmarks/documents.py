@@ -233,7 +233,7 @@ def _digest(cell: Cell) -> dict[str, Any]:
         on_progress=lambda done, total: first.append(done),
     )  # fmt: skip
     seconds = time.perf_counter() - began
-    rehearsed = _rehearsed(cell, model, tokenizer) if model.device.type == "cuda" else None
+    rehearsed = _rehearsed(cell, model, tokenizer)
     size = sum(file.stat().st_size for file in cell.path.iterdir())
     read = manifest.tokens - (first[0] if first else manifest.tokens)
     return {

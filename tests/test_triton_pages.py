@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -10,17 +11,29 @@ import torch
 
 from documents import tiny
 from mgam import engine, kernels, pyramid
-from mgam.cover import Cover
+from mgam.attend import attend, blockwise, dispatch, watched
+from mgam.attend.dispatch import serving
+from mgam.cover import Cover, Known
 from mgam.documents.document import Document
+from mgam.documents.paged import PagedPyramid
 from mgam.documents.pool import Pool
 from mgam.documents.store.layout import Shape
 from mgam.documents.tiers import HostPages
 from mgam.levels import Levels
-from triton_cases import DEVICE, needs_triton
+from triton_cases import DEVICE, DTYPES, Case, Made, in_float64, needs_triton, oracle
 
 pytestmark = needs_triton
 
 HEADS, CHUNKS, LAYERS = 2, 9, 2
+
+PAGED = {
+    "absolute": Case(tokens=150, sizes=(1, 8, 32), few=3),
+    "granular": Case(tokens=150, sizes=(1, 8, 32), few=3, granular=True),
+    "drop": Case(tokens=150, rest="drop", few=3, granular=True),
+    "softcap": Case(tokens=150, softcap=5.0, few=3),
+    "no entries": Case(tokens=150, rest="drop", opened=0, few=3, granular=True, sink=False),
+    "window inside a chunk": Case(tokens=150, sizes=(1, 8, 32), few=3, granular=True),
+}
 
 
 def pools(chunk: int, dim: int) -> tuple[Pool, Pool, HostPages]:
@@ -70,13 +83,61 @@ def test_a_gpu_takes_plain_pinned_pages_itself() -> None:
     assert other.fetch is not None
 
 
+def paged(made: Made) -> PagedPyramid:
+    """The case's states as those of a digest."""
+    keys, values = (states[0][:, :, : made.pyramid.tokens] for states in (made.pyramid.keys, made.pyramid.values))
+    _, heads, tokens, dim = keys.shape
+    levels, dtype = made.pyramid.levels, str(keys.dtype).removeprefix("torch.")
+    shape = Shape(1, made.queries.shape[1], heads, dim, dtype, levels, 0, 8 * keys.element_size())
+    pool = Pool(shape, heads * (tokens // levels.chunk + 2), keys.device)
+    pyramid = PagedPyramid(levels, pool, 0, tokens)
+    pyramid.append(keys, values)
+    return pyramid
+
+
+@pytest.mark.parametrize("known", [False, True])
+@pytest.mark.parametrize("name", ["absolute", "granular", "drop", "softcap", "no entries", "window inside a chunk"])
+def test_kernels_read_pages_as_the_oracle_reads_memory(name: str, known: bool) -> None:
+    """Several blocks at once, of which the last is shorter; `known`: as kernels make covers, or as PyTorch does."""
+    made = PAGED[name].make(DTYPES[-1])
+    if name == "window inside a chunk":
+        made = replace(made, cover=replace(made.cover, window_start=made.cover.window_start + 3))
+    if known:
+        begin = made.cover.window_start.cpu()
+        made = replace(made, cover=replace(made.cover, known=Known(begin, made.cover.most)))
+    pyramid, want = paged(made), oracle(made)
+    given = made.queries, made.blocks, made.cover, pyramid, made.positions, made.scale, made.softcap
+    live = torch.arange(made.blocks.size, device=DEVICE) < made.blocks.length.to(DEVICE)[:, None]
+    live = live[:, None, :, None]
+    with torch.no_grad():
+        assert serving(made.queries, pyramid) == "triton"
+        made.compare(attend(*given), want.out)
+        made.compare(attend(*given, "torch") * live, want.out)  # which says nothing of rows that are not there
+        if not made.cover.opened.shape[-1]:
+            return
+        wide = in_float64(made)
+        for states in (*wide.pyramid.keys, *wide.pyramid.values):
+            states.nan_to_num_(0.0)
+        mass = blockwise.masses(
+            wide.queries, wide.blocks, wide.cover, wide.pyramid, wide.positions, wide.scale, wide.softcap
+        )
+        for backend in (None, "torch"):
+            out, got = watched(*given, backend)
+            made.compare(out * live, want.out)
+            assert (got.cpu().double() - mass).norm() / mass.norm() < made.tolerance
+
+
 @pytest.mark.skipif(DEVICE == "cuda", reason="on a GPU the search runs in half precision, where ties may flip")
 def test_a_digest_is_asked_alike_with_covers_made_by_kernels(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """On a GPU kernels search and make the covers by which pages are fetched and read."""
     model, tokenizer = tiny.make_model(), tiny.make_tokenizer()
-    Document.digest(model, tokenizer, [tiny.source(1500)], tmp_path / "book.mgam", **tiny.GRID).close()
+    Document.digest(model, tokenizer, [tiny.source(900)], tmp_path / "book.mgam", **tiny.GRID).close()
     monkeypatch.setattr(pyramid, "search_dtype", lambda dtype: dtype)  # Triton's interpreter multiplies no bfloat16
     document = Document.open(tmp_path / "book.mgam", model, tokenizer)
+    refused = dispatch._refused
+    monkeypatch.setattr(
+        dispatch, "_refused", lambda name, queries: ("off",) if name == "triton" else refused(name, queries)
+    )
     covers: list[Cover] = []
     choose = engine._choose
 

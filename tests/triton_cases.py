@@ -91,6 +91,7 @@ class Case:
     rest: str = "summaries"
     dense: bool = False
     few: int | None = None
+    sink: bool = True
 
     def make(self, dtype: torch.dtype, device: str = DEVICE) -> Made:
         """Random states and a random cover of this shape."""
@@ -128,7 +129,7 @@ class Case:
             score = torch.rand(len(blocks), self.heads, chunks, device=device)
             few = min(self.opened, chunks)
             mask = torch.zeros_like(score, dtype=torch.bool).scatter_(-1, score.topk(few, -1).indices, True)
-            cover = cover_of(mask, start, levels, rest=self.rest, mass=self.mass)
+            cover = cover_of(mask, start, levels, rest=self.rest, mass=self.mass, sink=self.sink)
         return Made(queries, blocks, cover, pyramid, positions, self.dim**-0.5, self.softcap)
 
 

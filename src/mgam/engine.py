@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from mgam import kernels
-from mgam.attend import attend, blockwise
+from mgam.attend import attend, watched
 from mgam.attend.dispatch import serving
 from mgam.cover import Cover, Known, dense_cover
 from mgam.levels import Levels
@@ -194,6 +194,19 @@ class Record:
         self._entries = found if self._entries is None else self._entries.to(found.device) + found
         self.queries += float(blocks.length.sum())
 
+    def shows(self, blocks: Blocks, cover: Cover) -> bool:
+        """Whether the attention to opened chunks is wanted of any of these blocks."""
+        from_here = self.evidence_from
+        return from_here is not None and cover.opened.shape[-1] > 0 and int(blocks.start.max()) >= from_here
+
+    def add(self, layer: int, blocks: Blocks, cover: Cover, mass: Tensor | None) -> None:
+        """Adds what a layer's blocks read, and the attention mass (N, H, K) of opened chunks where it `shows`."""
+        self.count(cover, blocks, layer)
+        if mass is not None and self.evidence_from is not None and self.shows(blocks, cover):
+            answering = blocks.on(mass.device).start >= self.evidence_from
+            chunks = int(blocks.stop.max()) // cover.levels.chunk
+            self.attribute(layer, cover, mass * answering[:, None, None], chunks)
+
     def attribute(self, layer: int, cover: Cover, mass: Tensor, chunks: int) -> None:
         """Adds the mass (N, H, K) of opened chunks, all of them before chunk `chunks`."""
         heads = cover.opened.shape[1]
@@ -223,13 +236,12 @@ def read(
     the call, for votes of blocks that began there: at least `history(schedule)` of them, or all there were. A query
     that is not there does not vote.
     """
-    watched = record is not None and record.evidence_from is not None
-    stepped = _step(queries, pyramid, plan, reading, scale, softcap, watched)
+    showing = record is not None and record.evidence_from is not None
+    stepped = _step(queries, pyramid, plan, reading, scale, softcap, showing)
     if stepped is not None:
         if record is not None:
             assert plan.newest is not None
-            seen = stepped.cover, pyramid, reading, scale, softcap, layer, stepped.mass
-            _watch(record, queries, plan.newest, *seen)
+            record.add(layer, plan.newest, stepped.cover, stepped.mass)
         return stepped.out
     observe, evict = getattr(reading.policy, "observe", None), getattr(reading.policy, "evict", None)
     if observe or evict:
@@ -254,11 +266,16 @@ def read(
                 if out is None:
                     out = torch.empty_like(queries) if plan.fills(queries) else torch.zeros_like(queries)
                 place = None if _learns(queries, pyramid) else part.place(out)
-                got = attend(taken, there, cover, pyramid, reading.positions, scale, softcap, reading.backend, place)
+                given = taken, there, cover, pyramid, reading.positions, scale, softcap, reading.backend
+                mass = None
+                if record is not None and record.shows(there, cover):
+                    got, mass = watched(*given)
+                else:
+                    got = attend(*given, place)
                 if got is not place:
                     part.put(out, got)
                 if record is not None:
-                    _watch(record, taken, there, cover, pyramid, reading, scale, softcap, layer)
+                    record.add(layer, there, cover, mass)
         if evict:
             with torch.no_grad():
                 reading.policy.count(heard, stage.read_to, pyramid)  # type: ignore[attr-defined]
@@ -281,7 +298,9 @@ def _step(
     policy = None if blocks is None else reading.policy_of(blocks)
     if blocks is None or not isinstance(policy, Scored) or any(pyramid.gone) or _learns(queries, pyramid):
         return None
-    if not kernels.serve(pyramid.keys[0]) or serving(queries, pyramid, reading.backend) != "triton":
+    if not pyramid.in_memory or not kernels.serve(pyramid.keys[0]):
+        return None
+    if serving(queries, pyramid, reading.backend) != "triton":
         return None
     levels, dtype = pyramid.levels, pyramid.keys[0].dtype
     if policy.budget < levels.chunk or queries.dtype != dtype or levels != reading.levels:
@@ -347,8 +366,9 @@ def _segments(
     device = queries.device
     per_head = not dense and bool(getattr(reading.policy_of(blocks), "per_head", False))
     heads = queries.shape[1] if per_head else pyramid.keys[0].shape[1]
-    in_place = serving(queries, pyramid, reading.backend) == "triton"
-    sized = blocks.once("padded", lambda: padded(blocks)) if in_place and queries.is_cuda else blocks
+    by_kernels = serving(queries, pyramid, reading.backend) == "triton"
+    in_place = by_kernels and pyramid.in_memory
+    sized = blocks.once("padded", lambda: padded(blocks)) if by_kernels and queries.is_cuda else blocks
 
     tokens = sized.once("tokens", lambda: int(sized.stop.max()) if len(sized) else 0)
     if in_place:
@@ -394,28 +414,3 @@ def _kernel_elements(blocks: Blocks, tokens: int, reading: Reading, heads: int, 
     if blocks.once("views", lambda: follow(blocks) and torch.equal(blocks.vote_from, blocks.start)):
         states = 0
     return states + 8 * heads * (tokens // reading.levels.chunk)
-
-
-def _watch(
-    record: Record,
-    taken: Tensor,
-    blocks: Blocks,
-    cover: Cover,
-    pyramid: Pyramid,
-    reading: Reading,
-    scale: float,
-    softcap: float | None,
-    layer: int,
-    mass: Tensor | None = None,
-) -> None:
-    """Adds to the record. `mass`: the attention that opened chunks got, where it is known."""
-    record.count(cover, blocks, layer)
-    from_here = record.evidence_from
-    if from_here is None or not cover.opened.shape[-1] or int(blocks.start.max()) < from_here:
-        return
-    if mass is None:
-        with torch.no_grad():
-            mass = blockwise.masses(taken, blocks, cover, pyramid, reading.positions, scale, softcap)
-    answering = blocks.on(mass.device).start >= from_here
-    chunks = int(blocks.stop.max()) // cover.levels.chunk
-    record.attribute(layer, cover, mass * answering[:, None, None], chunks)

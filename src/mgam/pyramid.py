@@ -10,9 +10,10 @@ from torch import Tensor
 from torch.nn.functional import pad
 
 from mgam import kernels
+from mgam.cover import Cover
 from mgam.errors import SettingError
 from mgam.levels import Levels
-from mgam.schedule import sent
+from mgam.schedule import Blocks, sent
 
 
 def search_dtype(dtype: torch.dtype) -> torch.dtype:
@@ -115,6 +116,13 @@ class Pyramid:
     def prefix(self, row: int, stop: int) -> tuple[Tensor, Tensor]:
         """Keys and values (1, H, stop, D) of a row's first tokens."""
         return self.keys[0][row : row + 1, :, :stop], self.values[0][row : row + 1, :, :stop]
+
+    def near(self, cover: Cover, blocks: Blocks) -> tuple[Tensor, Tensor]:
+        """Keys and values (N, H, K*chunk + W, D) of each block's opened chunks, then of its window, side by side.
+
+        Asked only of a pyramid whose tokens are not in memory.
+        """
+        raise NotImplementedError
 
     def reserve(self, tokens: int) -> None:
         """Makes later appends up to `tokens` in all free of copying."""

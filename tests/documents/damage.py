@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from mgam.documents.document import Document
-from mgam.documents.store import verify
+from mgam.documents.store import neutral, verify
 from mgam.errors import MgamError
 
 Harm = Callable[[Path, random.Random], None]
@@ -136,7 +136,7 @@ def _swap_parts(folder: Path, choice: random.Random) -> None:
 
 
 def _remove(folder: Path, choice: random.Random) -> None:
-    choice.choice(_files(folder)).unlink()
+    choice.choice([file for file in _files(folder) if file.name != neutral.NAME]).unlink()  # which may be missing
 
 
 def _link(folder: Path, choice: random.Random) -> None:

@@ -11,9 +11,10 @@ import mgam
 from mgam.documents import asking, confidence, second_look
 from mgam.documents.document import Document
 from mgam.documents.prompt import build
-from mgam.documents.rehearsing import rehearse
-from mgam.documents.second_look import passages, preference
+from mgam.documents.rehearsing import ask_once, rehearse
+from mgam.documents.second_look import NEUTRAL, passages, preference, shares
 from mgam.documents.sources import Source
+from mgam.documents.store import neutral, verify
 from mgam.engine import Record
 from mgam.errors import SettingError
 
@@ -46,10 +47,10 @@ def test_what_any_question_attends_to_is_not_preferred() -> None:
     empty: dict[int, float] = {}
     asked = record(*[{15: 9.0}] * 3, *[{0: 50.0, 3: 8.0, 7: 1.0, 11: 0.5}] * 2, {15: 9.0})
     neutral = record(*[empty] * 3, *[{0: 50.0, 3: 8.0, 11: 0.5}] * 2, empty)
-    score = preference(asked, neutral)
+    score = preference(asked, shares(neutral))
     assert int(score.argmax()) == 7
     assert score[0] == score[15] == 0
-    assert preference(record(), neutral).numel() == preference(neutral, neutral).numel() == 0
+    assert preference(record(), shares(neutral)).numel() == preference(neutral, shares(neutral)).numel() == 0
 
 
 def test_a_question_of_the_whole_is_answered_at_first_sight(tokenizer: Any, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -165,9 +166,56 @@ def test_a_rehearsal_changes_no_answer(tokenizer: Any, digest: Make, tokens: int
     document = digest(tiny.source(tokens), model=tiny.make_model(reread=64))
     expected = document.ask("Who?", max_new_tokens=6)
     rehearse(document)
+    ask_once(document)
     found = document.ask("Who?", max_new_tokens=6)
     assert (found.answer, found.evidence, found.tokens) == (expected.answer, expected.evidence, expected.tokens)
     assert found.entries_per_level == expected.entries_per_level
+
+
+@pytest.mark.usefixtures("always")
+@pytest.mark.parametrize("harm", ["none", "flipped", "cut", "a link", "gone", "another budget", "of another digest"])
+def test_what_any_question_attends_to_is_kept_beside_a_digest(
+    tokenizer: Any, digest: Make, harm: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It is used where it is whole and of this digest; else it is found again, and the answer is the same."""
+    model = tiny.make_model(reread=64)
+    document = digest(tiny.source(1500), model=model)
+    assert torch.equal(document.neutral(), shares(document.attended(NEUTRAL)))
+    expected, file = document.ask("Who?", max_new_tokens=6), document.path / neutral.NAME
+    budget = None
+    if harm == "flipped":
+        file.write_bytes(file.read_bytes().replace(b"shares", b"sharfs"))
+    elif harm == "cut":
+        file.write_bytes(file.read_bytes()[:-9])
+    elif harm == "a link":
+        file.rename(document.path.parent / "aside.json")
+        file.symlink_to(document.path.parent / "aside.json")
+    elif harm == "gone":
+        file.unlink()
+    elif harm == "another budget":
+        budget = 256
+    elif harm == "of another digest":
+        other = digest(tiny.source(1500, 1), model=model, name="other.mgam")
+        file.write_bytes((other.path / neutral.NAME).read_bytes())
+    looked: list[str] = []
+    attended = Document.attended
+    monkeypatch.setattr(Document, "attended", lambda self, asked: looked.append(asked) or attended(self, asked))
+    again = Document.open(document.path, model, tokenizer, question_budget=budget)
+    found = again.ask("Who?", max_new_tokens=6)
+    assert looked == ["Who?"] + [NEUTRAL] * (harm != "none")
+    if harm != "another budget":
+        assert (found.answer, found.evidence) == (expected.answer, expected.evidence)
+    assert bool(verify(document.path)) == (harm in ("flipped", "cut", "a link", "of another digest"))
+
+
+def test_what_was_kept_is_forgotten_when_a_text_is_added(tokenizer: Any, digest: Make) -> None:
+    model = tiny.make_model(reread=64)
+    one, two = tiny.source(900), Source("two.txt", tiny.text(700, 2))
+    before = digest(one, model=model).neutral()
+    after = digest(one, two, model=model, append=True)
+    assert len(after.neutral()) > len(before)
+    assert torch.equal(after.neutral(), shares(after.attended(NEUTRAL)))
+    assert not verify(after.path)
 
 
 @pytest.mark.usefixtures("always")

@@ -173,6 +173,22 @@ def _softmax(
     return torch.einsum("nhgqe,nhed->nhgqd", weights, values)
 
 
+def watched(
+    queries: Tensor,
+    blocks: Blocks,
+    cover: Cover,
+    pyramid: Pyramid,
+    positions: Positions,
+    scale: float,
+    softcap: float | None = None,
+) -> tuple[Tensor, Tensor]:
+    """As `attend`, over a cover that opens chunks, and `masses`; what is read is gathered once."""
+    q_NHGQD, keys, values, bias = gather(queries, blocks, cover, pyramid, positions)
+    out = _softmax(q_NHGQD, keys, values, bias, scale, softcap).reshape(queries.shape)
+    with torch.no_grad():
+        return out, _masses(q_NHGQD, keys, bias, blocks, cover, scale, softcap)
+
+
 def masses(
     queries: Tensor,
     blocks: Blocks,
@@ -186,7 +202,14 @@ def masses(
 
     For evidence and pictures: it writes out the weights, so call it for a few blocks only.
     """
-    q_NHGQD, keys, _, bias = gather(queries, blocks, cover, pyramid, positions)
+    with torch.no_grad():
+        q_NHGQD, keys, _, bias = gather(queries, blocks, cover, pyramid, positions)
+        return _masses(q_NHGQD, keys, bias, blocks, cover, scale, softcap)
+
+
+def _masses(
+    q_NHGQD: Tensor, keys: Tensor, bias: Tensor, blocks: Blocks, cover: Cover, scale: float, softcap: float | None
+) -> Tensor:
     logits = torch.einsum("nhgqd,nhed->nhgqe", q_NHGQD, keys).to(bias.dtype) * scale
     if softcap is not None:
         logits = softcap * torch.tanh(logits / softcap)

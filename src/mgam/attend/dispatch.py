@@ -75,7 +75,7 @@ def serving(queries: Tensor, pyramid: Pyramid, backend: str | None = None) -> st
         SettingError: as `choose` does.
     """
     if not pyramid.in_memory:
-        return "torch"
+        _check_digest(backend)
     for one in BACKENDS.values() if backend is None else ():
         if one.automatic and not _refused(one.name, queries):
             return one.name
@@ -122,9 +122,7 @@ def attend(
     `out`, of the result's shape and any strides but the last, is where the result may be written, without gradients;
     it is returned where that was done.
     """
-    if not pyramid.in_memory:
-        if backend not in (None, "torch"):
-            raise SettingError(f"backend {backend!r} cannot read a digest; choose 'torch', or leave it out")
+    if _gathers(cover, pyramid, backend):
         return blockwise.attend(queries, blocks, cover, pyramid, positions, scale, softcap)
     chosen, given = choose(queries, backend), (pyramid, positions, scale, softcap)
     group = cover.opened.shape[1] // pyramid.keys[0].shape[1]
@@ -136,6 +134,45 @@ def attend(
         for member in range(group)
     ]
     return torch.stack(parts, 2).flatten(1, 2)
+
+
+def watched(
+    queries: Tensor,
+    blocks: Blocks,
+    cover: Cover,
+    pyramid: Pyramid,
+    positions: Positions,
+    scale: float,
+    softcap: float | None = None,
+    backend: str | None = None,
+) -> tuple[Tensor, Tensor]:
+    """As `attend`, and the attention mass (N, H, K) of each opened chunk, summed over the block's queries and the
+    group's heads. For evidence and pictures: call it for a few blocks only."""
+    given = queries, blocks, cover, pyramid, positions, scale, softcap
+    if _gathers(cover, pyramid, backend):
+        return blockwise.watched(*given)
+    runs = choose(queries, backend).backend
+    if runs == "torch":
+        return blockwise.watched(*given)
+    if runs == "triton" and cover.opened.shape[1] == pyramid.keys[0].shape[1] and not torch.is_grad_enabled():
+        from mgam.attend.triton import backend as kernels
+
+        return kernels.watched(*given)
+    return attend(*given, backend), blockwise.masses(*given)
+
+
+def _gathers(cover: Cover, pyramid: Pyramid, backend: str | None) -> bool:
+    """Whether a digest is read by PyTorch whatever could serve the queries: where it is asked to, densely, or by a
+    cover for each query head."""
+    if pyramid.in_memory:
+        return False
+    _check_digest(backend)
+    return backend == "torch" or cover.is_dense or cover.opened.shape[1] != pyramid.keys[0].shape[1]
+
+
+def _check_digest(backend: str | None) -> None:
+    if backend == "reference":
+        raise SettingError("backend 'reference' cannot read a digest; choose 'torch', or leave it out")
 
 
 def _of_heads(cover: Cover, some: slice) -> Cover:

@@ -118,6 +118,8 @@ def _run(request: Request, *, silent: bool) -> Manifest:
     settings = _settings(request, there)
     with Stage(silent=silent) as stage:
         from mgam.documents import digesting
+        from mgam.documents.document import Document
+        from mgam.documents.rehearsing import rehearse
         from mgam.integrations.loading import load
         from mgam.integrations.transformers.apply import apply
 
@@ -154,12 +156,10 @@ def _run(request: Request, *, silent: bool) -> Manifest:
             eight_bits=request.eight_bits,
             on_progress=progress,
         )
-        if model.device.type == "cuda":
-            from mgam.documents.document import Document
-            from mgam.documents.rehearsing import rehearse
-
-            stage.say("trying a question, so that others find their kernels compiled")
-            rehearse(Document.open(request.out, model, loaded.tokenizer, memory=memory))
+        stage.say("making it ready for questions")
+        document = Document.open(request.out, model, loaded.tokenizer, memory=memory)
+        rehearse(document)
+        document.close()
         return manifest
 
 

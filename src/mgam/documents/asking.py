@@ -16,7 +16,7 @@ from mgam.documents.chart import Chart
 from mgam.documents.confidence import Watch, confidence, is_found
 from mgam.documents.evidence import Evidence, Places, find_evidence
 from mgam.documents.prompt import Prompt, build
-from mgam.documents.second_look import NEUTRAL, Passages, passages, preference
+from mgam.documents.second_look import NEUTRAL, Passages, passages, preference, shares
 from mgam.documents.sources import Source
 from mgam.documents.tokens import Frame
 from mgam.engine import Record
@@ -188,8 +188,8 @@ class _Memory:
     """What reading the texts cost."""
     place: Any = None
     """Where the texts end, to go back to; None when only one question is asked, and that at first sight."""
-    neutral: Record | None = None
-    """What a question that asks for nothing attends to; found when it is needed."""
+    neutral: Tensor | None = None
+    """Shares of attention of a question that asks for nothing; found when they are needed."""
 
     @classmethod
     @torch.no_grad()
@@ -238,9 +238,10 @@ class _Memory:
             return None
         if self.neutral is None:
             asked = Frame.of(tokenizer).question(tokenizer, NEUTRAL)
-            cache, self.neutral = self.turn_to(replace(prompt, ids=[*self.ids, *asked]), again=True)
-            assert self.neutral is not None
+            cache, neutral = self.turn_to(replace(prompt, ids=[*self.ids, *asked]), again=True)
+            assert neutral is not None
             read_question(model, cache, asked, prompt.document)
+            self.neutral = shares(neutral)
         chosen = chosen_again(applied, seen, self.neutral, prompt, prompt.sources, tokenizer, prompt.document, count)
         return None if chosen is None else (seen, chosen)
 
@@ -256,7 +257,7 @@ def read_question(model: Any, cache: Any, ids: list[int], first: int) -> None:
 def chosen_again(
     applied: Applied,
     seen: Record,
-    neutral: Record,
+    neutral: Tensor,
     places: Places,
     sources: Sequence[Source],
     tokenizer: Any,

@@ -16,7 +16,7 @@ from mgam.documents import fingerprint
 from mgam.documents.building import Builder, Progress, is_ours, plan_memory
 from mgam.documents.models import check_model, shape_of
 from mgam.documents.sources import PIPED, Source
-from mgam.documents.store import files
+from mgam.documents.store import files, neutral
 from mgam.documents.store.layout import Shape
 from mgam.documents.store.lock import WriterLock
 from mgam.documents.store.manifest import NAME as MANIFEST_NAME
@@ -166,6 +166,7 @@ def _go_on(path: Path, model: Any, tokenizer: Any, sources: Sequence[Source], *,
         segments=manifest.whole,
         complete=False,
     )
+    neutral.forget(path)
     more.write(path)
     return more
 

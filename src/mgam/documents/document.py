@@ -28,8 +28,9 @@ from mgam.documents.evidence import find_evidence
 from mgam.documents.models import check_model
 from mgam.documents.pool import Counts, Pool
 from mgam.documents.rehearsing import rehearse
-from mgam.documents.second_look import NEUTRAL, Passages
+from mgam.documents.second_look import NEUTRAL, Passages, shares
 from mgam.documents.sources import Source, read_source
+from mgam.documents.store import neutral
 from mgam.documents.store.manifest import Manifest, Segment
 from mgam.documents.store.segment import Resident
 from mgam.documents.store.store import Store, changed
@@ -67,8 +68,7 @@ class Document:
     recent: dict[int, Tensor | None]
     _seen: list[int] = field(default_factory=list)
     _owner: object | None = None
-    _neutral: Record | None = None
-    """What a question that asks for nothing attends to; found when it is needed."""
+    _neutral: Tensor | None = None
 
     @classmethod
     def digest(
@@ -114,8 +114,7 @@ class Document:
             call=call, segment=segment, on_progress=on_progress,
         )  # fmt: skip
         document = cls.open(path, model, tokenizer, memory=memory, room=room)
-        if model.device.type == "cuda":
-            rehearse(document)
+        rehearse(document)
         return document
 
     @classmethod
@@ -232,12 +231,26 @@ class Document:
         seen = self.attended(question)
         if not seen.mass:
             return None
-        if self._neutral is None:
-            self._neutral = self.attended(NEUTRAL)
         places = Places(self.tokens, self.sources)
         border = len(self.tokens)
-        chosen = chosen_again(applied, seen, self._neutral, places, self.sources, self.tokenizer, border, count)
+        chosen = chosen_again(applied, seen, self.neutral(), places, self.sources, self.tokenizer, border, count)
         return None if chosen is None else (seen, chosen)
+
+    def neutral(self, *, keep: bool = False) -> Tensor:
+        """Shares of attention (C,) of a question that asks for nothing, as they were kept beside the digest, else found
+        now.
+
+        Args:
+            keep: keep them.
+        """
+        budget, chunks = applied_to(self.model).question_budget, len(self.tokens) // self.manifest.shape.levels.chunk
+        if self._neutral is None:
+            self._neutral = neutral.read(self.path, self.manifest, budget, chunks)
+        if self._neutral is None:
+            self._neutral = shares(self.attended(NEUTRAL))
+            if keep:
+                neutral.write(self.path, self.manifest, budget, self._neutral)
+        return self._neutral
 
     def attended(self, question: str) -> Record:
         """What a question attends to at first sight; no answer is made."""

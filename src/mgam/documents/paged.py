@@ -8,10 +8,12 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from mgam.cover import Cover
 from mgam.documents.pool import Pool
 from mgam.documents.store.segment import Numbers
 from mgam.levels import Levels
 from mgam.pyramid import Pyramid
+from mgam.schedule import Blocks
 
 
 class PagedPyramid(Pyramid):
@@ -62,6 +64,17 @@ class PagedPyramid(Pyramid):
         place = (skip[:, None] + torch.arange(reach, device=start.device))[:, None, :, None]
         place = place.expand(-1, heads, -1, keys.shape[-1])
         return keys.gather(2, place), values.gather(2, place)
+
+    def near(self, cover: Cover, blocks: Blocks) -> tuple[Tensor, Tensor]:
+        """Keys and values (N, H, K*chunk + W, D) of each block's opened chunks, then of its window, side by side."""
+        chunk, heads = self.levels.chunk, self.pool.shape.heads
+        first = cover.begin // chunk
+        last = ((blocks.stop - 1).clamp_min(0) // chunk)[:, None]
+        width = int((last[:, 0] - first).max()) + 1
+        recent = torch.minimum(first[:, None] + torch.arange(width), last)[:, None].expand(-1, heads, -1)
+        pages = torch.cat((cover.opened.clamp_min(0).cpu(), recent), -1).numpy()
+        head = np.broadcast_to(np.arange(heads)[None, :, None], pages.shape)
+        return self._gather(head.reshape(-1), pages.reshape(-1), (len(pages), heads, pages.shape[2] * chunk))
 
     def prefix(self, row: int, stop: int) -> tuple[Tensor, Tensor]:
         """Keys and values (1, H, stop, D) of the first tokens."""

@@ -1,7 +1,8 @@
-"""Asking a digest once after it is made, and throwing the answers away.
+"""What is done for those who will ask, when a digest has been made.
 
-On a GPU kernels are compiled when they are first called, for seconds. Triton keeps them on the disk: rehearsed by the
-process that digests, they are there when somebody asks.
+What a question that asks for nothing attends to is kept, for every second look is set against it. And on a GPU the
+digest is asked once, and the answers are thrown away: kernels are compiled when they are first called, for seconds, and
+Triton keeps them on the disk.
 """
 
 from __future__ import annotations
@@ -22,14 +23,22 @@ NEW_TOKENS = 4
 
 
 def rehearse(document: Document) -> None:
-    """Asks at first and at second sight; the document is as it was before.
+    """Prepares a digest for questions; the open document is as it was before.
 
     Raises:
-        DigestError: a page that was needed is damaged.
+        DigestError: a page that was needed is damaged, or the disk is full.
     """
+    if len(document.tokens) >= document.manifest.dense_until:
+        document.neutral(keep=True)
+    if document.model.device.type == "cuda":
+        ask_once(document)
+    document.start(0)
+
+
+def ask_once(document: Document) -> None:
+    """Asks at first and at second sight, for nothing."""
     seen = document.attended(NEUTRAL)
     document.generate(NEUTRAL, max_new_tokens=NEW_TOKENS)
     longest = max(document.sources, key=lambda source: len(source.text))
     again = Passages([Source(longest.name, longest.text[:CHARACTERS])], [])
     at_second_sight(document.model, document.tokenizer, again, NEUTRAL, seen, 1, NEW_TOKENS, None)
-    document.start(0)

@@ -16,6 +16,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.nn.functional import pad
 
 from mgam.documents.evidence import Evidence, Places
 from mgam.documents.sources import Source
@@ -46,26 +47,31 @@ class Passages:
     """The passages that were attended to most, best first."""
 
 
-def preference(asked: Record, neutral: Record) -> Tensor:
+def preference(asked: Record, neutral: Tensor) -> Tensor:
     """How much more a question attends to each chunk (C,) than the neutral one: a ratio of shares of attention.
 
     Chunk 0, which is always open, has 0. Empty where the question opened nothing, or singles nothing out.
+
+    Args:
+        neutral: the `shares` of the neutral question, of as many chunks or not.
     """
-    chunks = max((mass.shape[1] for mass in asked.mass.values()), default=0)
+    own = shares(asked)
+    chunks = len(own)
     if not chunks:
         return torch.zeros(0)
-    score = _shares(asked, chunks) / (_shares(neutral, chunks) + SLACK / chunks)
+    score = own / (pad(neutral, (0, max(0, chunks - len(neutral))))[:chunks] + SLACK / chunks)
     return score if float(score.max()) >= DISTINCT else score[:0]
 
 
-def _shares(record: Record, chunks: int) -> Tensor:
+def shares(record: Record) -> Tensor:
+    """The part of a question's attention that each chunk (C,) gets in the middle layers, in float64; chunk 0, which is
+    always open, has none."""
     masses = [mass for _, mass in sorted(record.mass.items())]
     first, last = (int(part * len(masses)) for part in MIDDLE)
-    total = torch.zeros(chunks, dtype=torch.float64)
+    total = torch.zeros(max((mass.shape[1] for mass in masses), default=0), dtype=torch.float64)
     for mass in masses[first : max(last, first + 1)]:
-        there = min(chunks, mass.shape[1])
-        total[:there] += mass[:, :there].sum(0).double()
-    total[0] = 0
+        total[: mass.shape[1]] += mass.sum(0).double()
+    total[:1] = 0
     return total / total.sum().clamp_min(1e-12)
 
 

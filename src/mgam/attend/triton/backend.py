@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import importlib.util
 import os
+from collections.abc import Sequence
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
@@ -13,6 +15,10 @@ from mgam.errors import SettingError
 from mgam.positions import Positions
 from mgam.pyramid import Pyramid
 from mgam.schedule import Blocks
+
+if TYPE_CHECKING:
+    from mgam.attend.triton.lists import Lists
+    from mgam.attend.triton.tables import Turn
 
 HEAD_DIMS = (64, 96, 128, 256)
 
@@ -56,27 +62,60 @@ def attend(
     Raises:
         SettingError: when shapes, dtypes, devices or indices do not fit one another, before anything is launched.
     """
+    if not len(blocks) or not blocks.size:
+        return torch.zeros_like(queries)
+    lists, keys, values, turn = _called(queries, blocks, cover, pyramid, positions, scale)
+    if not torch.is_grad_enabled() or not any(states.requires_grad for states in (queries, *keys, *values)):
+        from mgam.attend.triton.forward import read
+
+        return read(queries, lists, keys, values, scale, turn=turn, softcap=softcap, out=out).out
+    from mgam.attend.triton.autograd import Read
+
+    return Read.apply(queries, lists, turn, scale, softcap, *keys, *values)
+
+
+def watched(
+    queries: Tensor,
+    blocks: Blocks,
+    cover: Cover,
+    pyramid: Pyramid,
+    positions: Positions,
+    scale: float,
+    softcap: float | None = None,
+) -> tuple[Tensor, Tensor]:
+    """As `attend`, without gradients, and the attention mass (N, H, K) of each opened chunk."""
     from mgam.attend.triton.forward import read
+    from mgam.attend.triton.masses import masses
+
+    lists, keys, values, turn = _called(queries, blocks, cover, pyramid, positions, scale)
+    part = read(queries, lists, keys, values, scale, turn=turn, softcap=softcap)
+    return part.out, masses(queries, lists, keys[0], part.lse, scale, turn=turn, softcap=softcap)
+
+
+def _called(
+    queries: Tensor, blocks: Blocks, cover: Cover, pyramid: Pyramid, positions: Positions, scale: float
+) -> tuple[Lists, Sequence[Tensor], Sequence[Tensor], Turn]:
+    """A call as kernels take it: lists, keys and values of all levels, rotary tables. What a digest opens is brought
+    together first."""
     from mgam.attend.triton.lists import Lists, check
     from mgam.attend.triton.tables import Turn
 
     _fit(queries, blocks, cover, pyramid, scale)
-    if not len(blocks) or not blocks.size:
-        return torch.zeros_like(queries)
     lists = Lists.of(cover, blocks, queries.device, positions)
     if not (queries.is_cuda and torch.cuda.is_current_stream_capturing()):
         if cover.known is None:
             check(lists, pyramid.keys[0].shape[0], pyramid.tokens)
         if positions.kind == "granular" and not lists.bare:
             positions.check(cover.most)
-    turn = Turn.of(positions, lists, pyramid.tokens, queries.device, queries.dtype)
-    if not torch.is_grad_enabled() or not any(
-        states.requires_grad for states in (queries, *pyramid.keys, *pyramid.values)
-    ):
-        return read(queries, lists, pyramid.keys, pyramid.values, scale, turn=turn, softcap=softcap, out=out).out
-    from mgam.attend.triton.autograd import Read
-
-    return Read.apply(queries, lists, turn, scale, softcap, *pyramid.keys, *pyramid.values)
+    keys, values, tokens = pyramid.keys, pyramid.values, pyramid.tokens
+    if not pyramid.in_memory:
+        near = pyramid.near(cover, blocks)
+        lists, tokens = lists.near(blocks), near[0].shape[2]
+        keys, values = (
+            [tokens_of, *(level.expand(len(blocks), -1, -1, -1) for level in kept[1:])]
+            for tokens_of, kept in zip(near, (keys, values), strict=True)
+        )
+    return lists, keys, values, Turn.of(positions, lists, tokens, queries.device, queries.dtype)
 
 
 def _fit(queries: Tensor, blocks: Blocks, cover: Cover, pyramid: Pyramid, scale: float) -> None:

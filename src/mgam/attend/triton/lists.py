@@ -65,6 +65,21 @@ class Lists:
         """Whether nothing is read before the window."""
         return not any(part.shape[-1] for part in self.index)
 
+    def near(self, blocks: Blocks) -> Lists:
+        """The same lists for tokens that were brought together, a row for each block: opened chunks, then the window
+        (`Pyramid.near`). Ranks stay as they were."""
+        kept: dict[str, tuple[Tensor, Tensor, Tensor]] = blocks.once("near", dict)
+        shape = self.index[0].shape
+        if "made" not in kept or kept["made"][0] is not self.blocks or kept["made"][2].shape != shape:
+            device, chunk = self.blocks.device, self.levels.chunk
+            _, start, length, window = self.blocks
+            moved = shape[2] * chunk - window // chunk * chunk
+            table = (torch.arange(shape[0], device=device), start + moved, length, window + moved)
+            local = torch.arange(shape[2], device=device).expand(shape).contiguous()
+            kept["made"] = self.blocks, torch.stack(table), local
+        _, table_of, local = kept["made"]
+        return replace(self, blocks=table_of, index=(local, *self.index[1:]), even=1, where=None)
+
     def steps(self) -> list[int]:
         """Tokens from one index to the next, per level."""
         return [self.levels.chunk, *self.levels.sizes[1:]]

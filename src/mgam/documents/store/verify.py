@@ -9,7 +9,7 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from mgam.documents.store import files
+from mgam.documents.store import files, neutral
 from mgam.documents.store.layout import Layout
 from mgam.documents.store.manifest import Manifest
 from mgam.documents.store.pages import checksums
@@ -48,6 +48,8 @@ def verify(folder: Path, on_progress: Callable[[int, int], None] | None = None) 
         if on_progress is not None:
             on_progress(number + 1, len(parts))
     store.close()
+    if wrong := neutral.fault(folder, store.manifest):
+        faults.append(Fault(neutral.NAME, wrong))
     return faults
 
 
