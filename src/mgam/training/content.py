@@ -35,7 +35,7 @@ ANSWERS = 4
 QUESTION_BLOCK = 32
 DEEP = 4
 """A fact counts where it is among the first of so many parts of what is opened: texts in use are longer."""
-FACTS = 4.0
+FACTS = 1.0
 """What finding a fact counts, beside the share of attention that is kept."""
 
 
