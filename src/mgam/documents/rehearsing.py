@@ -36,7 +36,9 @@ def rehearse(document: Document) -> None:
 
 
 def ask_once(document: Document) -> None:
-    """Asks at first and at second sight, for nothing."""
+    """Asks a long and a short question at first sight, which kernels read in blocks of different sizes, and one at
+    second sight, for nothing."""
+    document.attended(" ".join([NEUTRAL] * 4))
     seen = document.attended(NEUTRAL)
     document.generate(NEUTRAL, max_new_tokens=NEW_TOKENS)
     longest = max(document.sources, key=lambda source: len(source.text))
