@@ -39,7 +39,7 @@ class Answer:
     tokens: dict[str, int]
     """Tokens of `document`, `question` and `answer`."""
     seconds: dict[str, float]
-    """Seconds spent `reading` and `answering`."""
+    """Seconds spent `reading`, from then `to the first token`, and `answering` in all."""
     peak_memory_bytes: int
     settings: dict[str, Any]
     confidence: float | None = None
@@ -127,18 +127,23 @@ def _answers(
         looked = memory.look(model, tokenizer, prompt, evidence_count) if again else None
         if looked is not None:
             first, chosen = looked
+            until = time.perf_counter() - read
             answer = at_second_sight(
                 model, tokenizer, chosen, prompt.asked, first, len(prompt.ids), max_new_tokens, on_text
             )
             answer = replace(answer, tokens={**answer.tokens, "document": prompt.document})
-            seconds = {"reading": round(read - begin, 3), "answering": round(time.perf_counter() - read, 3)}
+            seconds = {
+                "reading": round(read - begin, 3),
+                "to the first token": round(until + first_token(answer), 3),
+                "answering": round(time.perf_counter() - read, 3),
+            }
             answer = replace(answer, seconds=seconds)
             if on_chart is not None and isinstance(first, Chart):
                 on_chart(first, prompt, answer)
             yield answer
             continue
         cache, seen = memory.turn_to(prompt, again=number + 1 < len(prompts))
-        watch = Watch()
+        watch, streamer = Watch(), Streamer(tokenizer, on_text)
         ids = torch.tensor([prompt.ids], device=model.device)
         produced = model.generate(
             ids,
@@ -151,7 +156,7 @@ def _answers(
             top_k=None,
             pad_token_id=tokenizer.pad_token_id if tokenizer.pad_token_id is not None else tokenizer.eos_token_id,
             logits_processor=watch.as_list(),
-            streamer=Streamer(tokenizer, on_text) if on_text is not None else None,
+            streamer=streamer,
         )
         answer_ids = produced[0, ids.shape[1] :]
         sure = confidence(model, tokenizer, prompt.asked, answer_ids, watch)
@@ -165,7 +170,11 @@ def _answers(
             evidence=evidence,
             entries_per_level=per_level(seen, applied),
             tokens={"document": prompt.document, "question": prompt.question, "answer": int(answer_ids.shape[0])},
-            seconds={"reading": round(read - begin, 3), "answering": round(done - read, 3)},
+            seconds={
+                "reading": round(read - begin, 3),
+                "to the first token": round((streamer.first or done) - read, 3),
+                "answering": round(done - read, 3),
+            },
             peak_memory_bytes=peak_memory_bytes(),
             settings=settings_of(model, applied),
             confidence=sure,
@@ -297,6 +306,11 @@ def at_second_sight(
     read = {**answer.tokens, "read again": short.document}
     found = is_found(answer.confidence, again=True)
     return replace(answer, evidence=chosen.best, entries_per_level=entries, tokens=read, found=found)
+
+
+def first_token(answer: Answer) -> float:
+    """Seconds from the beginning of an answer's reading to its first token."""
+    return answer.seconds["reading"] + answer.seconds["to the first token"]
 
 
 def _schedule(applied: Applied, prompt: Prompt) -> Schedule:

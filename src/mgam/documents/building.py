@@ -22,7 +22,7 @@ from mgam.documents.store.neutral import NAME as NEUTRAL_NAME
 from mgam.documents.store.pages import decode, encode
 from mgam.documents.store.segment import LayerPart, TokenPart, write
 from mgam.documents.store.store import Store
-from mgam.documents.taking_up import load_segment, set_recent
+from mgam.documents.taking_up import Layers, set_recent
 from mgam.documents.tiers import slots_for
 from mgam.documents.tokens import Tokens, check_equal
 from mgam.errors import DigestError, SettingError
@@ -107,13 +107,13 @@ class Builder:
         pool.fetch = self.store.read_pages
         pool.reserve(-(-total // self.shape.levels.chunk))
         for number, layer in self.cache.pyramids.items():
-            layer.pyramid = PagedPyramid(self.shape.levels, pool, number, total)
+            layer.pyramid = PagedPyramid(self.shape.levels, pool, number, 0 if self.manifest.done else total)
         return pool
 
     def _load(self) -> None:
         """Takes up what is on disk."""
         done = 0
-        layers = self.cache.pyramids
+        layers, together = self.cache.pyramids, None
         with self.store.residents(self.model.device) as parts:
             for part, found in parts:
                 stored = TokenPart(found.numbers("ids"), found.numbers("texts"), found.numbers("offsets"))
@@ -121,7 +121,9 @@ class Builder:
                 if self.pool is None:
                     for number, layer in layers.items():
                         self._load_tokens(layer.pyramid, number, part)
-                load_segment({number: layer.pyramid for number, layer in layers.items()}, part, found)
+                if together is None:
+                    together = Layers.of([layer.pyramid for layer in layers.values()], len(self.tokens))
+                together.load(part, found)
                 if self.shape.recent:
                     for number, layer in layers.items():
                         set_recent(layer, found[f"layers.{number}.recent"][None])

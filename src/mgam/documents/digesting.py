@@ -6,11 +6,14 @@ to has the same bytes.
 
 from __future__ import annotations
 
+import gc
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
+
+import torch
 
 from mgam.documents import fingerprint
 from mgam.documents.building import Builder, Progress, is_ours, plan_memory
@@ -92,7 +95,11 @@ def digest(
         if manifest.complete:
             return manifest
         texts = [Source(text.name, Store(path, manifest).text(n)) for n, text in enumerate(manifest.texts)]
-        return Builder(path, model, applied, manifest, tokens_of(tokenizer, texts), memory, room).run(on_progress)
+        manifest = Builder(path, model, applied, manifest, tokens_of(tokenizer, texts), memory, room).run(on_progress)
+    if model.device.type == "cuda":  # what held the texts makes room for those who open the digest
+        gc.collect()
+        torch.cuda.empty_cache()
+    return manifest
 
 
 def _has_manifest(path: Path) -> bool:

@@ -19,6 +19,7 @@ from mgam.documents.asking import (
     Streamer,
     at_second_sight,
     chosen_again,
+    first_token,
     per_level,
     read_question,
     settings_of,
@@ -34,7 +35,7 @@ from mgam.documents.store import neutral
 from mgam.documents.store.manifest import Manifest, Segment
 from mgam.documents.store.segment import Resident
 from mgam.documents.store.store import Store, changed
-from mgam.documents.taking_up import load_segment, prepare, set_recent
+from mgam.documents.taking_up import Layers, prepare, set_recent
 from mgam.documents.tiers import HostPages, parse_memory, slots_for
 from mgam.documents.tokens import Frame, Places, Tokens, encode
 from mgam.engine import Record
@@ -167,8 +168,8 @@ class Document:
                 settings = wanted.as_dict()
                 apply(model, settings.pop("method"), **{**settings, "dense_until": manifest.dense_until})
             slots = slots_for(manifest.shape, manifest.tokens, room, bound, device)
-            pool, cache = prepare(model, manifest.shape, manifest.tokens + room, slots)
-            tokens, recent = _load(store, parts, cache)
+            pool, cache, together = prepare(model, manifest.shape, manifest.tokens + room, slots)
+            tokens, recent = _load(store, parts, cache, together)
         warming.finish(device, model.dtype)
         if tier == "disk":
             pool.fetch = store.read_pages
@@ -387,15 +388,10 @@ class Chat:
     ) -> Answer:
         """The first answer of a talk, from passages alone; later ones see it after the whole texts."""
         document = self.document
-        tokenizer, border, first = document.tokenizer, len(document.tokens), list[float]()
-
-        def heard(text: str) -> None:
-            first.append(time.perf_counter())
-            if on_text is not None:
-                on_text(text)
-
+        tokenizer, border = document.tokenizer, len(document.tokens)
         asked = Frame.of(tokenizer).question(tokenizer, question)
-        answer = at_second_sight(document.model, tokenizer, chosen, question, seen, len(asked), max_new_tokens, heard)
+        looked = time.perf_counter()
+        answer = at_second_sight(document.model, tokenizer, chosen, question, seen, len(asked), max_new_tokens, on_text)
         done = time.perf_counter()
         said = encode(tokenizer, answer.answer) if answer.answer else []
         self.ids = [*asked, *said]
@@ -405,7 +401,7 @@ class Chat:
             answer,
             tokens={**answer.tokens, "document": border},
             seconds={
-                "to the first token": round((first[0] if first else done) - begin, 3),
+                "to the first token": round(looked - begin + first_token(answer), 3),
                 "answering": round(done - begin, 3),
             },
         )
@@ -420,7 +416,7 @@ class Chat:
 
 
 def _load(
-    store: Store, parts: Iterator[tuple[Segment, Resident]], cache: PyramidCache
+    store: Store, parts: Iterator[tuple[Segment, Resident]], cache: PyramidCache, together: Layers
 ) -> tuple[Tokens, dict[int, Tensor | None]]:
     """Takes up all that stays in memory; returns the tokens and each layer's recent queries."""
     shape, layers = store.manifest.shape, cache.pyramids
@@ -428,7 +424,7 @@ def _load(
     recent: dict[int, Tensor | None] = dict.fromkeys(layers)
     for part, found in parts:
         numbers.append((found.numbers("ids"), found.numbers("texts"), found.numbers("offsets")))
-        load_segment({number: layer.pyramid for number, layer in layers.items()}, part, found)
+        together.load(part, found)
         done = part.first + part.tokens
         for number, layer in layers.items():
             if done % shape.levels.chunk:

@@ -163,6 +163,7 @@ def ask(
         tokens={**answer.tokens, "document": found.queries, "kept": answer.tokens["document"]},
         seconds={
             "reading": round(reading + answer.seconds["reading"], 3),
+            "to the first token": answer.seconds["to the first token"],
             "answering": answer.seconds["answering"],
         },
         settings={**answer.settings, **asdict(dials), "method": "infini-retri"},

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import Any
 
 from torch import Tensor
@@ -19,15 +20,60 @@ from mgam.pyramid import Pyramid
 from mgam.schedule import Schedule
 
 
-def prepare(model: Any, shape: Shape, tokens: int, slots: int) -> tuple[Pool, PyramidCache]:
-    """A pool of pages, and a cache over it with room for so many tokens; nothing is in them yet."""
+@dataclass(frozen=True)
+class Layers:
+    """Summaries and search keys of all layers side by side, so that a segment is taken up in a few copies.
+
+    Shapes: keys[l-1], values[l-1] (layers, 1, H, n, D); search (layers, 1, H, S, C, D). The pyramids hold views.
+    """
+
+    pyramids: list[Pyramid]
+    keys: list[Tensor]
+    values: list[Tensor]
+    search: Tensor
+
+    @classmethod
+    def of(cls, pyramids: Sequence[Pyramid], tokens: int) -> Layers:
+        """Room for so many tokens in pyramids that were begun and hold no summaries yet."""
+        first, levels = pyramids[0], pyramids[0].levels
+        assert first.search is not None
+        chunks = -(-max(tokens, 1) // levels.chunk)
+
+        def room(like: Tensor, entries: int) -> Tensor:
+            return like.new_empty(len(pyramids), *like.shape[:-2], entries, like.shape[-1])
+
+        counts = [chunks * levels.chunk // size for size in levels.sizes[1:]]
+        keys = [room(like, count) for like, count in zip(first.keys[1:], counts, strict=True)]
+        values = [room(like, count) for like, count in zip(first.values[1:], counts, strict=True)]
+        search = room(first.search, chunks)
+        for number, pyramid in enumerate(pyramids):
+            pyramid.keys[1:] = [states[number] for states in keys]
+            pyramid.values[1:] = [states[number] for states in values]
+            pyramid.search = search[number]
+        return cls(list(pyramids), keys, values, search)
+
+    def load(self, part: Segment, found: Resident) -> None:
+        """Puts summaries and search keys of a segment into all layers."""
+        levels = found.layout.shape.levels
+        for level, size in enumerate(levels.sizes[1:], start=1):
+            span = slice(part.first // size, (part.first + part.tokens) // size)
+            for kind, states in (("keys", self.keys), ("values", self.values)):
+                states[level - 1][:, 0, :, span] = found.states(f"{kind}.{level}")
+        span = slice(part.first // levels.chunk, (part.first + part.tokens) // levels.chunk)
+        self.search[:, 0, :, :, span] = found.states("search")
+        for pyramid in self.pyramids:
+            pyramid.lengths = [part.first + part.tokens]
+
+
+def prepare(model: Any, shape: Shape, tokens: int, slots: int) -> tuple[Pool, PyramidCache, Layers]:
+    """A pool of pages, a cache over it and its layers, with room for so many tokens; nothing is in them yet."""
     pool = Pool(shape, slots, model.device)
     cache = PyramidCache(model, [Schedule.uniform(1)])
     pool.reserve(-(-tokens // shape.levels.chunk))
     for number, layer in cache.pyramids.items():
-        layer.pyramid = PagedPyramid(shape.levels, pool, number, tokens)
+        layer.pyramid = PagedPyramid(shape.levels, pool, number, 0)
         layer.lazy_initialization(pool.keys, pool.values)
-    return pool, cache
+    return pool, cache, Layers.of([layer.pyramid for layer in cache.pyramids.values()], tokens)
 
 
 def set_recent(layer: PyramidLayer, queries: Tensor | None) -> None:
@@ -36,21 +82,3 @@ def set_recent(layer: PyramidLayer, queries: Tensor | None) -> None:
     if queries is not None:
         votes.keep([queries], [queries.shape[2]], queries.shape[2])
     layer._votes = votes
-
-
-def load_segment(pyramids: Mapping[int, Pyramid], part: Segment, found: Resident) -> None:
-    """Puts summaries and search keys of a segment into the pyramids of all layers, which have room for them."""
-    levels = found.layout.shape.levels
-    for level, size in enumerate(levels.sizes[1:], start=1):
-        span = slice(part.first // size, (part.first + part.tokens) // size)
-        for kind in ("keys", "values"):
-            for layer, new in enumerate(found.states(f"{kind}.{level}").unbind()):
-                states = pyramids[layer].keys if kind == "keys" else pyramids[layer].values
-                states[level][0, :, span] = new
-    span = slice(part.first // levels.chunk, (part.first + part.tokens) // levels.chunk)
-    for layer, new in enumerate(found.states("search").unbind()):
-        search = pyramids[layer].search
-        assert search is not None
-        search[0, :, :, span] = new
-    for pyramid in pyramids.values():
-        pyramid.lengths = [part.first + part.tokens]
