@@ -250,12 +250,13 @@ def _digest(cell: Cell) -> dict[str, Any]:
 
 
 def _rehearsed(cell: Cell, model: Any, tokenizer: Any) -> float:
+    from mgam.cli.digests import AGAIN
     from mgam.documents.document import Document
     from mgam.documents.rehearsing import rehearse
 
     began = time.perf_counter()
     document = Document.open(cell.path, model, tokenizer, memory=cell.memory)
-    rehearse(document)
+    rehearse(document, AGAIN)
     document.close()
     return round(time.perf_counter() - began, 1)
 

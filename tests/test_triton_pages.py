@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
+from typing import Any, ClassVar
 
 import numpy as np
 import pytest
@@ -14,9 +16,11 @@ from mgam import engine, kernels, pyramid
 from mgam.attend import attend, blockwise, dispatch, watched
 from mgam.attend.dispatch import serving
 from mgam.cover import Cover, Known
+from mgam.documents import second_look
 from mgam.documents.document import Document
 from mgam.documents.paged import PagedPyramid
 from mgam.documents.pool import Pool
+from mgam.documents.rehearsing import ask_once
 from mgam.documents.store.layout import Shape
 from mgam.documents.tiers import HostPages
 from mgam.levels import Levels
@@ -161,3 +165,45 @@ def test_a_digest_is_asked_alike_with_covers_made_by_kernels(tmp_path: Path, mon
         for one, other in ((plain.opened, made.opened), *zip(plain.summaries, made.summaries, strict=True)):
             for block, same in zip(one.flatten(0, 1).tolist(), other.flatten(0, 1).tolist(), strict=True):
                 assert {index for index in block if index >= 0} == {index for index in same if index >= 0}
+
+
+class Noted:
+    """In place of a kernel: notes how it would be specialised, and writes something finite."""
+
+    WRITES: ClassVar[dict[str, tuple[int, ...]]] = {
+        "read_kernel": (1, 2), "merge_kernel": (2, 3), "mass_kernel": (2,), "whole_kernel": (1, 2)
+    }  # fmt: skip
+
+    def __init__(self, name: str, seen: set[Any]) -> None:
+        self._name, self._seen = name, seen
+
+    def __getitem__(self, grid: Any) -> Callable[..., None]:
+        def launch(*given: Any, **named: Any) -> None:
+            self._seen.add((self._name, *sorted(named.items(), key=lambda one: one[0])))
+            for number in self.WRITES[self._name]:
+                given[number].fill_(1.0)
+
+        return launch
+
+
+@pytest.mark.skipif(DEVICE == "cuda", reason="it tells which kernels would be compiled; there they are")
+def test_who_asks_after_a_rehearsal_compiles_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    from mgam.attend.triton import forward, masses, prefill
+
+    model, tokenizer = tiny.make_model(question_block=32, reread=64), tiny.make_tokenizer()
+    with monkeypatch.context() as patch:
+        patch.setattr(dispatch, "_refused", lambda name, queries: ("off",) if name == "triton" else ())
+        document = Document.digest(model, tokenizer, [tiny.source(500)], tmp_path / "book.mgam", **tiny.GRID)
+    seen: set[Any] = set()
+    for module in (forward, masses, prefill):
+        for name in [name for name in vars(module) if name in Noted.WRITES]:
+            monkeypatch.setattr(module, name, Noted(name, seen))
+    monkeypatch.setattr(engine, "_compiled", lambda queries: True)
+    monkeypatch.setattr(second_look, "DISTINCT", 0.0)
+    monkeypatch.setattr(second_look, "SENTENCE", 0)  # passages of tiny texts would grow many times over
+    ask_once(document, 64)
+    rehearsed = set(seen)
+    assert len(rehearsed) > 5
+    for question in ("Who?", "Where did the captain of the first ship go?", "And then? " * 9):
+        assert "read again" in document.ask(question, max_new_tokens=3).tokens
+    assert seen == rehearsed

@@ -368,7 +368,7 @@ def _segments(
     heads = queries.shape[1] if per_head else pyramid.keys[0].shape[1]
     by_kernels = serving(queries, pyramid, reading.backend) == "triton"
     in_place = by_kernels and pyramid.in_memory
-    sized = blocks.once("padded", lambda: padded(blocks)) if by_kernels and queries.is_cuda else blocks
+    sized = blocks.once("padded", lambda: padded(blocks)) if by_kernels and _compiled(queries) else blocks
 
     tokens = sized.once("tokens", lambda: int(sized.stop.max()) if len(sized) else 0)
     if in_place:
@@ -385,6 +385,11 @@ def _segments(
         return [Segment.of(dense, part, plan.first, plan.before, plan.columns, device) for part in parts]
 
     return sized.once(("segments", step, device), cut)
+
+
+def _compiled(queries: Tensor) -> bool:
+    """Whether kernels are compiled for these queries, not interpreted."""
+    return queries.is_cuda
 
 
 def _elements(

@@ -165,8 +165,8 @@ def test_a_digest_answers_as_its_texts_do(tokenizer: Any, digest: Make, memory: 
 def test_a_rehearsal_changes_no_answer(tokenizer: Any, digest: Make, tokens: int) -> None:
     document = digest(tiny.source(tokens), model=tiny.make_model(reread=64))
     expected = document.ask("Who?", max_new_tokens=6)
-    rehearse(document)
-    ask_once(document)
+    rehearse(document, 64)
+    ask_once(document, 64)
     found = document.ask("Who?", max_new_tokens=6)
     assert (found.answer, found.evidence, found.tokens) == (expected.answer, expected.evidence, expected.tokens)
     assert found.entries_per_level == expected.entries_per_level

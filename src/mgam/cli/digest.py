@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from mgam.cli.ask import Lookahead, NumberFormat, quiet_libraries, whole_number
-from mgam.cli.digests import ADAPTER_DEFAULT, ADAPTER_HELP, MEMORY_HELP, adapter_of, facts, load_for
+from mgam.cli.digests import ADAPTER_DEFAULT, ADAPTER_HELP, AGAIN, MEMORY_HELP, adapter_of, facts, load_for
 from mgam.errors import SettingError
 
 if TYPE_CHECKING:
@@ -158,7 +158,7 @@ def _run(request: Request, *, silent: bool) -> Manifest:
         )
         stage.say("making it ready for questions")
         document = Document.open(request.out, model, loaded.tokenizer, memory=memory)
-        rehearse(document)
+        rehearse(document, AGAIN if manifest.settings.method == "mgam" else 0)
         document.close()
         return manifest
 

@@ -114,8 +114,9 @@ def _answers(
     on_chart: Callable[[Chart, Prompt, Answer], None] | None,
     evidence_count: int,
     again: bool = True,
+    least: int = 0,
 ) -> Iterator[Answer]:
-    """`again`: whether texts may be looked at a second time."""
+    """`again`: whether texts may be looked at a second time; `least`: tokens that an answer has at least."""
     room = max(len(prompt.ids) for prompt in prompts) + max_new_tokens
     memory: _Memory | None = None
     for number, prompt in enumerate(prompts):
@@ -150,6 +151,7 @@ def _answers(
             attention_mask=torch.ones_like(ids),
             past_key_values=cache,
             max_new_tokens=max_new_tokens,
+            min_new_tokens=least or None,
             do_sample=False,
             temperature=None,
             top_p=None,
@@ -294,10 +296,13 @@ def at_second_sight(
     tokens: int,
     max_new_tokens: int,
     on_text: Callable[[str], None] | None,
+    *,
+    least: int = 0,
 ) -> Answer:
-    """The answer from passages alone. Entries are those of both looks, of which the first took `tokens` queries."""
+    """The answer from passages alone, of at least `least` tokens. Entries are those of both looks, of which the first
+    took `tokens` queries."""
     short = build(tokenizer, chosen.sources, question)
-    answer = next(_answers(model, tokenizer, [short], max_new_tokens, None, on_text, None, 0, again=False))
+    answer = next(_answers(model, tokenizer, [short], max_new_tokens, None, on_text, None, 0, again=False, least=least))
     after = sum(answer.tokens.values())
     entries = {
         size: round((count * tokens + answer.entries_per_level.get(size, 0.0) * after) / (tokens + after), 1)

@@ -115,7 +115,7 @@ class Document:
             call=call, segment=segment, on_progress=on_progress,
         )  # fmt: skip
         document = cls.open(path, model, tokenizer, memory=memory, room=room)
-        rehearse(document)
+        rehearse(document, applied_to(model).settings.reread)
         return document
 
     @classmethod

@@ -12,18 +12,23 @@ from typing import TYPE_CHECKING
 from mgam.documents.asking import at_second_sight
 from mgam.documents.second_look import NEUTRAL, Passages
 from mgam.documents.sources import Source
+from mgam.documents.tokens import Places
+from mgam.integrations.transformers.apply import applied_to
 
 if TYPE_CHECKING:
     from mgam.documents.document import Document
 
-CHARACTERS = 8192
-"""Of a text that is read as passages of a second look are: some 2,000 tokens."""
+QUESTIONS = ("?", " ".join([NEUTRAL] * 2), " ".join([NEUTRAL] * 6))
+"""Kernels read blocks of up to 16 queries, of up to 32, and several blocks."""
 NEW_TOKENS = 4
 """Of an answer: the first comes with the question, the second is read as it is, the third by a captured call."""
 
 
-def rehearse(document: Document) -> None:
+def rehearse(document: Document, reread: int) -> None:
     """Prepares a digest for questions; the open document is as it was before.
+
+    Args:
+        reread: tokens that askers will read a second time; 0: none.
 
     Raises:
         DigestError: a page that was needed is damaged, or the disk is full.
@@ -31,16 +36,20 @@ def rehearse(document: Document) -> None:
     if len(document.tokens) >= document.manifest.dense_until:
         document.neutral(keep=True)
     if document.model.device.type == "cuda":
-        ask_once(document)
+        ask_once(document, reread)
     document.start(0)
 
 
-def ask_once(document: Document) -> None:
-    """Asks a long and a short question at first sight, which kernels read in blocks of different sizes, and one at
-    second sight, for nothing."""
-    document.attended(" ".join([NEUTRAL] * 4))
-    seen = document.attended(NEUTRAL)
-    document.generate(NEUTRAL, max_new_tokens=NEW_TOKENS)
-    longest = max(document.sources, key=lambda source: len(source.text))
-    again = Passages([Source(longest.name, longest.text[:CHARACTERS])], [])
-    at_second_sight(document.model, document.tokenizer, again, NEUTRAL, seen, 1, NEW_TOKENS, None)
+def ask_once(document: Document, reread: int) -> None:
+    """Asks short and long questions at first sight, and at second sight where passages are read again, for nothing."""
+    border, window = len(document.tokens), applied_to(document.model).settings.window
+    place = Places(document.tokens, document.sources).place(0, reread + window) if reread else None
+    for question in QUESTIONS:
+        seen = document.attended(question)
+        document.generate(question, max_new_tokens=NEW_TOKENS, min_new_tokens=NEW_TOKENS)
+        if place is not None and border >= document.manifest.dense_until:
+            source, start, end = place
+            again = Passages([Source(source.name, source.text[start:end])], [])
+            at_second_sight(
+                document.model, document.tokenizer, again, question, seen, 1, NEW_TOKENS, None, least=NEW_TOKENS
+            )
