@@ -29,19 +29,19 @@ def write(folder: Path) -> None:
 def _decoders(folder: Path) -> str:
     files = [ResultsFile(path, print) for path in sorted(folder.glob("decoders.*.jsonl*"))]
     trials = {key: trial for file in files for key, trial in file.trials.items()}
-    if not trials:
-        return ""
-    rows = summarise(trials.values())
-    (folder / "decoders.json").write_text(
-        json.dumps([row.to_json() for row in rows], indent=1) + "\n", encoding="utf-8"
+    rows, runs = _with_earlier(
+        folder / "decoders.json", summarise(trials.values()), [run for file in files for run in file.runs]
     )
-    runs = [run for file in files for run in file.runs]
+    if not rows:
+        return ""
     run, commits = runs[0] if runs else {}, ", ".join(dict.fromkeys(str(run.get("commit")) for run in runs))
+    dates = " to ".join(dict.fromkeys(sorted(str(run.get("date"))[:10] for run in (runs[0], runs[-1]))))
+    shared = " or ".join(dict.fromkeys(str(run.get("processes")) for run in runs))
     failed = _failures(folder)
     lines = [
         "# Methods that read with an unmodified decoder",
         "",
-        f"{run.get('date')}, {run.get('device')}, commit {commits}; {run.get('processes')} processes shared "
+        f"{dates}, {run.get('device')}, commit {commits}; {shared} processes shared "
         "a device with other work, so seconds compare within a table and are no speed figures. Scores in percent "
         "± standard error (trials); loss in nats per token. Entries, seconds and memory are means over the question "
         "tasks; memory is the highest peak of the process, in brackets how many texts it read at once. What does not "
@@ -56,6 +56,21 @@ def _decoders(folder: Path) -> str:
             lines += _reasons(chosen, here)
     _plot_quality(rows, folder / "decoders.svg")
     return "\n".join(lines)
+
+
+def _with_earlier(
+    path: Path, rows: Sequence[Row], runs: Sequence[dict[str, Any]]
+) -> tuple[list[Row], list[dict[str, Any]]]:
+    """The rows and runs, with those of an earlier table whose trials are elsewhere; keeps both for later ones."""
+    kept = json.loads(path.read_text(encoding="utf-8")) if path.exists() else {"runs": [], "rows": []}
+    found = {(row.model, row.length, row.method, row.task): row for row in (Row(**one) for one in kept["rows"])}
+    found |= {(row.model, row.length, row.method, row.task): row for row in rows}
+    known = [*kept["runs"], *(run for run in runs if run not in kept["runs"])]
+    if found:
+        parts = {"runs": known, "rows": [row.to_json() for row in found.values()]}
+        lists = (f'"{name}": [\n' + ",\n".join(map(json.dumps, part)) + "\n]" for name, part in parts.items())
+        path.write_text("{" + ", ".join(lists) + "}\n", encoding="utf-8")
+    return list(found.values()), known
 
 
 def _failures(folder: Path) -> dict[tuple[str, int, str, str], str]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 from dataclasses import replace
 from typing import Any
 
@@ -10,6 +11,7 @@ import pytest
 from mgam.documents.asking import Answer, ask, ask_each
 from mgam.errors import DocumentError
 from mgam.integrations.transformers.apply import apply
+from mgam.pyramid import Pyramid
 from models.zoo import BY_NAME
 
 from . import tiny
@@ -66,3 +68,16 @@ def test_questions_that_cannot_be_asked(tokenizer: Any) -> None:
         ask_each(model, tokenizer, [tiny.source(50)], [])
     with pytest.raises(DocumentError, match="question is empty"):
         ask_each(model, tokenizer, [tiny.source(50)], ["who?", " "])
+
+
+def pyramids() -> set[int]:
+    """All that are there."""
+    gc.collect()
+    return {id(one) for one in gc.get_objects() if isinstance(one, Pyramid)}
+
+
+def test_what_was_read_is_given_up_with_the_cache(tokenizer: Any) -> None:
+    """A model that has read a long text must not hold it until it reads the next one."""
+    model, before = tiny.make_model(), pyramids()
+    ask(model, tokenizer, [tiny.source(400)], "who?", max_new_tokens=3)
+    assert pyramids() <= before

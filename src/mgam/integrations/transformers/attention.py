@@ -132,10 +132,11 @@ def attention(
         raise UnsupportedModelError(f"attention dropout {dropout} is not supported; set config.attention_dropout to 0")
     scale = query.shape[-1] ** -0.5 if scaling is None else scaling
     with torch.cuda.device_of(query):  # kernels are launched on the current device, and layers may lie on another
-        if runtime.cache is None:
+        cache, runtime.cache = runtime.cache, None  # which whoever called keeps, or lets go
+        if cache is None:
             out = _alone(runtime, query, key, value, attention_mask, kwargs.get("cu_seq_lens_q"), scale, softcap)
         else:
-            out = _going_on(runtime, runtime.cache, query, key, value, attention_mask, scale, softcap)
+            out = _going_on(runtime, cache, query, key, value, attention_mask, scale, softcap)
     return out.transpose(1, 2), None
 
 
