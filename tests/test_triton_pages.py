@@ -99,8 +99,7 @@ def paged(made: Made) -> PagedPyramid:
     return pyramid
 
 
-@pytest.mark.parametrize("known", [False, True])
-@pytest.mark.parametrize("name", ["absolute", "granular", "drop", "softcap", "no entries", "window inside a chunk"])
+@pytest.mark.parametrize(("name", "known"), [*((name, False) for name in PAGED), ("granular", True)])
 def test_kernels_read_pages_as_the_oracle_reads_memory(name: str, known: bool) -> None:
     """Several blocks at once, of which the last is shorter; `known`: as kernels make covers, or as PyTorch does."""
     made = PAGED[name].make(DTYPES[-1])
@@ -135,7 +134,7 @@ def test_kernels_read_pages_as_the_oracle_reads_memory(name: str, known: bool) -
 def test_a_digest_is_asked_alike_with_covers_made_by_kernels(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """On a GPU kernels search and make the covers by which pages are fetched and read."""
     model, tokenizer = tiny.make_model(), tiny.make_tokenizer()
-    Document.digest(model, tokenizer, [tiny.source(900)], tmp_path / "book.mgam", **tiny.GRID).close()
+    Document.digest(model, tokenizer, [tiny.source(500)], tmp_path / "book.mgam", **tiny.GRID).close()
     monkeypatch.setattr(pyramid, "search_dtype", lambda dtype: dtype)  # Triton's interpreter multiplies no bfloat16
     document = Document.open(tmp_path / "book.mgam", model, tokenizer)
     refused = dispatch._refused
@@ -193,7 +192,7 @@ def test_who_asks_after_a_rehearsal_compiles_nothing(tmp_path: Path, monkeypatch
     model, tokenizer = tiny.make_model(question_block=32, reread=64), tiny.make_tokenizer()
     with monkeypatch.context() as patch:
         patch.setattr(dispatch, "_refused", lambda name, queries: ("off",) if name == "triton" else ())
-        document = Document.digest(model, tokenizer, [tiny.source(500)], tmp_path / "book.mgam", **tiny.GRID)
+        document = Document.digest(model, tokenizer, [tiny.source(300)], tmp_path / "book.mgam", **tiny.GRID)
     seen: set[Any] = set()
     for module in (forward, masses, prefill):
         for name in [name for name in vars(module) if name in Noted.WRITES]:

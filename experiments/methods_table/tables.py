@@ -34,14 +34,14 @@ def _decoders(folder: Path) -> str:
     )
     if not rows:
         return ""
-    run, commits = runs[0] if runs else {}, ", ".join(dict.fromkeys(str(run.get("commit")) for run in runs))
-    dates = " to ".join(dict.fromkeys(sorted(str(run.get("date"))[:10] for run in (runs[0], runs[-1]))))
-    shared = " or ".join(dict.fromkeys(str(run.get("processes")) for run in runs))
+    device, commits, processes = (_told(runs, name) for name in ("device", "commit", "processes"))
+    days = sorted(str(run["date"])[:10] for run in runs if "date" in run)
+    dates = " to ".join(dict.fromkeys((*days[:1], *days[-1:])))
     failed = _failures(folder)
     lines = [
         "# Methods that read with an unmodified decoder",
         "",
-        f"{dates}, {run.get('device')}, commit {commits}; {shared} processes shared "
+        f"{dates}, {device}, commit {commits}; {processes} processes shared "
         "a device with other work, so seconds compare within a table and are no speed figures. Scores in percent "
         "± standard error (trials); loss in nats per token. Entries, seconds and memory are means over the question "
         "tasks; memory is the highest peak of the process, in brackets how many texts it read at once. What does not "
@@ -56,6 +56,10 @@ def _decoders(folder: Path) -> str:
             lines += _reasons(chosen, here)
     _plot_quality(rows, folder / "decoders.svg")
     return "\n".join(lines)
+
+
+def _told(runs: Sequence[dict[str, Any]], name: str) -> str:
+    return ", ".join(dict.fromkeys(str(run[name]) for run in runs if name in run))
 
 
 def _with_earlier(

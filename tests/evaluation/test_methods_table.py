@@ -64,3 +64,12 @@ def test_what_has_no_figure_has_a_reason(tmp_path: Path) -> None:
     assert "| strided | does not fit |" in text
     assert "- strided (passkey): too many entries" in text
     assert "- moba (passkey): RuntimeError: no" in text
+    (tmp_path / "decoders.tiny.jsonl").unlink()  # rows stay in the table where trials are elsewhere
+    run = {"run": {"date": "2026-01-02 03:04 UTC", "device": "a device", "commit": "abc", "processes": 3}}
+    lines = [run, {**trial, "method": "sliding", "status": "ok", "score": 0.0, "entries_per_query": 9.0}]
+    (tmp_path / "decoders.tiny.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    for _ in range(2):
+        text = call("table", "--out", str(tmp_path))
+        assert "2026-01-02, a device, commit abc; 3 processes shared" in text
+        assert "| dense | 100 (1) | 256 |" in text
+        assert "| sliding | 0 (1) | 9 |" in text
