@@ -126,8 +126,10 @@ def fetch(
 
     `held` layers are kept in host memory and read in turn, so that a token still touches `layers` of them.
     """
+    from fetching import pages_against_layers
+
     cell = Cell(tokens, None, f"{layers}x8x128", "cuda", Path(), False)
-    _keep("fetch", cell, again, lambda: _fetch(tokens, layers, held, query_chunks, window // 64, steps))
+    _keep("fetch", cell, again, lambda: pages_against_layers(tokens, layers, held, query_chunks, window // 64, steps))
 
 
 @app.command(hidden=True)
@@ -396,56 +398,6 @@ def _kl(full: Any, small: Any) -> float:
     return float(
         torch.nn.functional.kl_div(small.log_softmax(-1), full.log_softmax(-1), reduction="batchmean", log_target=True)
     )
-
-
-def _fetch(tokens: int, layers: int, held: int, opened: int, window: int, steps: int) -> dict[str, Any]:
-    import numpy as np
-    import torch
-
-    from mgam.documents.pool import Pool
-    from mgam.documents.store.layout import Shape
-    from mgam.documents.tiers import HostPages
-    from mgam.levels import Levels
-
-    heads, dim, levels = 8, 128, Levels()
-    shape = Shape(held, 32, heads, dim, "bfloat16", levels, 0, 16)
-    chunks, device = tokens // levels.chunk, torch.device("cuda")
-    host = HostPages([
-        torch.empty(chunks, heads, shape.page_bytes, dtype=torch.uint8, pin_memory=True).fill_(layer)
-        for layer in range(held)
-    ])  # fmt: skip
-    per_layer = heads * (opened + window)
-    pool = Pool(shape, 2 * per_layer, device)  # so small that nothing is found again
-    host.serve(pool)
-    pool.reserve(chunks)
-    rng = np.random.default_rng(0)
-
-    def token() -> None:
-        for layer in range(layers):
-            chosen = np.stack([rng.choice(chunks, opened + window, replace=False) for _ in range(heads)]).reshape(-1)
-            slots = pool.slots_of(layer % held, np.repeat(np.arange(heads), opened + window), chosen)
-            pool.keys.index_select(0, slots)
-            pool.values.index_select(0, slots)
-
-    def whole() -> None:
-        for layer in range(layers):
-            host.layers[layer % held].to(device, non_blocking=True)
-
-    def seconds(what: Callable[[], None], count: int) -> float:
-        what()
-        torch.cuda.synchronize()
-        began = time.perf_counter()
-        for _ in range(count):
-            what()
-        torch.cuda.synchronize()
-        return (time.perf_counter() - began) / count
-
-    chosen, moved = seconds(token, steps), seconds(whole, 2)
-    return {
-        "tokens": tokens, "layers": layers, "layers_held": held, "pages_a_layer": per_layer,
-        "seconds_a_token_chosen_pages": round(chosen, 4), "seconds_a_token_whole_layers": round(moved, 4),
-        "times_faster": round(moved / chosen, 1), "found_in_pool": 1 - pool.counts.fetched / pool.counts.asked,
-    }  # fmt: skip
 
 
 if __name__ == "__main__":

@@ -4,7 +4,8 @@
 
 `inside`: within the trained window, against dense and the training-free search, `lookahead=none`. `far`: the same
 1,024 target tokens, preceded by ever longer texts. `recall`: a share of attention to keep, against a fixed budget of
-the same mean cost, and how far budgets spread. MODEL - is the default model.
+the same mean cost, and how far budgets spread. `mass`: on the TUNE split, what ways to read the rest cost at 8k and at
+128k. MODEL - is the default model.
 """
 
 from __future__ import annotations
@@ -103,6 +104,19 @@ def far(model: Any, policy: str, documents: list[Document], window: int) -> Iter
             yield {"what": "far", "how": name, "tokens": tokens, **mean(found), "losses": found}
 
 
+def mass(model: Any, policy: str, documents: list[Document], window: int) -> Iterator[dict[str, Any]]:
+    """The same targets at the shortest and the longest of `FAR`, by how the rest is read."""
+    texts = stretches(documents, max(FAR), 8)
+    rests: list[dict[str, Any]] = [{}, {"mass": 0.25}, {"mass": 0.0}, {"rest": "drop"}]
+    learned = [{"policy": policy, **rest} for rest in (*rests, {"content": 0.0}, {"content": 0.0, "rest": "drop"})]
+    for settings in (*learned, *rests):
+        for tokens in (min(FAR), max(FAR)):
+            mgam.remove(model)
+            mgam.apply(model, budget=1024, lookahead="none", **settings)
+            found = [loss(model, ids[-tokens:], TARGETS) for ids in texts]
+            yield {"what": "mass", "how": settings, "tokens": tokens, **mean(found), "losses": found}
+
+
 def recall(model: Any, policy: str, documents: list[Document], window: int) -> Iterator[dict[str, Any]]:
     """A share to keep, then the same mean budget for all blocks."""
     texts = stretches(documents, window, 8)
@@ -131,10 +145,10 @@ def main() -> None:
     loaded = load(None if name == "-" else name)
     model: Any = loaded.model
     window = min(8192, model.config.max_position_embeddings)
-    documents = read_documents(["novels"], loaded.tokenizer, "test")
-    makers = {"inside": inside, "far": far, "recall": recall}
+    makers = {"inside": inside, "far": far, "mass": mass, "recall": recall}
     with Path(out).open("a", encoding="utf-8") as file:
         for part in parts:
+            documents = read_documents(["novels"], loaded.tokenizer, "tune" if part == "mass" else "test")
             for line in makers[part](model, policy, documents, window):
                 file.write(json.dumps({"model": model.name_or_path, **line}) + "\n")
                 file.flush()

@@ -185,7 +185,10 @@ class Noted:
         return launch
 
 
-@pytest.mark.skipif(DEVICE == "cuda", reason="it tells which kernels would be compiled; there they are")
+@pytest.mark.skipif(
+    DEVICE == "cuda",
+    reason="it notes how kernels would be compiled, and launches none",
+)
 def test_who_asks_after_a_rehearsal_compiles_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     from mgam.attend.triton import forward, masses, prefill
 

@@ -24,8 +24,8 @@ from mgam.evaluation.tokens import TokenCounter
 from mgam.integrations.loading import DEFAULT_MODEL, load, locate
 
 METHODS = (
-    "dense,mgam:question_budget=1024,mgam:question_budget=4096,mgam:reread=2048,streaming-llm,quest,longheads,snapkv,h2o,moba,"
-    "infini-retri,sliding,strided,dilated,blockwise,longformer,bigbird,dyadic"
+    "dense,mgam:question_budget=1024,mgam:question_budget=4096,mgam:reread=2048,streaming-llm,quest,longheads,snapkv,"
+    "h2o,moba,infini-retri,sliding,strided,dilated,blockwise,longformer,bigbird,dyadic"
 )
 TASKS = "needle_prose,needle_keys,variables,facts_by_id,loss_novels"
 AT_ONCE = {8192: 5, 32768: 5, 131072: 2}

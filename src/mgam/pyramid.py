@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Protocol
+from typing import Protocol, runtime_checkable
 
 import torch
 from torch import Tensor
@@ -30,6 +30,15 @@ class Carried(Protocol):
 
     def crop(self, lengths: Sequence[int]) -> None:
         """Forgets what came after the first `lengths[b]` tokens of each row."""
+        ...
+
+
+@runtime_checkable
+class Elsewhere(Protocol):
+    """A pyramid whose tokens are not in memory: what is read of them is brought together first."""
+
+    def near(self, cover: Cover, blocks: Blocks) -> tuple[Tensor, Tensor]:
+        """Keys and values (N, H, K*chunk + W, D) of each block's opened chunks, then of its window, side by side."""
         ...
 
 
@@ -116,13 +125,6 @@ class Pyramid:
     def prefix(self, row: int, stop: int) -> tuple[Tensor, Tensor]:
         """Keys and values (1, H, stop, D) of a row's first tokens."""
         return self.keys[0][row : row + 1, :, :stop], self.values[0][row : row + 1, :, :stop]
-
-    def near(self, cover: Cover, blocks: Blocks) -> tuple[Tensor, Tensor]:
-        """Keys and values (N, H, K*chunk + W, D) of each block's opened chunks, then of its window, side by side.
-
-        Asked only of a pyramid whose tokens are not in memory.
-        """
-        raise NotImplementedError
 
     def reserve(self, tokens: int) -> None:
         """Makes later appends up to `tokens` in all free of copying."""

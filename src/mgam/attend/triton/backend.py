@@ -13,7 +13,7 @@ from torch import Tensor
 from mgam.cover import Cover
 from mgam.errors import SettingError
 from mgam.positions import Positions
-from mgam.pyramid import Pyramid
+from mgam.pyramid import Elsewhere, Pyramid
 from mgam.schedule import Blocks
 
 if TYPE_CHECKING:
@@ -108,7 +108,7 @@ def _called(
         if positions.kind == "granular" and not lists.bare:
             positions.check(cover.most)
     keys, values, tokens = pyramid.keys, pyramid.values, pyramid.tokens
-    if not pyramid.in_memory:
+    if isinstance(pyramid, Elsewhere):
         near = pyramid.near(cover, blocks)
         lists, tokens = lists.near(blocks), near[0].shape[2]
         keys, values = (

@@ -67,7 +67,7 @@ class Lists:
 
     def near(self, blocks: Blocks) -> Lists:
         """The same lists for tokens that were brought together, a row for each block: opened chunks, then the window
-        (`Pyramid.near`). Ranks stay as they were."""
+        (`mgam.pyramid.Elsewhere`). Ranks stay as they were."""
         kept: dict[str, tuple[Tensor, Tensor, Tensor]] = blocks.once("near", dict)
         shape = self.index[0].shape
         if "made" not in kept or kept["made"][0] is not self.blocks or kept["made"][2].shape != shape:
