@@ -107,7 +107,7 @@ def far(model: Any, policy: str, documents: list[Document], window: int) -> Iter
 def mass(model: Any, policy: str, documents: list[Document], window: int) -> Iterator[dict[str, Any]]:
     """The same targets at the shortest and the longest of `FAR`, by how the rest is read."""
     texts = stretches(documents, max(FAR), 8)
-    rests: list[dict[str, Any]] = [{}, {"mass": 0.25}, {"mass": 0.0}, {"rest": "drop"}]
+    rests: list[dict[str, Any]] = [{"mass": 0.5}, {"mass": 0.25}, {"mass": 0.0}, {"rest": "drop"}]
     learned = [{"policy": policy, **rest} for rest in (*rests, {"content": 0.0}, {"content": 0.0, "rest": "drop"})]
     for settings in (*learned, *rests):
         for tokens in (min(FAR), max(FAR)):

@@ -84,9 +84,10 @@ class Settings:
     rest: Rest = "summaries"
     """What happens to chunks that are not opened: read as summaries, or dropped."""
 
-    mass: float = 0.5
+    mass: float = 0.25
     """How far a summary counts for its tokens, from 0 (as one entry) to 1 (as many times as it has tokens).
-    With granular positions far summaries stand close: an unmodified model reads too much into them at 1."""
+    With granular positions far summaries stand close: an unmodified model reads too much into them at 1, and the more
+    so the longer the text is."""
 
     positions: PositionKind = "granular"
     """`granular`: an entry stands at its rank in the cover, so that any length fits the trained window."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import replace
 
 import pytest
@@ -135,3 +136,15 @@ def test_where_nothing_stands_out_distance_decides() -> None:
 def test_a_weight_beyond_one_is_refused() -> None:
     with pytest.raises(SettingError, match=r"content=1.5 is a part of the budget, from 0"):
         Learned(weights(), content=1.5)
+
+
+def test_beyond_what_was_fitted_a_doubling_of_the_distance_holds_no_more() -> None:
+    """As many chunks again, each half as likely: what is far does not win by its number. Within, the fit decides."""
+    search = weights(fade=0.1)
+    last = 1 << search.prior.shape[1] - 1
+    within = search.by_distance(torch.tensor([[1, 2, 3, last]]))[0, 0]
+    assert within.tolist() == pytest.approx([0.0, -0.1, -0.1 * math.log2(3), -0.1 * math.log2(last)])
+    held = [
+        float(search.by_distance(torch.arange(last << step, last << step + 1)[None]).exp().sum()) for step in range(6)
+    ]
+    assert held == pytest.approx([held[-1]] * 6, rel=0.02)

@@ -77,7 +77,8 @@ class SearchWeights:
     voice_bias: Tensor
     prior: Tensor
     """What distance alone tells of a chunk: a logit at 1, 2, 4 ... 2^(K-1) chunks before the window, and between them
-    by the logarithm of the distance; farther than was fitted it stays as it is at the last."""
+    by the logarithm of the distance. Farther than was fitted it falls with the distance, so that all that lies twice as
+    far holds no more than all that lies once as far: else what is far wins by its number as a text grows."""
     content: Tensor
     """Part of the budget that goes to what the search finds whatever the distance, from 0 to 1."""
 
@@ -124,11 +125,14 @@ class SearchWeights:
     def by_distance(self, distance: Tensor) -> Tensor:
         """Logits (N, H, C) of chunks at a distance (N, C), in chunks, 1 or more, before a window."""
         prior = self.on(distance.device, torch.float32).prior
-        place = distance.to(prior.dtype).log2().clamp_max(prior.shape[1] - 1)
-        low = place.floor().long().clamp_max(max(prior.shape[1] - 2, 0))
-        high = (low + 1).clamp_max(prior.shape[1] - 1)
+        last = prior.shape[1] - 1
+        far = distance.to(prior.dtype).log2()
+        place = far.clamp_max(last)
+        low = place.floor().long().clamp_max(max(last - 1, 0))
+        high = (low + 1).clamp_max(last)
         part = (place - low).clamp(0, 1)
-        return (prior[:, low] * (1 - part) + prior[:, high] * part).transpose(0, 1)
+        fitted = prior[:, low] * (1 - part) + prior[:, high] * part
+        return (fitted - math.log(2) * (far - place)).transpose(0, 1)
 
     def joined(self, queries: Tensor) -> Tensor:
         """Queries (N, H*G, V, D) with the heads of a group side by side: (N, H, V, G*D)."""
