@@ -183,7 +183,18 @@ def learned(**dials: Any) -> Callable[[Settings, float], Policy]:
         prior = torch.tensor([[0.0, -0.25, -0.25], [0.0, 0.5, 0.0]])
         part = torch.linspace(0.25, 0.75, HEADS)
         weights = SearchWeights(
-            "battery", GROUP, query, bias, turn, torch.zeros(HEADS, DIM), turn * scale, voice, bias[:, 0], prior, part
+            "battery",
+            GROUP,
+            query,
+            bias,
+            turn,
+            torch.zeros(HEADS, DIM),
+            turn * scale,
+            voice,
+            bias[:, 0],
+            prior,
+            part,
+            torch.linspace(1.5, 0.5, HEADS),
         )
         return Learned(weights, s.budget, s.window, s.rest, s.mass, middle=s.middle, **dials)
 

@@ -30,7 +30,18 @@ def weights(fade: float = 0.0, content: float = 0.5) -> SearchWeights:
     prior = -fade * torch.arange(6.0)[None]
     voice, part = torch.zeros(1, DIM), torch.tensor([content])
     return SearchWeights(
-        "test", 1, query, torch.zeros(1, 3), key, torch.zeros(1, 2), key.clone(), voice, torch.zeros(1), prior, part
+        "test",
+        1,
+        query,
+        torch.zeros(1, 3),
+        key,
+        torch.zeros(1, 2),
+        key.clone(),
+        voice,
+        torch.zeros(1),
+        prior,
+        part,
+        torch.ones(1),
     )
 
 
@@ -105,6 +116,17 @@ def test_easy_blocks_cost_less() -> None:
     assert opened(policy, [3.0, -6.0, 0.0, 0.0]) == [NEEDLE]
     assert len(opened(policy, [0.0, -9.0, 0.0, 0.0])) == 8
     assert len(opened(Learned(weights(), 128, WINDOW), EASY)) == 8
+
+
+def test_a_mark_asks_for_what_a_head_is_worth() -> None:
+    """Half as important a head opens what all heads would open at twice the mark; without a mark all is spent."""
+    search = weights()
+    half = replace(search, importance=torch.tensor([0.5]))
+    for query in (HARD, EASY, [3.0, -6.0, 0.0, 0.0], [0.0, -9.0, 0.0, 0.0]):
+        for mark in (0.01, 0.02, 0.04):
+            found = opened(Learned(half, 128, WINDOW, mark=mark), query)
+            assert found == opened(Learned(search, 128, WINDOW, mark=2 * mark), query)
+        assert opened(Learned(half, 128, WINDOW), query) == opened(Learned(search, 128, WINDOW), query)
 
 
 def test_a_lower_mark_never_opens_less() -> None:

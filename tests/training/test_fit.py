@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import resource
 import signal
@@ -14,7 +15,7 @@ from typing import Any
 
 import pytest
 import torch
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 
 import mgam
 from documents.tiny import make_plain_model, make_tokenizer
@@ -74,8 +75,32 @@ def test_what_is_saved_is_what_is_loaded(fitted: FittedPolicy) -> None:
     assert fitted.folder is not None
     there = FittedPolicy.load(fitted.folder)
     for layer, one in fitted.layers.items():
-        for name in ("query", "query_bias", "key", "key_bias", "voice", "voice_bias"):
+        for name in ("query", "query_bias", "key", "key_bias", "voice", "voice_bias", "importance"):
             assert torch.equal(getattr(one, name), getattr(there.layers[layer], name)), name
+
+
+def test_how_much_heads_matter_is_measured_where_it_is_asked_for(tmp_path: Path) -> None:
+    made = run(tmp_path, steps=2, importance=1)
+    kept = json.loads((tmp_path / "importance.json").read_text())["layers"]
+    found = torch.cat([one.importance for one in FittedPolicy.load(tmp_path).layers.values()])
+    assert found.tolist() == pytest.approx([one for layer in kept.values() for one in layer["importance"]], abs=1e-3)
+    assert found.mean() == pytest.approx(1.0, abs=1e-2)
+    assert found.std() > 0
+    assert made.marks
+
+
+def test_a_policy_of_the_version_before_takes_all_heads_to_matter_alike(fitted: FittedPolicy, tmp_path: Path) -> None:
+    assert fitted.folder is not None
+    body = json.loads((fitted.folder / "policy.json").read_text())
+    (tmp_path / "policy.json").write_text(json.dumps({**body, "version": 3}))
+    tensors = {name: part for name, part in weights(fitted.folder).items() if not name.endswith("importance")}
+    save_file(tensors, tmp_path / "policy.safetensors")
+    there = FittedPolicy.load(tmp_path)
+    assert all(bool((one.importance == 1).all()) for one in there.layers.values())
+    assert there.marks == fitted.marks
+    (tmp_path / "policy.json").write_text(json.dumps({**body, "version": 4, "notes": "without importance"}))
+    with pytest.raises(SettingError, match="damaged or of another format"):
+        FittedPolicy.load(tmp_path)
 
 
 def test_marks_say_what_a_share_of_attention_takes(fitted: FittedPolicy) -> None:

@@ -18,7 +18,9 @@ from mgam.errors import SettingError
 from mgam.policies.learned import PARTS, SearchWeights
 
 WEIGHTS, CONFIG = "policy.safetensors", "policy.json"
-FORMAT, VERSION = "mgam policy", 3
+FORMAT, VERSION = "mgam policy", 4
+EVEN = 3
+"""The version before, whose heads are of one importance."""
 NEAR_ENOUGH = 0.02
 """How far the sizes of a model's weights may be from those of the model that a policy was fitted to, relatively: other
 number formats and small adapters pass, other models do not."""
@@ -75,7 +77,7 @@ class FittedPolicy:
     """Tokens per search key."""
     layers: dict[int, SearchWeights]
     marks: tuple[tuple[float, float], ...] = ()
-    """Shares of all attention that are read as tokens, rising, and what a chunk must be worth for it; measured."""
+    """Shares of all attention that are read as tokens, rising, and what a chunk must be worth for each; measured."""
     defaults: dict[str, Any] = field(default_factory=dict)
     """Settings that it was chosen for."""
     notes: dict[str, Any] = field(default_factory=dict)
@@ -164,7 +166,7 @@ def _load(path: Path, stamp: tuple[int, ...]) -> FittedPolicy:
 
     try:
         body = json.loads((path / CONFIG).read_text(encoding="utf-8"))
-        if body.get("format") != FORMAT or body.get("version") != VERSION:
+        if body.get("format") != FORMAT or body.get("version") not in (EVEN, VERSION):
             raise ValueError(f"format {body.get('format')!r} {body.get('version')!r}, wanted {FORMAT!r} {VERSION}")
         raw = (path / WEIGHTS).read_bytes()
         tensors = load_file(path / WEIGHTS)
@@ -176,6 +178,8 @@ def _load(path: Path, stamp: tuple[int, ...]) -> FittedPolicy:
             shape["sizes"],
         )
         name = hashlib.sha256(raw).hexdigest()[:16]
+        if body["version"] == EVEN:
+            tensors |= {f"{number}.importance": torch.ones(shape[0]) for number, shape in model.layers.items()}
         layers = {
             int(number): SearchWeights(
                 f"{name}.{number}", body["slots"], *(tensors[f"{number}.{part}"].float() for part in PARTS)
@@ -210,6 +214,7 @@ def _check_shapes(weights: SearchWeights, shape: tuple[int, int, int], width: in
         "voice_bias": (heads,),
         "seek": (heads, dim, width - 1),
         "content": (heads,),
+        "importance": (heads,),
     }
     wanted["prior"] = (heads, weights.prior.shape[-1])
     for part, expected in wanted.items():

@@ -51,7 +51,7 @@ NEVER = -1e4
 """Pull of what is near where there is none."""
 EXPECTED = 0.1
 """Weight of what is expected in the list of what is found: it decides where nothing stands out."""
-PARTS = ("query", "query_bias", "key", "key_bias", "seek", "voice", "voice_bias", "prior", "content")
+PARTS = ("query", "query_bias", "key", "key_bias", "seek", "voice", "voice_bias", "prior", "content", "importance")
 """The tensors of a search."""
 
 
@@ -61,7 +61,7 @@ class SearchWeights:
 
     Shapes (H KV heads of G query heads each, D head dim, s search queries per position, r search dimensions, of which
     the last is the pull of what is near): query (H, G*D, s*r), query_bias (H, s*r), key (H, D, r-1), key_bias (H, r-1),
-    seek (H, D, r-1), voice (H, G*D), voice_bias (H,), prior (H, K), content (H,).
+    seek (H, D, r-1), voice (H, G*D), voice_bias (H,), prior (H, K), content (H,), importance (H,).
     """
 
     name: str
@@ -81,6 +81,8 @@ class SearchWeights:
     far holds no more than all that lies once as far: else what is far wins by its number as a text grows."""
     content: Tensor
     """Part of the budget that goes to what the search finds whatever the distance, from 0 to 1."""
+    importance: Tensor
+    """What a share of a head's attention is worth to the model, beside that of other heads: a `mark` asks for it."""
 
     @property
     def width(self) -> int:
@@ -191,9 +193,9 @@ class Learned:
     rest: Rest = "summaries"
     mass: float = 1.0
     mark: float | None = None
-    """Least share of all attention that an opened chunk is worth, as predicted: blocks that look nearby open little.
-    One mark for all blocks, heads and layers opens what keeps most attention at a mean cost. None: every block spends
-    its whole budget."""
+    """Least worth of an opened chunk: the share of all attention that it is expected to get, times the head's
+    importance. Blocks that look nearby open little, and heads that matter little too. One mark for all blocks, heads
+    and layers spends a mean cost where it counts. None: every block spends its whole budget."""
     content: float | None = None
     """Part of the budget, from 0 to 1, for what the search finds whatever the distance; the rest is for the attention
     which is expected, of which distance is a part. None: each KV head has the part that was fitted."""
@@ -327,7 +329,9 @@ class Learned:
             place = torch.arange(1, order.shape[-1] + 1, dtype=shares.dtype, device=shares.device).expand_as(shares)
             turns.append(torch.empty_like(shares).scatter_(-1, order, place) / share)
         first, second = turns
-        return torch.minimum(first, second).masked_fill(~allowed, torch.inf), torch.where(first < second, finds, shares)
+        worth = torch.where(first < second, finds, shares)
+        worth = worth * self.weights.on(shares.device, shares.dtype).importance[:, None]
+        return torch.minimum(first, second).masked_fill(~allowed, torch.inf), worth
 
     def _middle(
         self, shares: Tensor | None, opened: Tensor, start: Tensor, levels: Levels

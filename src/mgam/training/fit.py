@@ -23,6 +23,7 @@ from mgam.policies.files import FittedPolicy
 from mgam.processes import crew, from_first, world
 from mgam.training.checkpoints import last_whole
 from mgam.training.content import QUESTIONS, TEXTS, fit_content
+from mgam.training.importance import measure_importance
 from mgam.training.lessons import Sampling, lessons_of
 from mgam.training.lookups import LookupMaker
 from mgam.training.marks import TEXTS as MARKED
@@ -37,6 +38,10 @@ __all__ = ["CHECKPOINTS", "LOG", "Clock", "Fitting", "FittingError", "Log", "Say
 Say = Callable[[str], None]
 CONTENT = "content.json"
 """What each head finds and keeps, by the part of the budget for what is found whatever the distance."""
+IMPORTANCE = "importance.json"
+"""How far the next tokens change when a head reads little, and what it loses then."""
+WEIGHED = 2
+"""Texts on which heads are weighed on a GPU."""
 
 
 @dataclass(frozen=True)
@@ -59,6 +64,9 @@ class Fitting:
     lookup_tokens: int = 0
     """Tokens of the texts with questions that every second text is, at most those of a text; 0: there are none. Prose
     alone hardly ever asks for one place far back."""
+    importance: int | None = None
+    """Texts on which it is measured how much each head matters, which takes a reading of a text for each KV head; 0:
+    all heads are taken to matter alike. None: 2 on a GPU, 0 without."""
     blocks: int = 12
     voters: int = 16
     window: int = 512
@@ -74,6 +82,8 @@ class Fitting:
                 raise SettingError(f"{name}={getattr(self, name)} must be 1 or more")
         if not 0 <= self.lookup_tokens <= self.tokens:
             raise SettingError(f"lookup_tokens={self.lookup_tokens} must lie between 0 and tokens={self.tokens}")
+        if self.importance is not None and self.importance < 0:
+            raise SettingError(f"importance={self.importance} must be 0 (not measured) or a number of texts")
         if self.width < 2 or self.slots < 0 or not self.rate > 0:
             raise SettingError(
                 f"width={self.width} must be 2 or more, slots={self.slots} 0 or more, and rate={self.rate} above 0"
@@ -298,6 +308,10 @@ def fit(
         )
         counted = fit_content(model, network, texts, fitting.sampling)
     more = Windows(documents, fitting.tokens, MARKED, fitting.seed + 1)
+    weighed = fitting.importance if fitting.importance is not None else WEIGHED if model.device.type == "cuda" else 0
+    others = Windows(documents, fitting.tokens, weighed, fitting.seed + 2)
+    weighing = (others[number]["input_ids"] for number in range(weighed))
+    matter = measure_importance(model, network, weighing, fitting.sampling, say)
     marks = measure_marks(model, network, (more[number]["input_ids"] for number in range(MARKED)), fitting.sampling)
     fitted = FittedPolicy(
         shape, fitting.width, network.slots, fitting.search, network.exported(), marks,
@@ -311,8 +325,9 @@ def fit(
     if trainer.is_world_process_zero():
         with saying_why(place, fitting.rate):
             fitted.save(place)
-            if counted:
-                (place / CONTENT).write_text(json.dumps(counted) + "\n", encoding="utf-8")
+            for name, found in ((CONTENT, counted), (IMPORTANCE, matter)):
+                if found:
+                    (place / name).write_text(json.dumps(found) + "\n", encoding="utf-8")
     if (several := crew(model.device.type)) is not None:
         several.wait_for_everyone()
     return replace(fitted, folder=place)

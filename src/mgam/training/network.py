@@ -19,7 +19,7 @@ QUICK = 4.0
 TOGETHER = 64
 """KV heads, of any layers, whose losses are worked out at once."""
 PARTS = ("query", "query_bias", "voice", "voice_bias", "prior")
-MEASURES = ("query_mean", "query_scale", "key_mean", "key_scale", "key", "seek", "content")
+MEASURES = ("query_mean", "query_scale", "key_mean", "key_scale", "key", "seek", "content", "importance")
 HALF = 0.5
 """Part of a head's budget for what is found whatever the distance, before it is measured."""
 
@@ -53,6 +53,8 @@ class LayerSearch(nn.Module):
     seek: Tensor
     content: Tensor
     """Part of each KV head's budget for what is found whatever the distance (H,): measured, not trained."""
+    importance: Tensor
+    """What a share of each KV head's attention is worth to the model (H,): measured, not trained."""
 
     def __init__(self, heads: int, group: int, dim: int, width: int, slots: int, reach: int) -> None:
         super().__init__()
@@ -64,6 +66,7 @@ class LayerSearch(nn.Module):
         self.register_buffer("key", torch.randn(heads, dim, width - 1) * dim**-0.5)
         self.register_buffer("seek", torch.zeros(heads, dim, width - 1))
         self.register_buffer("content", torch.full((heads,), HALF))
+        self.register_buffer("importance", torch.ones(heads))
         self.query = nn.Parameter(torch.randn(heads, group * dim, slots * width) * (group * dim) ** -0.5)
         self.query_bias = nn.Parameter(torch.zeros(heads, slots * width))
         self.voice = nn.Parameter(torch.zeros(heads, group * dim))
@@ -121,6 +124,7 @@ class LayerSearch(nn.Module):
         self.voice_bias.copy_(there.voice_bias + (self.query_mean * there.voice).sum(1))
         self.prior.copy_(there.prior / QUICK)
         self.content.copy_(there.content)
+        self.importance.copy_(there.importance)
 
     def _joined(self, queries: Tensor) -> Tensor:
         """Queries (H*G, n, D) with the heads of a group side by side: (H, n, G*D)."""
@@ -159,6 +163,7 @@ def plain(parts: Mapping[str, Tensor], name: str, slots: int, *, short: bool = F
         voice_bias=parts["voice_bias"] - (parts["query_mean"] * voice).sum(1),
         prior=parts["prior"] * QUICK,
         content=parts["content"],
+        importance=parts["importance"],
     )
 
 

@@ -41,10 +41,21 @@ class Seen:
 Visit = Callable[[Seen], None]
 
 
+@dataclass(frozen=True)
+class Narrow:
+    """One KV head of one layer that reads the sink and the last tokens alone, while all others read in full."""
+
+    layer: int
+    head: int
+    sink: int
+    window: int
+
+
 @dataclass
 class _Watch:
     layer: int
     visit: Visit
+    narrow: Narrow | None = None
     cos: Tensor | None = None
     sin: Tensor | None = None
 
@@ -63,8 +74,10 @@ class _Watch:
 
 
 @contextmanager
-def watching(model: Any, visit: Visit) -> Iterator[None]:
+def watching(model: Any, visit: Visit, narrow: Narrow | None = None) -> Iterator[None]:
     """While it lasts, `model(ids)` on whole unpadded texts shows every full-attention layer's states to `visit`.
+
+    With `narrow` one head reads less than all.
 
     Raises:
         UnsupportedModelError: an architecture that mgam does not apply to.
@@ -83,7 +96,7 @@ def watching(model: Any, visit: Visit) -> Iterator[None]:
         configs.append((module, module.config))
         module.config = copy.copy(module.config)
         module.config._attn_implementation = NAME
-        module._mgam_watch = watch = _Watch(index, visit)
+        module._mgam_watch = watch = _Watch(index, visit, narrow if narrow and narrow.layer == index else None)
         hooks.append(module.register_forward_pre_hook(watch.enter, with_kwargs=True))
     try:
         yield
@@ -114,11 +127,34 @@ def _attention(
         turned_query, turned_key = (rotate(states, watch.cos, watch.sin) for states in (query, key))
     watch.visit(Seen(watch.layer, query, key, turned_query, turned_key, scale, softcap))
     if softcap is not None:
-        return _capped(turned_query, turned_key, value, scale, softcap).transpose(1, 2), None
-    out = nn.functional.scaled_dot_product_attention(
-        turned_query, turned_key, value, is_causal=True, scale=scale, enable_gqa=True
-    )
+        out = _capped(turned_query, turned_key, value, scale, softcap)
+    else:
+        out = nn.functional.scaled_dot_product_attention(
+            turned_query, turned_key, value, is_causal=True, scale=scale, enable_gqa=True
+        )
+    if watch.narrow is not None:
+        group, head = query.shape[1] // key.shape[1], watch.narrow.head
+        mine, one = slice(head * group, (head + 1) * group), slice(head, head + 1)
+        own = _narrowed(turned_query[:, mine], turned_key[:, one], value[:, one], scale, softcap, watch.narrow)
+        out = torch.cat((out[:, : mine.start], own, out[:, mine.stop :]), 1)
     return out.transpose(1, 2), None
+
+
+def _narrowed(query: Tensor, key: Tensor, value: Tensor, scale: float, softcap: float | None, narrow: Narrow) -> Tensor:
+    """Attention of queries (B, G, T, D) to sink and window of keys and values (B, 1, T, D), some queries at a time."""
+    parts = []
+    place = torch.arange(key.shape[2], device=key.device)
+    for first in range(0, query.shape[2], 256):
+        part = query[:, :, first : first + 256]
+        stop = first + part.shape[2]
+        near = torch.cat((place[: narrow.sink], place[max(narrow.sink, first + 1 - narrow.window) : stop]))
+        logits = (part @ key[:, :, near].transpose(2, 3)).float() * scale
+        if softcap is not None:
+            logits = softcap * torch.tanh(logits / softcap)
+        own = place[first:stop, None]
+        hidden = (near > own) | ((near <= own - narrow.window) & (near >= narrow.sink))
+        parts.append(torch.softmax(logits.masked_fill(hidden, -torch.inf), -1).to(value.dtype) @ value[:, :, near])
+    return torch.cat(parts, 2)
 
 
 def _capped(query: Tensor, key: Tensor, value: Tensor, scale: float, softcap: float) -> Tensor:
