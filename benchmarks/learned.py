@@ -118,10 +118,13 @@ def mass(model: Any, policy: str, documents: list[Document], window: int) -> Ite
 
 
 def recall(model: Any, policy: str, documents: list[Document], window: int) -> Iterator[dict[str, Any]]:
-    """A share to keep, then the same mean budget for all blocks."""
+    """A share to keep, then the same mean budget for all blocks, heads and layers; dense before them."""
     texts = stretches(documents, window, 8)
     most = window // 2
-    for share in (0.95, 0.9, 0.8):
+    mgam.remove(model)
+    losses = [loss(model, ids, window - window // 4) for ids in texts]
+    yield {"what": "recall", "how": "dense", **mean(losses), "losses": losses}
+    for share in (0.95, 0.9):
         mgam.apply(model, budget=most, recall=share, policy=policy, lookahead="none", dense_until=window // 4)
         with budgets() as found:
             losses = [loss(model, ids, window - window // 4) for ids in texts]

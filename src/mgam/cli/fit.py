@@ -42,6 +42,15 @@ def fit(
         int,
         typer.Option(help="Every second text is one of so many tokens with facts hidden in it and questions; 0: none."),
     ] = 0,
+    importance: Annotated[
+        int | None,
+        typer.Option(
+            min=0,
+            help="Texts on which it is measured how much each head matters, for --recall; a text is read once for each "
+            "KV head. 0: all matter alike.",
+            show_default="2 on a GPU, 0 without",
+        ),
+    ] = None,
     seed: Annotated[int, typer.Option(help="Of what is drawn.")] = 0,
     check: Annotated[int, typer.Option(min=0, help="Held-out texts to measure the policy on.")] = 4,
     lora: Annotated[
@@ -109,7 +118,7 @@ def fit(
 
     fitting = Fitting(
         tokens=tokens, steps=steps, minutes=minutes, batch=batch, rate=rate, width=width, slots=slots,
-        lookup_tokens=lookup_tokens, seed=seed,
+        lookup_tokens=lookup_tokens, importance=importance, seed=seed,
     )  # fmt: skip
     if lora and adapter_only:
         raise SettingError("--lora trains adapters by a policy, --adapter-only without one; give one of the two")
