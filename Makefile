@@ -19,7 +19,7 @@ TRITON := triton==3.9.0
 OLDEST       := .venv-oldest
 OLDEST_READY := $(OLDEST)/.ready
 
-.PHONY: demo test suite kernels test-oldest docs lint format types clean help
+.PHONY: demo test suite kernels test-oldest oldest-models oldest-battery docs lint format types clean help
 .DEFAULT_GOAL := help
 
 help:
@@ -71,8 +71,15 @@ $(OLDEST_READY): pyproject.toml constraints-oldest.txt
 test-oldest: $(OLDEST_READY)
 	$(OLDEST)/bin/python -m pip install --quiet --no-deps --force-reinstall .
 	cd / && $(CURDIR)/$(OLDEST)/bin/python -c 'import mgam, sys; sys.exit("$(CURDIR)/src" in mgam.__file__)'
-	$(OLDEST)/bin/python -m pytest -p no:cacheprovider tests/models $(addprefix tests/battery/,test_causality.py test_exactness.py) -k "not reference"
+	$(MAKE) -j 2 oldest-models oldest-battery
 	$(OLDEST)/bin/python -m pytest -p no:cacheprovider tests/test_wheel.py -k what_is_installed
+
+# Side by side: both use one core.
+oldest-models:
+	OMP_NUM_THREADS=1 $(OLDEST)/bin/python -m pytest -p no:cacheprovider tests/models -k "not reference"
+
+oldest-battery:
+	OMP_NUM_THREADS=1 $(OLDEST)/bin/python -m pytest -p no:cacheprovider $(addprefix tests/battery/,test_causality.py test_exactness.py) -k "not reference"
 
 docs: $(DEV_READY)
 	$(BIN)/python scripts/models_table.py --write

@@ -116,12 +116,13 @@ def test_tokens_one_by_one_equal_reference(
         assert pyramid.search is not None
         pyramid.search = pyramid.search.to(dtype)
         pyramid.append(keys[:, :, :140].to(device, dtype), values[:, :, :140].to(device, dtype), [140, 90, 57][:rows])
-    for number in range(9):
-        if number == 4:
+    count, copied, cropped = (9, 4, 7) if DEVICE == "cuda" else (4, 2, 3)  # nothing is captured in the interpreter
+    for number in range(count):
+        if number == copied:
             pyramids = copy.deepcopy(pyramids)
-        if number == 7:
+        if number == cropped:
             for pyramid in pyramids:
-                pyramid.crop([7] * rows)
+                pyramid.crop([cropped] * rows)
         new, before = slice(140 + number, 141 + number), list(pyramids[0].lengths)
         plan, got = Plan.of([Schedule.uniform(1)] * rows, before, [1] * rows, 1, 0), []
         records = [Record(evidence_from=90), Record(evidence_from=90)]

@@ -134,7 +134,7 @@ def test_kernels_read_pages_as_the_oracle_reads_memory(name: str, known: bool) -
 def test_a_digest_is_asked_alike_with_covers_made_by_kernels(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """On a GPU kernels search and make the covers by which pages are fetched and read."""
     model, tokenizer = tiny.make_model(), tiny.make_tokenizer()
-    Document.digest(model, tokenizer, [tiny.source(500)], tmp_path / "book.mgam", **tiny.GRID).close()
+    Document.digest(model, tokenizer, [tiny.source(300)], tmp_path / "book.mgam", **tiny.GRID).close()
     monkeypatch.setattr(pyramid, "search_dtype", lambda dtype: dtype)  # Triton's interpreter multiplies no bfloat16
     document = Document.open(tmp_path / "book.mgam", model, tokenizer)
     refused = dispatch._refused
@@ -149,7 +149,7 @@ def test_a_digest_is_asked_alike_with_covers_made_by_kernels(tmp_path: Path, mon
         return covers[-1]
 
     monkeypatch.setattr(engine, "_choose", kept)
-    ids, count = torch.arange(40, 70)[None], len(document.tokens)
+    ids, count = torch.arange(40, 60)[None], len(document.tokens)
     logits = []
     for served in (False, True):
         monkeypatch.setattr(kernels, "serve", lambda states, served=served: served)
