@@ -27,6 +27,8 @@ def test_it_is_found_by_name_and_whole() -> None:
     fitted = FittedPolicy.load(FOLDER)
     assert len(fitted.layers) == 30
     assert all(bool(((one.content >= 0) & (one.content <= 1)).all()) for one in fitted.layers.values())
+    assert all(bool((one.importance > 0).all()) for one in fitted.layers.values())
+    assert torch.cat([one.importance for one in fitted.layers.values()]).mean() == pytest.approx(1.0, abs=1e-2)
     assert fitted.mark(0.9) > fitted.mark(0.95) > 0
 
 
@@ -35,7 +37,7 @@ def test_it_holds_numbers_and_says_how_it_was_made() -> None:
     assert {path.name for path in LOOKUP.rglob("*")} == {"lora", "adapter_config.json", "adapter_model.safetensors"}
     assert sum(path.stat().st_size for path in FOLDER.parent.rglob("*")) < 15_000_000
     with safe_open(FOLDER / "policy.safetensors", "pt") as file:
-        assert len(list(file.keys())) == 9 * 30
+        assert len(list(file.keys())) == 10 * 30
     notes = FittedPolicy.load(FOLDER).notes
     assert notes["steps"] > 100
     assert notes["fitting"]["tokens"] == 8192
