@@ -187,7 +187,7 @@ class Noted:
 
 @pytest.mark.skipif(
     DEVICE == "cuda",
-    reason="it notes how kernels would be compiled, and launches none",
+    reason="its model is on the CPU, where kernels are taken up in Triton's interpreter only; it launches none",
 )
 def test_who_asks_after_a_rehearsal_compiles_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     from mgam.attend.triton import forward, masses, prefill

@@ -111,9 +111,11 @@ def test_evicted_caches_move_and_refuse_to_go_back() -> None:
     parts = states(rows=2)
     policy = SnapKV(capacity=14, look=7, recent=3, sink=2, smooth=5)
     _, pyramid = stream(policy, parts, [40])
-    first = pyramid.keys[0][1].clone()
+    held = pyramid.held[1]
+    first = pyramid.keys[0][1, :, :held].clone()
     pyramid.select(torch.tensor([1, 0]))
-    assert torch.equal(pyramid.keys[0][0], first)
+    assert pyramid.held[0] == held
+    assert torch.equal(pyramid.keys[0][0, :, :held], first)
     pyramid.crop([4, 4])
     assert pyramid.lengths == [TOKENS - 4] * 2
     with pytest.raises(SettingError, match="evicted"):
