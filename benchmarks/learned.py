@@ -1,4 +1,4 @@
-"""Losses of a model that reads by a learned policy, on novels of the TEST split: JSON lines, one a figure.
+"""Losses of a model that reads by a learned policy, on novels of the TEST split: JSON lines, conditions and figures.
 
     python benchmarks/learned.py MODEL POLICY OUT.jsonl inside far recall
 
@@ -24,6 +24,7 @@ from torch import Tensor
 from torch.nn.functional import cross_entropy
 
 import mgam
+from mgam.evaluation.machine import conditions
 from mgam.integrations.loading import load
 from mgam.policies.learned import Learned
 from mgam.training.texts import Document, read_documents
@@ -150,6 +151,7 @@ def main() -> None:
     window = min(8192, model.config.max_position_embeddings)
     makers = {"inside": inside, "far": far, "mass": mass, "recall": recall}
     with Path(out).open("a", encoding="utf-8") as file:
+        file.write(json.dumps({"run": {**conditions(str(model.device)), "dtype": str(model.dtype)}}) + "\n")
         for part in parts:
             documents = read_documents(["novels"], loaded.tokenizer, "tune" if part == "mass" else "test")
             for line in makers[part](model, policy, documents, window):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import runpy
 import subprocess
 import sys
 from pathlib import Path
@@ -50,7 +51,17 @@ def test_processes_share_the_rounds(tiny: tuple[Any, Any], tmp_path: Path) -> No
     assert trials(tmp_path / "out") == read
 
 
-def test_what_has_no_figure_has_a_reason(tmp_path: Path) -> None:
+def table(folder: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> str:
+    """What the command prints, run in this process."""
+    monkeypatch.setattr(sys, "argv", [str(RUN), "table", "--out", str(folder)])
+    monkeypatch.setattr(sys, "path", [*sys.path])
+    runpy.run_path(str(RUN), run_name="__main__")
+    return capsys.readouterr().out
+
+
+def test_what_has_no_figure_has_a_reason(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
     trial = {"task": "passkey", "method": "dense", "model": "tiny", "length": 512, "seed": 0, "trial": 0, "hits": True}
     lines = [
         {**trial, "status": "ok", "score": 1.0, "entries_per_query": 256.0},
@@ -59,7 +70,7 @@ def test_what_has_no_figure_has_a_reason(tmp_path: Path) -> None:
     (tmp_path / "decoders.tiny.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
     failure = {"model": "tiny", "method": "moba", "task": "passkey", "length": 512, "error": "RuntimeError: no"}
     (tmp_path / "failed.jsonl").write_text(json.dumps(failure) + "\n")
-    text = call("table", "--out", str(tmp_path))
+    text = table(tmp_path, monkeypatch, capsys)
     assert "| dense | 100 (1) | 256 |" in text
     assert "| strided | does not fit |" in text
     assert "- strided (passkey): too many entries" in text
@@ -69,7 +80,7 @@ def test_what_has_no_figure_has_a_reason(tmp_path: Path) -> None:
     lines = [run, {**trial, "method": "sliding", "status": "ok", "score": 0.0, "entries_per_query": 9.0}]
     (tmp_path / "decoders.tiny.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
     for _ in range(2):
-        text = call("table", "--out", str(tmp_path))
+        text = table(tmp_path, monkeypatch, capsys)
         assert "2026-01-02, a device, commit abc; 3 processes shared" in text
         assert "| dense | 100 (1) | 256 |" in text
         assert "| sliding | 0 (1) | 9 |" in text

@@ -43,7 +43,7 @@ from mgam.policies.scored import TILE
 from mgam.pyramid import Pyramid
 from mgam.schedule import Blocks, sent
 
-FEWEST = 8
+FEWEST = 4
 """Voters of a larger block that are always heard, however few of them are to be."""
 ELEMENTS = 1 << 22
 """Logits worked out at a time without kernels."""
@@ -199,7 +199,7 @@ class Learned:
     content: float | None = None
     """Part of the budget, from 0 to 1, for what the search finds whatever the distance; the rest is for the attention
     which is expected, of which distance is a part. None: each KV head has the part that was fitted."""
-    thin: int = 8
+    thin: int = 32
     """One of so many voters of a large block is heard: those that care most for the far past."""
     whole: int = 32
     """Blocks of at most so many voters are heard in full: those of questions, which are few and look things up."""
