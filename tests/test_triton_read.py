@@ -233,6 +233,27 @@ def test_bad_shapes_are_refused() -> None:
         attend(made.queries[:, :3], made.blocks, made.cover, made.pyramid, made.positions, made.scale, backend="triton")
 
 
+def test_a_window_and_block_beyond_the_positions_are_refused() -> None:
+    """Their ranks would lie outside the rotary tables."""
+    from mgam.attend import attend
+    from mgam.errors import SettingError
+    from mgam.positions import Positions
+
+    made = CASES["granular"].make(DTYPES[-1])
+    reach = made.cover.reach(made.blocks)
+    assert reach > 1
+    for room in (reach, reach - 1):
+        rotary = made.positions.rotary
+        assert rotary is not None
+        positions = Positions("granular", rotary, rotary.limit - room)
+        call = (made.queries, made.blocks, made.cover, made.pyramid, positions, made.scale)
+        if room == reach:
+            attend(*call, backend="triton")
+            continue
+        with pytest.raises(SettingError, match=f"span {reach} tokens, but positions were made for {room}"):
+            attend(*call, backend="triton")
+
+
 @pytest.mark.parametrize("shift", [1e4, -1e4])
 def test_shifted_logits(shift: float) -> None:
     """A shift of all logits changes nothing (P11)."""

@@ -72,6 +72,11 @@ class Cover:
         """First token of each window (N,), on the CPU."""
         return self.window_start.cpu() if self.known is None else self.known.start
 
+    def reach(self, blocks: Blocks) -> int:
+        """Most tokens from the start of a window that does not begin with the text to the end of its block."""
+        begin = self.begin
+        return int((blocks.stop.cpu() - begin).masked_fill(begin == 0, 0).max()) if len(begin) else 0
+
     @property
     def is_dense(self) -> bool:
         """Whether every query reads its whole past as tokens."""
@@ -266,7 +271,8 @@ def cover_of(
         none = torch.empty(*opened.shape[:2], 0, dtype=torch.int64, device=opened.device)
         return Cover(levels, start, chosen, (none,) * levels.top, mass)
     summaries = refine(opened, start, levels, keep=keep)
-    limits = [None] * levels.top if most is None else summaries_at_most(opened.shape[-1], most, levels)
+    more = 0 if sink else 2  # the first of each level is split also where the sink is not opened; all in it is read
+    limits = [None] * levels.top if most is None else summaries_at_most(opened.shape[-1], most + more, levels)
     found = tuple(indices(read, limit) for read, limit in zip(summaries, limits, strict=True))
     return Cover(levels, start, chosen, found, mass)
 

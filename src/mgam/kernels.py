@@ -8,10 +8,22 @@ from functools import cache
 import torch
 from torch import Tensor
 
+OLDEST = (8, 0)
+"""Compute capability from which on kernels run."""
+FLOAT8 = (8, 9)
+"""Compute capability from which on they take numbers of eight bits."""
+
 
 def serve(states: Tensor) -> bool:
-    """Whether Triton is here and the states are in half precision on a CUDA device."""
-    return states.is_cuda and states.dtype in (torch.float16, torch.bfloat16) and installed()
+    """Whether Triton is here and the states are in half precision on a CUDA device that kernels are made for."""
+    half = states.dtype in (torch.float16, torch.bfloat16)
+    return states.is_cuda and half and installed() and capability(states.device) >= OLDEST
+
+
+@cache
+def capability(device: torch.device) -> tuple[int, int]:
+    """The compute capability of a CUDA device."""
+    return torch.cuda.get_device_capability(device)
 
 
 @cache

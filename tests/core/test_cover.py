@@ -71,14 +71,15 @@ def test_refine_splits_what_it_is_told_to(made: tuple[Levels, torch.Tensor, torc
 
 
 @examples
-@given(masks(), st.integers(0, 3))
-def test_known_bounds_hold(made: tuple[Levels, torch.Tensor, torch.Tensor], spare: int) -> None:
+@given(masks(), st.integers(0, 3), st.booleans())
+def test_known_bounds_hold(made: tuple[Levels, torch.Tensor, torch.Tensor], spare: int, sink: bool) -> None:
     """`most` changes the width of a cover and nothing else."""
     levels, opened, start = made
-    free = cover_of(opened, start, levels)
+    free = cover_of(opened, start, levels, sink=sink)
     most = int((free.opened >= 0).sum(-1).max()) + spare if free.opened.numel() else spare
-    bound = cover_of(opened, start, levels, most=most)
-    limits = [min(most, opened.shape[2]), *summaries_at_most(opened.shape[2], most, levels)]
+    bound = cover_of(opened, start, levels, most=most, sink=sink)
+    split = most if sink else most + 2
+    limits = [min(most, opened.shape[2]), *summaries_at_most(opened.shape[2], split, levels)]
     for one, other, limit in zip((free.opened, *free.summaries), (bound.opened, *bound.summaries), limits, strict=True):
         assert one.shape[-1] <= limit == other.shape[-1]
         assert torch.equal(other[..., : one.shape[-1]], one)

@@ -246,9 +246,11 @@ def test_what_cannot_be_fitted_is_refused(tmp_path: Path) -> None:
         ({"tokens": 1024}, "beyond the 512 positions that the model was trained for"),
         ({"tokens": 256}, "too short for levels .* at least 352 are wanted"),
         ({"width": 1}, "width=1"),
+        ({"width": 99}, "width=99 is more than"),
     ):
         with pytest.raises(SettingError, match=said):
             fit(model, [document()], tmp_path / "one", Fitting(**{**DIALS, **dials}))
+    assert not (tmp_path / "one").exists()
     with pytest.raises(SettingError, match="the data has 400 tokens and a window 512"):
         fit(model, [document(400)], tmp_path / "two", Fitting(**DIALS))
     (tmp_path / "file").write_text("in the way")

@@ -71,9 +71,7 @@ def gather(
         bias.append(torch.full((), weight, dtype=wide, device=device).masked_fill(~ok, -torch.inf))
     start = cover.window_start.to(device)
     own = there.start[:, None] + torch.arange(size, device=device)
-    begin = cover.begin
-    spans = blocks.stop - begin
-    reach = int(spans.max())
+    reach = int((blocks.stop - cover.begin).max())
     window_NW = start[:, None] + torch.arange(reach, device=device)
     for gathered, near in zip((keys, values), pyramid.window(row, start, reach, last), strict=True):
         gathered.append(near if near.shape[1] == heads else near.repeat_interleave(heads // near.shape[1], 1))
@@ -90,7 +88,7 @@ def gather(
     )
     q_NHGQD = queries.view(count, heads, query_heads // heads, size, dim)
     if positions.kind == "granular":
-        positions.check(cover.most, int(spans.masked_fill(begin == 0, 0).max()))
+        positions.check(cover.most, cover.reach(blocks))
         q_NHGQD, keys = _place(q_NHGQD, keys, cover, positions, own, start, reach)
     return q_NHGQD, torch.cat(keys, 2), torch.cat(values, 2), bias_NHQE
 

@@ -117,3 +117,12 @@ class Evicting(Protocol):
     def count(self, heard: Heard, read_to: list[int], pyramid: Pyramid) -> None:
         """Called after the same blocks were read, up to position `read_to[b]` (0: none was)."""
         ...
+
+
+def at_most(budget: int, rest: Rest, tokens: int, levels: Levels) -> int:
+    """Upper bound of the entries before position `tokens` where `budget` tokens are opened: sink, budget, and the
+    summaries around what is opened."""
+    most = budget // levels.chunk
+    inner = sum(levels.ratio(level) for level in range(2, levels.top + 1))
+    around = (most + 2) * max(inner, 1) + tokens // levels.sizes[-1] + levels.ratio(1)
+    return levels.chunk + budget + (0 if rest == "drop" else around)

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from mgam.errors import SettingError
-from mgam.kernels import installed
+from mgam.kernels import FLOAT8, capability, installed, serve
 from mgam.levels import Levels
 from mgam.policies.asked import Asked
 from mgam.pyramid import Pyramid
@@ -167,9 +167,7 @@ def principal(moments: Tensor, width: int, steps: int = 8) -> Tensor:
     wide = wide / size + 1e-7 * eye
     basis = eye[:, :width].expand(*moments.shape[:-2], dim, width)
     for _ in range(steps if width < dim else 0):
-        basis = wide @ basis
-        lower = torch.linalg.cholesky_ex(basis.transpose(-2, -1) @ basis).L
-        basis = torch.linalg.solve_triangular(lower, basis.transpose(-2, -1), upper=False).transpose(-2, -1)
+        basis = torch.linalg.qr(wide @ basis).Q
     return basis.to(moments.dtype)
 
 
@@ -184,6 +182,12 @@ def _empty(pyramid: Pyramid, compact: Compact) -> CompactKeys:
     assert pyramid.search is not None
     batch, heads, places, _, dim = pyramid.search.shape
     wide = pyramid.search.new_empty(0, dtype=torch.promote_types(pyramid.search.dtype, torch.float32))
+    if compact.bits == 8 and serve(pyramid.keys[0]) and capability(pyramid.search.device) < FLOAT8:
+        raise SettingError(
+            "search_bits=8: kernels take eight bits on GPUs of compute capability "
+            f"{'.'.join(map(str, FLOAT8))} or newer, and this one has "
+            f"{'.'.join(map(str, capability(pyramid.search.device)))}; choose search_bits=16"
+        )
     kept = torch.float8_e4m3fn if compact.bits == 8 else pyramid.search.dtype
     width = min(compact.dims, dim)
     return CompactKeys(

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from mgam.cover import Cover, Known, cover_of, windows
 from mgam.levels import Levels
-from mgam.policies.base import Rest, Voters
+from mgam.policies.base import Rest, Voters, at_most
 from mgam.policies.scored import highest
 from mgam.pyramid import Pyramid
 from mgam.schedule import Blocks
@@ -69,10 +69,7 @@ class Ranked(ABC):
 
     def read_at_most(self, tokens: int, levels: Levels) -> int:
         """Sink, budget, and the summaries around what is opened."""
-        most = self.budget // levels.chunk
-        inner = sum(levels.ratio(level) for level in range(2, levels.top + 1))
-        rest = 0 if self.rest == "drop" else (most + 2) * max(inner, 1) + tokens // levels.sizes[-1] + levels.ratio(1)
-        return levels.chunk + self.budget + rest
+        return at_most(self.budget, self.rest, tokens, levels)
 
 
 @dataclass(frozen=True)

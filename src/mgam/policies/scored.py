@@ -12,7 +12,7 @@ from mgam.cover import Cover, Known, cover_of, dense_cover, windows
 from mgam.errors import SettingError
 from mgam.levels import Levels
 from mgam.policies.asked import Asked, flat, plain_scores
-from mgam.policies.base import Rest, Voters
+from mgam.policies.base import Rest, Voters, at_most
 from mgam.policies.compact import Compact, CompactKeys
 from mgam.pyramid import Pyramid
 from mgam.schedule import Blocks, sent
@@ -99,10 +99,7 @@ class Scored:
 
     def read_at_most(self, tokens: int, levels: Levels) -> int:
         """Sink, budget, and the summaries around what is opened."""
-        most = self.budget // levels.chunk
-        inner = sum(levels.ratio(level) for level in range(2, levels.top + 1))
-        rest = 0 if self.rest == "drop" else (most + 2) * max(inner, 1) + tokens // levels.sizes[-1] + levels.ratio(1)
-        return levels.chunk + self.budget + rest
+        return at_most(self.budget, self.rest, tokens, levels)
 
     def scores(self, voters: Voters, blocks: Blocks, pyramid: Pyramid, levels: Levels) -> Tensor:
         """Mass (N, H, chunks) that the voters give each complete chunk before the decision, in float32 or finer.

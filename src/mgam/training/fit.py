@@ -251,7 +251,7 @@ def fit(
     model, data and dials, and ends with the same weights.
 
     Args:
-        model: a transformers decoder that mgam applies to, on its device; nothing in it changes.
+        model: a transformers decoder that mgam applies to, on its device; its weights are frozen and stay as they are.
         documents: what is fitted on.
         lookups: makes texts with questions, where `fitting.lookup_tokens` asks for some.
         resume: whether to go on with a run that is there; else it must not be there.
@@ -267,6 +267,14 @@ def fit(
     place = Path(folder)
     refuse_short(fitting, architecture(model.config).trained_window(model.config))
     shape = shape_of(model)
+    shapes = {int(layer): sizes for layer, sizes in shape.layers.items()}
+    narrowest = min(dim for _, _, dim in shapes.values())
+    if fitting.width > narrowest + 1:
+        raise SettingError(
+            f"width={fitting.width} is more than the {narrowest} dimensions of the model's heads, and one"
+        )
+    if fitting.batch % world():
+        raise SettingError(f"--batch {fitting.batch} does not divide over {world()} processes")
     windows = Windows(documents, fitting.tokens, fitting.steps * fitting.batch, fitting.seed)
     course = Course(windows, lookups if fitting.lookup_tokens else None, fitting.lookup_tokens)
     what = {"dials": asdict(fitting), "model": asdict(shape), "data": fingerprint(documents)}
@@ -276,12 +284,6 @@ def fit(
         parameter.requires_grad_(False)
     model.eval()
     torch.manual_seed(fitting.seed)
-    shapes = {int(layer): sizes for layer, sizes in shape.layers.items()}
-    narrowest = min(dim for _, _, dim in shapes.values())
-    if fitting.width > narrowest + 1:
-        raise SettingError(
-            f"width={fitting.width} is more than the {narrowest} dimensions of the model's heads, and one"
-        )
     network = SearchNetwork(shapes, fitting.width, fitting.slots, fitting.reach)
     network.to(model.device)
     kept = last_whole(place / CHECKPOINTS)
@@ -379,8 +381,6 @@ def _collate(items: list[dict[str, Tensor]]) -> dict[str, list[Tensor]]:
 
 
 def _arguments(place: Path, fitting: Fitting, model: Any) -> TrainingArguments:
-    if fitting.batch % world():
-        raise SettingError(f"--batch {fitting.batch} does not divide over {world()} processes")
     each = fitting.batch // world()
     at_once = 1 if model.device.type == "cpu" else next(n for n in (4, 3, 2, 1) if each % n == 0)
     return TrainingArguments(

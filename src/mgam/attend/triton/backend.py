@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
+from mgam import kernels
 from mgam.cover import Cover
 from mgam.errors import SettingError
 from mgam.positions import Positions
@@ -35,7 +36,7 @@ def refuse(queries: Tensor) -> list[str]:
         reasons.append("triton is not installed")
     if queries.device.type != "cuda" and not interpreted():
         reasons.append("it needs a CUDA device (or TRITON_INTERPRET=1, for tests)")
-    if queries.device.type == "cuda" and torch.cuda.get_device_capability(queries.device) < (8, 0):
+    if queries.is_cuda and kernels.capability(queries.device) < kernels.OLDEST:
         reasons.append("it needs a GPU of compute capability 8.0 or newer")
     if queries.dtype not in (torch.float16, torch.bfloat16) and not (interpreted() and queries.dtype == torch.float32):
         reasons.append("it serves float16 and bfloat16 only")
@@ -105,8 +106,8 @@ def _called(
     if not (queries.is_cuda and torch.cuda.is_current_stream_capturing()):
         if cover.known is None:
             check(lists, pyramid.keys[0].shape[0], pyramid.tokens)
-        if positions.kind == "granular" and not lists.bare:
-            positions.check(cover.most)
+        if positions.kind == "granular":
+            positions.check(cover.most, cover.reach(blocks))
     keys, values, tokens = pyramid.keys, pyramid.values, pyramid.tokens
     if isinstance(pyramid, Elsewhere):
         near = pyramid.near(cover, blocks)

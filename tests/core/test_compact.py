@@ -1,0 +1,60 @@
+"""Compact search keys: their basis, and blocks before and after the tokens that give it, searched together."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from mgam.errors import SettingError
+from mgam.levels import Levels
+from mgam.policies import Scored, compact
+from mgam.policies.base import Voters
+from mgam.policies.compact import Compact, CompactKeys, principal
+from mgam.pyramid import Pyramid
+from mgam.schedule import Blocks, Schedule
+
+
+@pytest.mark.parametrize("rows", [1, 2])
+def test_early_and_late_blocks_are_scored_as_they_are_alone(rows: int) -> None:
+    torch.manual_seed(rows)
+    levels, tokens, size = Levels((1, 8, 32), 4), 240, 16
+    keys = torch.randn(rows, 2, tokens, 32)
+    pyramid = Pyramid.of(keys, keys, levels)
+    pieces = [(row, piece) for row in range(rows) for piece in Schedule.uniform(size, "block").pieces(0, tokens)]
+    blocks = Blocks.of(pieces)
+    voters = Voters(2 * torch.randn(len(blocks), 4, size, 32), torch.ones(len(blocks), size, dtype=torch.bool))
+    short = Scored(compact=Compact(dims=16, bits=16, calibrate=96))
+    together = short.scores(voters, blocks, pyramid, levels)
+    flat = Scored().scores(voters, blocks, pyramid, levels)
+    late = blocks.decide >= 96
+    assert torch.allclose(together[~late], flat[~late], atol=1e-6)
+    assert not torch.allclose(together[late], flat[late], atol=1e-3)
+    for number in late.nonzero().flatten().tolist():
+        one = slice(number, number + 1)
+        alone = short.scores(Voters(voters.queries[one], voters.live[one]), blocks[one], pyramid, levels)
+        assert torch.allclose(together[number, :, : alone.shape[-1]], alone[0], atol=1e-5)
+        assert not together[number, :, alone.shape[-1] :].any()
+
+
+@pytest.mark.parametrize("rank", [0, 1, 8, 64])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_a_basis_is_orthonormal_whatever_the_rank_of_the_keys(rank: int, dtype: torch.dtype) -> None:
+    rng = torch.Generator().manual_seed(rank)
+    parts = [torch.randint(0, 2, shape, generator=rng).to(dtype) for shape in ((3, 500, rank), (3, rank, 64))]
+    keys = parts[0] @ parts[1]
+    basis = principal(keys.mT @ keys, 32)
+    torch.testing.assert_close(basis.mT @ basis, torch.eye(32, dtype=dtype).expand(3, -1, -1), atol=1e-5, rtol=0)
+    if rank <= 8:
+        torch.testing.assert_close(keys @ basis @ basis.mT, keys, atol=1e-2, rtol=1e-3)
+
+
+def test_eight_bits_are_refused_where_kernels_cannot_take_them(monkeypatch: pytest.MonkeyPatch) -> None:
+    keys = torch.randn(1, 2, 64, 32)
+    pyramid, levels = Pyramid.of(keys, keys, Levels((1, 8, 32), 4)), Levels((1, 8, 32), 4)
+    monkeypatch.setattr(compact, "serve", lambda states: True)
+    monkeypatch.setattr(compact, "capability", lambda device: (8, 6))
+    with pytest.raises(
+        SettingError, match=r"search_bits=8: .* 8\.9 or newer, and this one has 8\.6; choose search_bits=16"
+    ):
+        CompactKeys.of(pyramid, levels, Compact(dims=16, bits=8, calibrate=96))
+    assert CompactKeys.of(pyramid, levels, Compact(dims=16, bits=16, calibrate=96)).chunks == [0]
