@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from itertools import pairwise
 from typing import Any
 
 import pytest
@@ -9,7 +10,7 @@ import torch
 from transformers import LlamaConfig, LlamaForCausalLM
 
 import mgam
-from mgam.documents import infiniretri
+from mgam.documents import infiniretri, prompt
 from mgam.documents.infiniretri import Sentence, keep, parts, retrieve, scores, sentences
 from mgam.documents.sources import Source
 from mgam.errors import DocumentError, SettingError
@@ -18,6 +19,11 @@ from mgam.evaluation.reader import DoesNotFitError
 from mgam.methods.infiniretri import Retrieval
 
 TEXT = "".join(f"The number of box {n} is {n * 37 % 101}. " for n in range(40))
+ENDLESS = {
+    "rows": "".join(f"row {n} value {n * 37 % 101}\n" for n in range(300)),
+    "one line": "".join(f"row {n} value {n * 37 % 101}, " for n in range(300)),
+    "no blank": "".join(f"{n * 37 % 101}," for n in range(1500)),
+}
 
 
 class Letters:
@@ -93,11 +99,62 @@ def test_nothing_is_lost_when_a_text_is_cut() -> None:
     assert sum(len(item.ids) for part in cut for item in part) == len("no end " * 50 + "Short. Shorter! ")
 
 
+def split(text: str, most: int = 10**6) -> list[str]:
+    return [text[item.start : item.end] for item in sentences(text, Letters(), most)]
+
+
+@pytest.mark.parametrize("text", ENDLESS.values(), ids=ENDLESS)
+@pytest.mark.parametrize("most", [1, 7, 150])
+def test_pieces_have_places_of_their_own(text: str, most: int) -> None:
+    items = sentences(text, Letters(), most)
+    assert all(item.ids == tuple(Letters()(text[item.start : item.end])["input_ids"]) for item in items)
+    assert max(len(item.ids) for item in items) <= most
+    assert all(before.end <= after.start for before, after in pairwise(items))
+    assert "".join("".join(split(text, most)).split()) == "".join(text.split())
+
+
+def test_pieces_end_at_blanks_where_there_are_any() -> None:
+    assert all(piece[-1].isspace() for piece in split(ENDLESS["one line"], 64))
+
+
+def test_marks_end_sentences_in_each_script() -> None:
+    assert split("It is 3.14 or so. Is it so? Yes! It is.") == ["It is 3.14 or so. ", "Is it so? ", "Yes! ", "It is."]
+    assert split("他走了。真的吗？真的！「好。」她说。") == ["他走了。", "真的吗？", "真的！", "「好。」", "她说。"]
+    assert split("今日は。 明日は。\n昨日") == ["今日は。 ", "明日は。\n", "昨日"]
+    assert split("A heading\n\nAnd a text") == ["A heading\n\n", "And a text"]
+
+
+def test_abbreviations_end_no_sentence() -> None:
+    said = split("Dr. Smith met Mr. J. Doe. He left the house.")
+    assert said == ["Dr. Smith met Mr. J. Doe. ", "He left the house."]
+    assert split("It was opened! Dr. Smith stood there.") == ["It was opened! ", "Dr. Smith stood there."]
+    assert split("It is here. So what? Nothing.") == ["It is here. So what? ", "Nothing."]
+    assert split("a = 1.\nb = 2.\n") == ["a = 1.\n", "b = 2.\n"]
+
+
+def test_lines_of_a_long_stretch_are_sentences() -> None:
+    assert split(ENDLESS["rows"]) == ENDLESS["rows"].splitlines(keepends=True)
+    assert split(ENDLESS["rows"].replace("\n", "\r\n")) == [row + "\r\n" for row in ENDLESS["rows"].splitlines()]
+    assert split("A line that\nis wrapped.") == ["A line that\nis wrapped."]
+
+
+def test_white_space_alone_is_not_carried_on() -> None:
+    assert split("one" + " " * 1000 + "two", 50)[0].strip() == "one"
+    assert all(piece.strip() for piece in split("one" + " " * 1000 + "two", 50))
+
+
 def test_refused(model: Any) -> None:
     with pytest.raises(DocumentError, match="empty"):
         retrieve(model, Letters(), TEXT, "  ")
     with pytest.raises(SettingError, match="phrase=0"):
         Retrieval(phrase=0)
+
+    class Bytes(Letters):
+        def __call__(self, text: str, add_special_tokens: bool = True) -> dict[str, list[int]]:
+            return {"input_ids": [one % 128 for one in text.encode()]}
+
+    with pytest.raises(SettingError, match="'他' alone has 3 tokens"):
+        retrieve(model, Bytes(), "他走。", "box 7?", Retrieval(200, 20, 3, 2))
 
 
 class Tokenizer(Letters):
@@ -133,6 +190,41 @@ def test_asked_by_name(model: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     assert said.settings["method"] == "infini-retri"
     assert said.settings["topk"] == 20
     assert 0 < said.entries_per_level["1"] < 400
+
+
+@pytest.mark.parametrize("text", ENDLESS.values(), ids=ENDLESS)
+@pytest.mark.parametrize(("window", "budget"), [(200, 400), (200, 150), (30, 8)])
+def test_a_text_without_full_stops_is_read_within_bounds(model: Any, text: str, window: int, budget: int) -> None:
+    lengths = []
+
+    def watch(module: Any, args: Any, kwargs: dict[str, Any]) -> None:
+        past = kwargs.get("past_key_values")
+        lengths.append(kwargs["input_ids"].shape[1] + (past.get_seq_length() if past is not None else 0))
+
+    model.get_decoder().register_forward_pre_hook(watch, with_kwargs=True)
+    dials, asked = Retrieval(window, 20, 3, budget), "\n\nrow 7?"
+    found = retrieve(model, Tokenizer(), text, asked.strip(), dials)
+    lengths.clear()
+    said = infiniretri.ask(
+        model, Tokenizer(), [Source("a.txt", text)], asked.strip(), max_new_tokens=4, evidence_count=99, retrieval=dials
+    )
+    framed = len(prompt.BEFORE) + budget + len(asked + "\nAnswer:") + 4
+    assert max(lengths) <= max(1 + budget + window + len(asked), framed)
+    assert 0 < said.tokens["kept"] <= budget
+    pieces = {(item.start, item.end) for item in found.sentences}
+    assert {(one.start, one.end) for one in said.evidence} == pieces
+    assert sum(end - start for start, end in pieces) == said.tokens["kept"]
+
+
+def test_what_has_more_tokens_side_by_side_goes_worst_first() -> None:
+    class Seams(Letters):
+        def __call__(self, text: str, add_special_tokens: bool = True) -> dict[str, list[int]]:
+            return {"input_ids": [1] * (len(text) + text.count("ab"))}
+
+    items = [Sentence((1,), place, place + 1) for place in range(4)]
+    found = infiniretri.Found(items, [0.4, 0.1, 0.3, 0.2], 0, 0)
+    left, text, kept = infiniretri._left(found, "abab", Seams(), 4)
+    assert (text, kept, left.scores) == ("aab", 4, [0.4, 0.3, 0.2])
 
 
 def test_measured_by_name(model: Any) -> None:

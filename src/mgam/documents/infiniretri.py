@@ -12,6 +12,7 @@ from bisect import bisect_right
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, replace
+from itertools import zip_longest
 from typing import Any
 
 import torch
@@ -24,17 +25,23 @@ from mgam.documents import asking
 from mgam.documents.evidence import Evidence
 from mgam.documents.prompt import joined
 from mgam.documents.sources import Source
-from mgam.errors import DocumentError
+from mgam.errors import DocumentError, SettingError
 from mgam.integrations.transformers.apply import remove
 from mgam.methods.infiniretri import Retrieval
 
 NAME = "mgam-question-rows"
-SENTENCE = re.compile(r".+?(?:[.!?。！？]+(?=\s|$)|\n\s*\n|$)\s*", re.DOTALL)
+ENDS = re.compile(r"[.!?]\s+|[。！？｡]+[」』”’）]*\s*|\n\s*\n")
+"""Where sentences end. Chinese and Japanese have no white space after their marks."""
+SHORT = 8
+"""Characters, with their full stop, that are no sentence by themselves: most are abbreviations."""
+LONG = 500
+"""Characters of a stretch without an end; a longer one is a table, a log or code, whose lines are taken instead."""
+BLANK = re.compile(r"\s+")
 
 
 @dataclass(frozen=True)
 class Sentence:
-    """A sentence by its tokens, and where it stands in the text."""
+    """A sentence, or a piece of one, by its tokens and the characters [start, end) of the text that they are of."""
 
     ids: tuple[int, ...]
     start: int
@@ -42,13 +49,48 @@ class Sentence:
 
 
 def sentences(text: str, tokenizer: Any, most: int) -> list[Sentence]:
-    """All of a text, in order, none longer than `most` tokens (a longer one is cut, nothing is left out)."""
-    found = []
-    for match in SENTENCE.finditer(text):
-        ids = tokenizer(match.group(), add_special_tokens=False)["input_ids"]
-        for first in range(0, len(ids), most):
-            found.append(Sentence(tuple(ids[first : first + most]), match.start(), match.end()))
+    """All of a text but white space by itself, in order; a sentence of more than `most` tokens comes in pieces.
+
+    Raises:
+        SettingError: a single character has more tokens than that.
+    """
+    found: list[Sentence] = []
+    for start, end in _stretches(text):
+        lines = text[start:end].splitlines(keepends=True) if end - start > LONG else [text[start:end]]
+        for line in lines:
+            found += _pieces(line, start, tokenizer, most)
+            start += len(line)
     return found
+
+
+def _stretches(text: str) -> Iterator[tuple[int, int]]:
+    """Where a text's sentences stand, by their marks and by blank lines."""
+    start = 0
+    ends = list(ENDS.finditer(text))
+    for end, following in zip_longest(ends, ends[1:]):
+        mark, after = end.group(), text[end.end() : following.end() if following else len(text)]
+        shortest = min(end.start() + 1 - start, len(after.strip()))
+        if mark[0] != "." or "\n" in mark or shortest > SHORT:
+            yield start, end.end()
+            start = end.end()
+    yield start, len(text)
+
+
+def _pieces(text: str, start: int, tokenizer: Any, most: int) -> Iterator[Sentence]:
+    """A text that begins at `start`, halved until no piece has more than `most` tokens: after white space, if any."""
+    ids = tokenizer(text, add_special_tokens=False)["input_ids"]
+    if not ids or not text.strip():
+        return
+    if len(ids) <= most:
+        yield Sentence(tuple(ids), start, start + len(text))
+        return
+    if len(text) == 1:
+        raise SettingError(f"{text!r} alone has {len(ids)} tokens; window and budget must both be as many or more")
+    middle = len(text) // 2
+    blank = BLANK.search(text, middle, middle + (len(text) - middle) // 2)
+    cut = blank.end() if blank else middle
+    yield from _pieces(text[:cut], start, tokenizer, most)
+    yield from _pieces(text[cut:], start + cut, tokenizer, most)
 
 
 def parts(items: Sequence[Sentence], window: int) -> list[list[Sentence]]:
@@ -96,15 +138,16 @@ def retrieve(
 
     Raises:
         DocumentError: for an empty text or question.
+        SettingError: `window` or `budget` is less than the tokens of a single character.
     """
     dials = retrieval or Retrieval()
-    if not text.strip() or not question.strip():
+    items = sentences(text, tokenizer, min(dials.window, dials.budget))
+    if not items or not question.strip():
         raise DocumentError("infini-retri needs a text and a question; one of them is empty")
     asked = tokenizer("\n\n" + question, add_special_tokens=False)["input_ids"]
     lead = [tokenizer.bos_token_id] if getattr(tokenizer, "bos_token_id", None) is not None else []
     found = Found([], [], 0, 0)
     weight: Tensor | None = None
-    items = sentences(text, tokenizer, dials.window)
     total, read = sum(len(item.ids) for item in items), 0
     with _rows(model) as attend:
         for part in parts(items, dials.window):
@@ -141,10 +184,12 @@ def ask(
 ) -> asking.Answer:
     """Answers a question from what `retrieve` leaves of some texts, as `mgam.documents.asking.ask` does from the whole.
 
-    Evidence are the sentences that the question attended to most.
+    Evidence are the sentences that the question attended to most. `kept` in `tokens` are those of what is left of the
+    texts, `budget` at most.
 
     Raises:
         DocumentError: for an empty question or no text.
+        SettingError: `window` or `budget` is less than the tokens of a single character.
     """
     remove(model)
     dials = retrieval or Retrieval()
@@ -152,15 +197,17 @@ def ask(
     begin = time.perf_counter()
     found = retrieve(model, tokenizer, text, question, dials, on_progress)
     reading = time.perf_counter() - begin
-    left = Source("text", "".join(text[start:end] for start, end in _runs(found.sentences)))
-    answer = asking.ask(model, tokenizer, [left], question, max_new_tokens=max_new_tokens, on_text=on_text)
+    found, left, kept = _left(found, text, tokenizer, dials.budget)
+    answer = asking.ask(
+        model, tokenizer, [Source("text", left)], question, max_new_tokens=max_new_tokens, on_text=on_text
+    )
     read = answer.tokens["document"] + answer.tokens["question"] + answer.tokens["answer"]
     per_query = (found.entries + read * (read + 1) / 2) / (found.queries + read)
     return replace(
         answer,
         evidence=_evidence(found, text, sources, starts, evidence_count),
         entries_per_level={"1": round(per_query, 1)},
-        tokens={**answer.tokens, "document": found.queries, "kept": answer.tokens["document"]},
+        tokens={**answer.tokens, "document": found.queries, "kept": kept},
         seconds={
             "reading": round(reading + answer.seconds["reading"], 3),
             "to the first token": answer.seconds["to the first token"],
@@ -170,14 +217,25 @@ def ask(
     )
 
 
-def _runs(items: Sequence[Sentence]) -> list[tuple[int, int]]:
-    """Where the sentences stand; pieces of one sentence that was cut stand there once."""
-    return list(dict.fromkeys((item.start, item.end) for item in items))
+def _left(found: Found, text: str, tokenizer: Any, budget: int) -> tuple[Found, str, int]:
+    """What was found, its text and the tokens of that: side by side, pieces may have more than each by itself."""
+    while True:
+        left = "".join(text[item.start : item.end] for item in found.sentences)
+        kept = len(tokenizer(left, add_special_tokens=False)["input_ids"])
+        if kept <= budget:
+            return found, left, kept
+        worst = found.scores.index(min(found.scores))
+        others = [place for place in range(len(found.scores)) if place != worst]
+        found = replace(
+            found,
+            sentences=[found.sentences[place] for place in others],
+            scores=[found.scores[place] for place in others],
+        )
 
 
 def _evidence(found: Found, text: str, sources: Sequence[Source], starts: Sequence[int], count: int) -> list[Evidence]:
     whole = sum(found.scores) or 1.0
-    shown: dict[tuple[int, int], Evidence] = {}
+    shown: list[Evidence] = []
     for place in sorted(range(len(found.scores)), key=lambda one: -found.scores[one]):
         item = found.sentences[place]
         source = max(0, bisect_right(starts, item.start) - 1)
@@ -185,9 +243,8 @@ def _evidence(found: Found, text: str, sources: Sequence[Source], starts: Sequen
         end = min(item.end - starts[source], len(sources[source].text))
         share = round(found.scores[place] / whole, 4)
         if end > start and len(shown) < count:
-            passage = Evidence(sources[source].name, start, end, sources[source].text[start:end], share)
-            shown.setdefault((source, start), passage)
-    return list(shown.values())
+            shown.append(Evidence(sources[source].name, start, end, sources[source].text[start:end], share))
+    return shown
 
 
 def scores(rows: Tensor, weight: Tensor, phrase: int) -> Tensor:
