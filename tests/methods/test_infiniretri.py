@@ -227,6 +227,12 @@ def test_what_has_more_tokens_side_by_side_goes_worst_first() -> None:
     assert (text, kept, left.scores) == ("aab", 4, [0.4, 0.3, 0.2])
 
 
+def test_the_first_sentence_of_each_text_is_evidence(model: Any) -> None:
+    sources = [Source("a.txt", "Here is one text."), Source("b.txt", "And this is another.")]
+    said = infiniretri.ask(model, Tokenizer(), sources, "what?", max_new_tokens=2, retrieval=Retrieval())
+    assert {one.file: one.text for one in said.evidence} == {source.name: source.text for source in sources}
+
+
 def test_measured_by_name(model: Any) -> None:
     reader = ModelReader(model, Tokenizer(), "infini-retri:window=200:budget=90:topk=20", name="tiny")
     assert reader.settings["budget"] == 90

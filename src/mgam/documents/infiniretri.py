@@ -238,7 +238,7 @@ def _evidence(found: Found, text: str, sources: Sequence[Source], starts: Sequen
     shown: list[Evidence] = []
     for place in sorted(range(len(found.scores)), key=lambda one: -found.scores[one]):
         item = found.sentences[place]
-        source = max(0, bisect_right(starts, item.start) - 1)
+        source = max(0, bisect_right(starts, item.end - 1) - 1)
         start = max(item.start - starts[source], 0)
         end = min(item.end - starts[source], len(sources[source].text))
         share = round(found.scores[place] / whole, 4)
