@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from mgam.errors import SettingError
 from mgam.merge import merge
 from mgam.nn.base import above, check_states, live_places
-from mgam.nn.performer import of_keys, of_queries, orthogonal
+from mgam.nn.performer import attend, orthogonal
 from mgam.nn.sparse import by_lists, softmax
 
 # Shape letters: B rows, L target tokens, S source tokens, H query heads, K KV heads, G = H/K, D head dim.
@@ -107,10 +107,7 @@ class PerformerCrossAttention(CrossAttention):
 
     def attend(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         """Sums over the whole source."""
-        asking, told = of_queries(q.unflatten(1, (self.kv_heads, -1)), self.features), of_keys(k, self.features)
-        sums = told.transpose(-1, -2) @ F.pad(v.to(told.dtype), (0, 1), value=1.0)
-        found = asking @ sums[:, :, None]
-        return (found[..., :-1] / found[..., -1:].clamp_min(torch.finfo(found.dtype).tiny)).flatten(1, 2).to(v.dtype)
+        return attend(q, k, v, self.features, self.scale)
 
 
 class MultiGranularCrossAttention(CrossAttention):
