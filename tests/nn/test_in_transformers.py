@@ -164,8 +164,6 @@ def test_what_cannot_be_is_refused(tmp_path: Path) -> None:
         mgam.train_with(llama(), "linformer")
     with pytest.raises(SettingError, match="no bidirectional form"):
         mgam.train_with(bert(), "cca")
-    with pytest.raises(SettingError, match="leave kv_heads out"):
-        mgam.train_with(llama(), "reformer")
     with pytest.raises(SettingError, match="cca has no setting causal, grup; it has group, mass, window"):
         mgam.train_with(llama(), "cca", grup=4, causal=False)
     with pytest.raises(SettingError, match="strided is of kind 'strided'; for kind='dilated' name that method"):

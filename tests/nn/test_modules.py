@@ -41,6 +41,7 @@ MODULES: dict[str, tuple[type[SelfAttention], dict[str, Any]]] = {
     "linformer": (nn.LinformerAttention, {"rank": 5, "longest": 40}),
     "performer": (nn.PerformerAttention, {"kv_heads": 1}),
     "reformer": (nn.ReformerAttention, {"bucket": 4, "rounds": 2}),
+    "reformer-grouped": (nn.ReformerAttention, {"bucket": 4, "rounds": 2, "kv_heads": 1}),
     "nsa": (nn.NativeSparseAttention, {"length": 4, "stride": 2, "select": 4, "blocks": 3, "window": 5, "kv_heads": 1}),
     "nsa-one": (
         nn.NativeSparseAttention,
@@ -138,6 +139,17 @@ def test_gradients(name: str, causal: bool) -> None:
     assert all(part.grad is not None and torch.isfinite(part.grad).all() for part in module.parameters())
 
 
+@pytest.mark.parametrize(("name", "causal"), EITHER)
+def test_half_precision(name: str, causal: bool) -> None:
+    module, states = make(name, causal).bfloat16(), text(31).bfloat16().requires_grad_()
+    out = module(states)
+    assert out.dtype == torch.bfloat16
+    out.square().sum().backward()
+    for grad in (states.grad, *(part.grad for part in module.parameters())):
+        assert grad is not None
+        assert torch.isfinite(grad).all()
+
+
 @pytest.mark.parametrize("name", list(ALWAYS_FULL))
 def test_enough_is_full_attention(name: str) -> None:
     for causal in (True, False):
@@ -195,7 +207,7 @@ def test_every_visible_token_counts_exactly_once(name: str, options: dict[str, A
 
 
 def test_what_is_not_there_is_refused() -> None:
-    with pytest.raises(SettingError, match=r"no causal form.*FullAttention"):
+    with pytest.raises(SettingError, match=r"no causal form.*FullAttention.*LocalAttention, LongformerAttention"):
         nn.LinformerAttention(WIDTH, HEADS)
     with pytest.raises(SettingError, match="no bidirectional form"):
         nn.MobaAttention(WIDTH, HEADS, causal=False)
@@ -207,8 +219,6 @@ def test_what_is_not_there_is_refused() -> None:
         make("full")(text(3), torch.tensor([[1, 0, 1], [1, 1, 1]]))
     with pytest.raises(SettingError, match="stride=3 must divide"):
         nn.NativeSparseAttention(WIDTH, HEADS, stride=3)
-    with pytest.raises(SettingError, match="shares queries and keys"):
-        nn.ReformerAttention(WIDTH, HEADS, 1)
     with pytest.raises(SettingError, match="exchange=9"):
         nn.LocalAttention(WIDTH, HEADS, kind="blockwise", window=4, exchange=9)
     for wrong in ({"window": 0}, {"window": 2.5}, {"budget": -1}, {"block": 0}, {"mass": 2}):

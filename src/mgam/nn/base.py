@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 from abc import ABC, abstractmethod
 from dataclasses import dataclass, field
 from typing import ClassVar
@@ -93,9 +94,7 @@ class SelfAttention(nn.Module, ABC):
     def _check_direction(self, causal: bool) -> None:
         if self.CAUSAL if causal else self.BIDIRECTIONAL:
             return
-        able = sorted(
-            kind.__name__ for kind in SelfAttention.__subclasses__() if (kind.CAUSAL if causal else kind.BIDIRECTIONAL)
-        )
+        able = sorted(kind.__name__ for kind in _kinds() if (kind.CAUSAL if causal else kind.BIDIRECTIONAL))
         raise SettingError(
             f"{type(self).__name__} has no {'causal' if causal else 'bidirectional'} form; choose causal={not causal}, "
             f"or one of {', '.join(able)}"
@@ -184,6 +183,17 @@ class SelfAttention(nn.Module, ABC):
 
     def _merge(self, heads: Tensor) -> Tensor:
         return self.out(heads.transpose(1, 2).flatten(2))
+
+
+def _kinds() -> set[type[SelfAttention]]:
+    """All modules that this package offers."""
+    found, new = set[type[SelfAttention]](), SelfAttention.__subclasses__()
+    while new:
+        kind = new.pop()
+        new += kind.__subclasses__()
+        if kind.__module__.startswith("mgam.") and not inspect.isabstract(kind):
+            found.add(kind)
+    return found
 
 
 def check_states(states: Tensor, width: int) -> None:

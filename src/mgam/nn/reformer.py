@@ -7,13 +7,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from mgam.errors import SettingError
 from mgam.merge import Part, merge
 from mgam.nn.base import Seen, SelfAttention, above
 from mgam.nn.sparse import ELEMENTS, softmax
 
 ITSELF = -5e4
-"""Added to a token's logit for itself: it reads itself only where there is nothing else."""
+"""A token's logit for itself: it reads itself only where there is nothing else."""
 DIRECTIONS = 32
 """Directions of one hash at most; more buckets are told apart by several hashes, so that cost grows by their number."""
 HASHES = 4
@@ -22,6 +21,8 @@ HASHES = 4
 class ReformerAttention(SelfAttention):
     """Keys are normed queries; tokens are sorted by hash and position, and read their chunk and the one before it.
 
+    Hashes are of queries before they are rotated, so that equal tokens meet wherever they stand. With fewer KV heads
+    than heads, the heads of a group share values.
     Causal by position; but which tokens meet in a chunk depends on all tokens, later ones included: a published leak.
     Texts of any length are padded by tokens that nobody reads.
     """
@@ -34,8 +35,6 @@ class ReformerAttention(SelfAttention):
         **base: Any,
     ) -> None:  # fmt: skip
         super().__init__(width, heads, kv_heads, **base)
-        if self.kv_heads != self.heads:
-            raise SettingError(f"kv_heads={kv_heads}: ReformerAttention shares queries and keys; leave kv_heads out")
         above("bucket", bucket, 1)
         above("rounds", rounds, 1)
         self.bucket, self.rounds = bucket, rounds
@@ -44,12 +43,13 @@ class ReformerAttention(SelfAttention):
         del self.key
 
     def _project(self, states: Tensor, first: int) -> tuple[Tensor, dict[str, Tensor]]:
-        q = self.turned(self.split(self.query(states)), first)
+        q = self.split(self.query(states))
         return q, {"k": q, "v": self.split(self.value(states))}
 
     def attend(self, seen: Seen) -> Tensor:
-        """Rounds of hashing, joined as parts of one softmax; all tokens are hashed anew at every call."""
-        rounds = [self._round(seen.k, seen.v, self.turns[one]) for one in range(self.rounds)]
+        """Rounds of hashing, joined as parts of one softmax; all tokens are hashed and rotated anew at every call."""
+        q, v = self.turned(seen.k, 0), seen.v.repeat_interleave(self.heads // self.kv_heads, 1)
+        rounds = [self._round(seen.k, q, v, self.turns[one]) for one in range(self.rounds)]
         return merge(rounds).out[:, :, seen.first :]
 
     def hashed(self, q: Tensor, turns: Tensor) -> Tensor:
@@ -61,10 +61,11 @@ class ReformerAttention(SelfAttention):
             found = found * 2 * half + torch.cat((turned, -turned), -1).argmax(-1)
         return found
 
-    def _round(self, q: Tensor, v: Tensor, turns: Tensor) -> Part:
+    def _round(self, hashed: Tensor, q: Tensor, v: Tensor, turns: Tensor) -> Part:
+        """One round over q, v (B, H, T, D), sorted by the hashes of `hashed` (B, H, T, D)."""
         tokens, size = q.shape[2], self.bucket
         with torch.no_grad():
-            order = (self.hashed(q, turns) * tokens + torch.arange(tokens, device=q.device)).argsort(-1)
+            order = (self.hashed(hashed, turns) * tokens + torch.arange(tokens, device=q.device)).argsort(-1)
         wide = order[..., None].expand_as(q)
         short = -tokens % size
         place = torch.nn.functional.pad(order, (0, short), value=-1).unflatten(2, (-1, size))
@@ -91,8 +92,7 @@ class ReformerAttention(SelfAttention):
         if self.causal:
             sees = sees & (other <= mine)
         logits = self.scale * q[:, :, own] @ k.transpose(-1, -2)
-        itself = mine == other
-        return softmax(logits.masked_fill(itself, 0) + ITSELF * itself, sees, v[:, :, near].flatten(3, 4))
+        return softmax(logits.masked_fill(mine == other, ITSELF), sees, v[:, :, near].flatten(3, 4))
 
 
 def _directions(buckets: int) -> list[int]:
