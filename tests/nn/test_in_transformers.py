@@ -8,6 +8,7 @@ from typing import Any
 import pytest
 import torch
 from transformers import (
+    AutoModelForCausalLM,
     AutoModelForMaskedLM,
     BertConfig,
     BertForMaskedLM,
@@ -27,6 +28,7 @@ from transformers import (
 import mgam
 from mgam import methods
 from mgam.errors import ModelFileError, SettingError, UnsupportedModelError
+from mgam.nn import BigBirdAttention, PerformerAttention, ReformerAttention
 
 SMALL: dict[str, Any] = {
     "vocab_size": 61, "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "num_attention_heads": 4,
@@ -73,6 +75,51 @@ def test_reading_everything_is_the_model_as_it_was(name: str) -> None:
         whole = model(tokens()).logits
         mgam.train_with(model, name, **FULL[name])
         torch.testing.assert_close(model(tokens()).logits, whole, atol=2e-4, rtol=1e-4)
+
+
+@pytest.mark.parametrize("fusion", ["gates", "one"])
+@torch.no_grad()
+def test_every_branch_of_nsa_begins_with_the_projections_of_the_model(fusion: str) -> None:
+    qwen = Qwen2ForCausalLM(Qwen2Config(**SMALL, num_key_value_heads=2, initializer_range=0.2)).eval()
+    torch.nn.init.normal_(qwen.model.layers[0].self_attn.k_proj.bias)
+    for model in (llama(), qwen):
+        whole = model(tokens()).logits
+        mgam.train_with(model, "nsa", window=64, fusion=fusion)
+        assert torch.cosine_similarity(model(tokens()).logits, whole, dim=-1).min() > 0.97
+
+
+@torch.no_grad()
+def test_heads_of_a_group_share_values_in_reformer() -> None:
+    model = mgam.train_with(llama(), "reformer", bucket=8)
+    module = model.model.layers[0].self_attn.attention
+    assert (module.query.out_features, module.value.out_features) == (32, 16)
+    assert torch.isfinite(model(tokens()).logits).all()
+    assert model.generate(tokens(), max_new_tokens=2, do_sample=False, pad_token_id=0).shape == (2, 39)
+
+
+def draws(model: Any) -> list[torch.Tensor]:
+    """What each layer drew by its seed."""
+    found: list[torch.Tensor] = []
+    for part in model.modules():
+        if isinstance(part, BigBirdAttention):
+            found.append(part.plan(0, 40, 40))
+        elif isinstance(part, PerformerAttention | ReformerAttention):
+            found += part.buffers(recurse=False)
+    return found
+
+
+@pytest.mark.parametrize("name", ["bigbird", "performer", "reformer"])
+@pytest.mark.parametrize("make", [llama, bert])
+def test_every_layer_has_a_draw_of_its_own(name: str, make: Any, tmp_path: Path) -> None:
+    model = mgam.train_with(make(), name, seed=5)
+    first, second = draws(model)
+    assert not torch.equal(first, second)
+    for seed, same in ((5, True), (6, False)):
+        again = draws(mgam.train_with(make(), name, seed=seed))
+        assert [torch.equal(*pair) for pair in zip((first, second), again, strict=True)] == [same, same]
+    model.save_pretrained(tmp_path)
+    loaded = mgam.load_trained(tmp_path, AutoModelForMaskedLM if make is bert else AutoModelForCausalLM)
+    assert all(torch.equal(*pair) for pair in zip((first, second), draws(loaded), strict=True))
 
 
 @pytest.mark.parametrize("name", list(CAUSAL))

@@ -151,6 +151,12 @@ class SelfAttention(nn.Module, ABC):
         """What must be known of every token besides keys and values, by name: (B, any, L, any)."""
         return {}
 
+    def copy_projections(self) -> None:
+        """Begins projections that a method has besides as copies of the ordinary ones.
+
+        Call it after weights were loaded into those.
+        """
+
     def _whole(self, states: Tensor) -> Tensor:
         if not states.shape[1]:
             return states.clone()

@@ -41,7 +41,7 @@ class LongformerAttention(LocalAttention):
         self.copy_projections()
 
     def copy_projections(self) -> None:
-        """Makes the global projections copies of the ordinary ones: call it after weights were loaded into those."""
+        """Makes the global projections copies of the ordinary ones."""
         self.global_query, self.global_key = copy.deepcopy(self.query), copy.deepcopy(self.key)
         self.global_value = copy.deepcopy(self.value)
 

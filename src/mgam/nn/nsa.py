@@ -73,6 +73,18 @@ class NativeSparseAttention(SelfAttention):
             with torch.no_grad():
                 self.gates.bias.copy_(torch.tensor([-2.0, -2.0, 2.0]).repeat(heads))
 
+    def copy_projections(self) -> None:
+        """Makes the keys and values of the other two branches copies of the ordinary ones."""
+        parts: list[Any] = [self.key, self.value]
+        for name in self.branches:
+            made = nn.Linear(self.width, 2 * self.kv_heads * self.dim, bias=parts[0].bias is not None)
+            made.to(parts[0].weight)
+            with torch.no_grad():
+                made.weight.copy_(torch.cat([part.weight for part in parts]))
+                if made.bias is not None:
+                    made.bias.copy_(torch.cat([part.bias for part in parts]))
+            self.branches[name] = made
+
     def extra(self, states: Tensor, q: Tensor, first: int) -> dict[str, Tensor]:
         """Keys and values of the other two branches."""
         found: dict[str, Tensor] = {}

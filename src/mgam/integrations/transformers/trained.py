@@ -32,9 +32,10 @@ ENCODER = {"query": "query", "key": "key", "value": "value"}
 def train_with(model: Any, method: str | None = None, **options: Any) -> Any:
     """Puts a module of `mgam.nn` in the place of every attention of a model, in place, to be trained with any trainer.
 
-    Projections stay as they are: a model that was trained with full attention begins there. What a method has besides
-    (gates, compression) begins anew. Attention dropout is left out. The choice is written to the configuration, so that
-    `save_pretrained` keeps it and `mgam.load_trained` finds it.
+    Projections stay as they are, and those that a method has besides begin as copies of them: a model that was trained
+    with full attention begins there, as far as the method reads what full attention reads. Gates, compression and what
+    is drawn at random begin anew; a seed gives every layer a draw of its own. Attention dropout is left out. The choice
+    is written to the configuration, so that `save_pretrained` keeps it and `mgam.load_trained` finds it.
 
     Args:
         model: a decoder of transformers whose attention is like Llama's, or an encoder whose attention is like BERT's.
@@ -111,14 +112,24 @@ def _module_of(method: str) -> type[SelfAttention]:
 
 def _check_options(method: str, kind: type[SelfAttention], options: dict[str, Any]) -> None:
     """Refuses what the module does not take, and what the model decides."""
-    known = {
+    known = _options(kind)
+    if unknown := sorted(set(options) - known):
+        raise SettingError(f"{method} has no setting {', '.join(unknown)}; it has {', '.join(sorted(known)) or 'none'}")
+
+
+def _options(kind: type[SelfAttention]) -> set[str]:
+    """Settings of a module, less what the model decides."""
+    return {
         name
         for base in kind.__mro__
         for name, one in inspect.signature(base.__init__).parameters.items()  # type: ignore[misc]
         if one.kind is one.KEYWORD_ONLY
     } - {"causal", "rotary"}
-    if unknown := sorted(set(options) - known):
-        raise SettingError(f"{method} has no setting {', '.join(unknown)}; it has {', '.join(sorted(known)) or 'none'}")
+
+
+def _of_layer(kind: type[SelfAttention], options: dict[str, Any], layer: int) -> dict[str, Any]:
+    """The settings of one layer: what is drawn by a seed is drawn for each."""
+    return {**options, "seed": options.get("seed", 0) + layer} if "seed" in _options(kind) else options
 
 
 def _check_direction(method: str, kind: type[SelfAttention], model: Any, causal: bool) -> None:
@@ -142,7 +153,7 @@ def _attentions(
         _check_direction(method, kind, model, causal=True)
         yield from _of_a_decoder(model, kind, options)
         return
-    found = False
+    found = 0
     for parent in list(model.modules()):
         for name, child in parent.named_children():
             if {*ENCODER.values()} <= {part for part, _ in child.named_children()} and hasattr(
@@ -152,9 +163,10 @@ def _attentions(
                     raise UnsupportedModelError(
                         "an encoder's class that is set to be a decoder; use a Llama-like decoder"
                     )
-                found = True
                 _check_direction(method, kind, model, causal=False)
-                made = kind(child.all_head_size, child.num_attention_heads, causal=False, rotary=False, **options)
+                own = _of_layer(kind, options, found)
+                found += 1
+                made = kind(child.all_head_size, child.num_attention_heads, causal=False, rotary=False, **own)
                 made.out = nn.Identity()  # type: ignore[assignment]  # the block's own output comes after it
                 yield parent, name, Trained(_filled(made, child, ENCODER), 0)
     if not found:
@@ -187,7 +199,7 @@ def _of_a_decoder(
                 f"{heads} heads of {dim} dimensions do not make up hidden states of {config.hidden_size}"
             )
         own = {} if int(config.num_key_value_heads) == heads else {"kv_heads": int(config.num_key_value_heads)}
-        made = kind(int(config.hidden_size), heads, **{**own, **options}, causal=True, rotary=True)
+        made = kind(int(config.hidden_size), heads, **own, **_of_layer(kind, options, index), causal=True, rotary=True)
         if layer.kind not in shared:
             turn = row.rotary(decoder, Attention(there, layer.kind))
             shared[layer.kind] = None if turn is None else Rotary(_tables(turn), row.trained_window(config))
@@ -211,8 +223,7 @@ def _filled(made: SelfAttention, there: nn.Module, names: dict[str, str]) -> Sel
     for own, old in names.items():
         if hasattr(made, own):
             setattr(made, own, getattr(there, old))
-    if isinstance(made, modules.LongformerAttention):
-        made.copy_projections()
+    made.copy_projections()
     return made
 
 
