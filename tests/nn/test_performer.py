@@ -82,6 +82,16 @@ def test_large_keys_are_streamed(cuts: list[int]) -> None:
     torch.testing.assert_close(torch.cat(outs, 1), module(states), atol=1e-5, rtol=1e-4)
 
 
+def test_long_texts_are_read_in_parts(monkeypatch: pytest.MonkeyPatch) -> None:
+    module, states = large(), texts()
+    whole = module(states)
+    monkeypatch.setattr(performer, "TOGETHER", 70)
+    torch.testing.assert_close(module(states), whole, atol=1e-5, rtol=1e-4)
+    out, state = module.step(states[:, :0])
+    assert out.shape == (2, 0, 128)
+    torch.testing.assert_close(module.step(states, state)[0], whole, atol=1e-5, rtol=1e-4)
+
+
 def test_sums_are_wide_under_autocast() -> None:
     module, states = large(), texts(70)
     with torch.autocast("cpu", torch.bfloat16):

@@ -16,6 +16,8 @@ from mgam.nn.base import Seen, SelfAttention, State, above
 
 CHUNK = 64
 """Tokens between which no sums are kept, a power of two; it changes nothing in the result."""
+TOGETHER = 1024
+"""Tokens whose features are held at a time."""
 NOTHING = -1e30
 """Logarithm of a feature that is not there."""
 
@@ -64,6 +66,14 @@ class PerformerAttention(SelfAttention):
 
     def _past(self, q: Tensor, k: Tensor, v: Tensor, before: dict[str, Tensor]) -> tuple[Tensor, dict[str, Tensor]]:
         """Queries (B, H, L, D) over keys and values (B, K, L, D) of their past: their outputs, and the new sums."""
+        outs = []
+        for part in zip(*(states.split(TOGETHER, 2) for states in (q, k, v)), strict=True):
+            out, before = self._part(*part, before)
+            outs.append(out)
+        return torch.cat(outs, 2), before
+
+    def _part(self, q: Tensor, k: Tensor, v: Tensor, before: dict[str, Tensor]) -> tuple[Tensor, dict[str, Tensor]]:
+        """The same of tokens whose features are held at a time."""
         length = k.shape[2]
         size = min(CHUNK, 1 << max(0, length - 1).bit_length())
         short = -length % size
