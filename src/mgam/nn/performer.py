@@ -67,8 +67,8 @@ class PerformerAttention(SelfAttention):
     def _past(self, q: Tensor, k: Tensor, v: Tensor, before: dict[str, Tensor]) -> tuple[Tensor, dict[str, Tensor]]:
         """Queries (B, H, L, D) over keys and values (B, K, L, D) of their past: their outputs, and the new sums."""
         outs = []
-        for part in zip(*(states.split(TOGETHER, 2) for states in (q, k, v)), strict=True):
-            out, before = self._part(*part, before)
+        for parts in zip(q.split(TOGETHER, 2), k.split(TOGETHER, 2), v.split(TOGETHER, 2), strict=True):
+            out, before = self._part(*parts, before)
             outs.append(out)
         return torch.cat(outs, 2), before
 
