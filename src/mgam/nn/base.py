@@ -22,9 +22,9 @@ TABLE = 4096
 
 @dataclass(frozen=True)
 class Seen:
-    """What a module attends with: new queries, and keys and values of all tokens so far.
+    """What a module attends with: new queries, and keys and values of all tokens so far that they may read.
 
-    Shapes: states (B, L, width); q (B, H, L, D); k, v (B, K, T, D); more: what `extra` made, of all tokens so far.
+    Shapes: states (B, L, width); q (B, H, L, D); k, v (B, K, T - gone, D); more: all that is known, by name.
     """
 
     states: Tensor
@@ -32,21 +32,23 @@ class Seen:
     k: Tensor
     v: Tensor
     more: dict[str, Tensor]
+    gone: int = 0
+    """Tokens that no query reads any more, and whose keys and values were let go."""
 
     @property
     def first(self) -> int:
         """Position of the first new query."""
-        return self.k.shape[2] - self.q.shape[2]
+        return self.gone + self.k.shape[2] - self.q.shape[2]
 
     @property
     def own(self) -> Tensor:
         """Positions of the new queries (L,)."""
-        return torch.arange(self.first, self.k.shape[2], device=self.q.device)
+        return torch.arange(self.first, self.first + self.q.shape[2], device=self.q.device)
 
 
 @dataclass
 class State:
-    """What a causal module keeps from call to call: keys, values and more of the tokens so far, or sums over them."""
+    """What a causal module keeps from call to call: what later tokens may read of those so far, or sums over them."""
 
     kept: dict[str, Tensor] = field(default_factory=dict)
     tokens: int = 0
@@ -127,10 +129,12 @@ class SelfAttention(nn.Module, ABC):
             SettingError: for a bidirectional module, and for states or rows that do not fit.
         """
         state = self._begun(states, state)
+        if not states.shape[1]:
+            return states.clone(), state
         q, new = self._project(states, state.tokens)
-        kept = {name: torch.cat((state.kept[name], part), 2) if state.kept else part for name, part in new.items()}
-        out = self.attend(Seen(states, q, kept["k"], kept["v"], kept))
-        return self._merge(out), State(kept, state.tokens + states.shape[1])
+        known, tokens = self.known(q, new, state), state.tokens + states.shape[1]
+        out = self.attend(Seen(states, q, known["k"], known["v"], known, tokens - known["k"].shape[2]))
+        return self._merge(out), State(self.keep(known, tokens), tokens)
 
     def _begun(self, states: Tensor, state: State | None) -> State:
         """What was read so far, after checking that the next states can follow it."""
@@ -157,11 +161,20 @@ class SelfAttention(nn.Module, ABC):
         Call it after weights were loaded into those.
         """
 
+    def known(self, q: Tensor, new: dict[str, Tensor], state: State) -> dict[str, Tensor]:
+        """All that is known after new tokens, by name: what was kept of earlier ones, joined with what is new."""
+        return state.kept | {name: longer(state.kept.get(name), part) for name, part in new.items()}
+
+    def keep(self, known: dict[str, Tensor], tokens: int) -> dict[str, Tensor]:
+        """What queries from position `tokens` on may read of all that is known."""
+        return known
+
     def _whole(self, states: Tensor) -> Tensor:
         if not states.shape[1]:
             return states.clone()
         q, new = self._project(states, 0)
-        return self._merge(self.attend(Seen(states, q, new["k"], new["v"], new)))
+        known = self.known(q, new, State())
+        return self._merge(self.attend(Seen(states, q, known["k"], known["v"], known)))
 
     def _project(self, states: Tensor, first: int) -> tuple[Tensor, dict[str, Tensor]]:
         q = self.turned(self.split(self.query(states)), first)
@@ -200,6 +213,17 @@ def _kinds() -> set[type[SelfAttention]]:
         if kind.__module__.startswith("mgam.") and not inspect.isabstract(kind):
             found.add(kind)
     return found
+
+
+def longer(before: Tensor | None, new: Tensor) -> Tensor:
+    """What is known of earlier tokens (B, any, T, any), if anything, and of new ones."""
+    return new if before is None else torch.cat((before, new), 2)
+
+
+def last(states: Tensor, count: int) -> Tensor:
+    """The last `count` of some states (B, any, T, any), so that the others can be freed."""
+    first = states.shape[2] - count
+    return states if first <= 0 else states[:, :, first:].clone()
 
 
 def check_states(states: Tensor, width: int) -> None:

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from mgam.merge import Part, merge
-from mgam.nn.base import Seen, SelfAttention, above
+from mgam.nn.base import Seen, SelfAttention, State, above, last, longer
 from mgam.nn.sparse import by_blocks, over_entries, spans
 
 BLOCK = 64
@@ -45,35 +45,47 @@ class CoreContextAttention(SelfAttention):
         above("window", window, 1)
         self.group, self.window, self.mass = group, window, mass
 
-    def extra(self, states: Tensor, q: Tensor, first: int) -> dict[str, Tensor]:
-        """The last query of each group makes its core token."""
-        return {"q": q}
+    def known(self, q: Tensor, new: dict[str, Tensor], state: State) -> dict[str, Tensor]:
+        """Keys and values, and the core tokens: each is made once, as its group's last query comes."""
+        known, group, tokens = super().known(q, new, state), self.group, state.tokens + q.shape[2]
+        done, ended = state.tokens // group, tokens // group
+        if ended > done:
+            place = slice(done * group - tokens, ended * group - tokens or None)  # from the end: older ones may be gone
+            k, v = (known[name][:, :, place].unflatten(2, (-1, group)) for name in ("k", "v"))
+            lasting = q[:, :, (done + 1) * group - 1 - state.tokens :: group]
+            for name, part in zip(("core_k", "core_v"), self.cores(lasting, k, v), strict=True):
+                known[name] = longer(known.get(name), part)
+        return known
 
-    def cores(self, seen: Seen) -> tuple[Tensor, Tensor]:
-        """Keys and values (B, K, N, D) of the complete groups."""
-        count = seen.k.shape[2] // self.group
-        k, v = (part[:, :, : count * self.group].unflatten(2, (count, self.group)) for part in (seen.k, seen.v))
-        last = seen.more["q"][:, :, self.group - 1 : count * self.group : self.group].unflatten(1, (self.kv_heads, -1))
-        logits = self.scale * torch.einsum("bkgnd,bknsd->bkns", last, k) / last.shape[2]
+    def keep(self, known: dict[str, Tensor], tokens: int) -> dict[str, Tensor]:
+        """Core tokens, and the tokens after those that the next query reads: fewer than `window + group`."""
+        near = tokens - int(self.cores_of(torch.tensor(tokens))) * self.group
+        return known | {name: last(known[name], near) for name in ("k", "v")}
+
+    def cores_of(self, query: Tensor) -> Tensor:
+        """How many core tokens queries at these positions read."""
+        return (query + 1 - self.window).clamp_min(0) // self.group
+
+    def cores(self, q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
+        """Keys and values (B, K, N, D) of groups (B, K, N, group, D) by their last queries (B, H, N, D)."""
+        q = q.unflatten(1, (self.kv_heads, -1))
+        logits = self.scale * torch.einsum("bkgnd,bknsd->bkns", q, k) / q.shape[2]
         weights = torch.softmax(logits, -1)[..., None]
         return (weights * k).sum(3), (weights * v).sum(3)
 
     def attend(self, seen: Seen) -> Tensor:
         """Both parts, joined as one softmax."""
-        group, window = self.group, self.window
-
-        def cores_of(query: Tensor) -> Tensor:
-            return (query + 1 - window).clamp_min(0) // group
-
-        index = spans(seen.first, seen.q.shape[2], BLOCK, min(window + group, seen.k.shape[2]), 0, seen.q.device)
+        group, held, gone = self.group, seen.k.shape[2], seen.gone
+        block = min(BLOCK, seen.q.shape[2])
 
         def see(query: Tensor, key: Tensor) -> Tensor:
-            return (key >= cores_of(query) * group) & (key <= query)
+            return (key + gone >= self.cores_of(query + gone) * group) & (key <= query)
 
-        near = by_blocks(seen.q, seen.k, seen.v, seen.first, BLOCK, index, see, self.scale)
-        if seen.k.shape[2] < group:
+        first = seen.first - gone
+        index = spans(first, seen.q.shape[2], block, min(self.window + group, held), 0, seen.q.device)
+        near = by_blocks(seen.q, seen.k, seen.v, first, block, index, see, self.scale)
+        if "core_k" not in seen.more:
             return near.out
-        k, v = self.cores(seen)
-        far = over_entries(seen.q, k, v, cores_of(seen.own), self.scale)
+        far = over_entries(seen.q, seen.more["core_k"], seen.more["core_v"], self.cores_of(seen.own), self.scale)
         far = Part(far.out, far.lse + math.log(group) * self.mass)
         return merge([far, near]).out
