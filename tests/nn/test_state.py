@@ -22,6 +22,15 @@ SIZES: dict[str, tuple[type[SelfAttention], list[dict[str, Any]]]] = {
             for group, window, mass in itertools.product((1, 3, 4, 60), (1, 4, 7, 80), (False, True))
         ],
     ),
+    "nsa": (
+        nn.NativeSparseAttention,
+        [
+            {"length": length, "stride": stride, "select": 4, "blocks": 3, "window": window, "fusion": fusion}
+            for length, stride in ((4, 2), (4, 4), (6, 2), (60, 4), (1, 1))
+            for window in (1, 5, 80)
+            for fusion in ("gates", "one")
+        ],
+    ),
 }
 
 
@@ -81,3 +90,5 @@ def test_only_what_may_be_read_is_kept(cuts: list[int]) -> None:
     entry = 2 * 2 * 4 * 8  # bytes of the keys and values of one token
     _, state = read(made(nn.CoreContextAttention, group=8, window=20), text(400, rows=1), cuts)
     assert bytes_of(state) <= (400 // 8 + 20 + 8) * entry
+    _, state = read(made(nn.NativeSparseAttention, length=16, stride=8, window=20), text(400, rows=1), cuts)
+    assert bytes_of(state) <= (400 + 400 // 8 + 16 + 20) * entry

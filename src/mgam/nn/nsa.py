@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 from mgam.errors import SettingError
 from mgam.merge import Part, merge
-from mgam.nn.base import Seen, SelfAttention, above
+from mgam.nn.base import Seen, SelfAttention, State, above, last, longer
 from mgam.nn.sparse import by_blocks, by_lists, over_entries, slices, spans
 
 BLOCK = 64
@@ -93,28 +93,42 @@ class NativeSparseAttention(SelfAttention):
             found |= {f"{name}_k": self.turned(k, first), f"{name}_v": v}
         return found
 
-    def compressed(self, seen: Seen) -> tuple[Tensor, Tensor]:
-        """Keys and values (B, K, N, D) of the complete blocks."""
-        made = []
-        for number, states in enumerate((seen.more["compressed_k"], seen.more["compressed_v"])):
-            pieces = states.unfold(2, self.length, self.stride).transpose(-1, -2) + self.place[number]
-            made.append(self.squeeze[number](pieces.flatten(3)))
-        return made[0], made[1]
+    def known(self, q: Tensor, new: dict[str, Tensor], state: State) -> dict[str, Tensor]:
+        """Keys and values of each branch, and compressed blocks, each made once, as its last token comes."""
+        known = super().known(q, new, state)
+        for number, name in enumerate(("k", "v")):
+            states = known[f"compressed_{name}"]  # from the first token of the next block on
+            if states.shape[2] >= self.length:
+                known[f"block_{name}"] = longer(known.get(f"block_{name}"), self.compressed(number, states))
+        return known
+
+    def keep(self, known: dict[str, Tensor], tokens: int) -> dict[str, Tensor]:
+        """Keys and values of all tokens, which may be selected; of those in the window; of those to be compressed."""
+        made = known["block_k"].shape[2] if "block_k" in known else 0
+        rest = {"compressed": tokens - made * self.stride, "window": self.window - 1}
+        return known | {
+            f"{name}_{kind}": last(known[f"{name}_{kind}"], count) for name, count in rest.items() for kind in "kv"
+        }
+
+    def compressed(self, number: int, states: Tensor) -> Tensor:
+        """Keys (0) or values (1) (B, K, N, D) of the complete blocks, the first of which begins at the first token."""
+        pieces = states.unfold(2, self.length, self.stride).transpose(-1, -2) + self.place[number]
+        return self.squeeze[number](pieces.flatten(3))
 
     def attend(self, seen: Seen) -> Tensor:
         """The three branches, fused."""
         tokens, own, device = seen.k.shape[2], seen.own, seen.q.device
-        index = spans(seen.first, len(own), BLOCK, min(self.window, tokens), 0, device)
+        k, v = seen.more["window_k"], seen.more["window_v"]
+        first, block = k.shape[2] - len(own), min(BLOCK, len(own))
+        index = spans(first, len(own), block, min(self.window, k.shape[2]), 0, device)
 
         def near(query: Tensor, key: Tensor) -> Tensor:
             return (key <= query) & (query - key < self.window)
 
-        k, v = seen.more["window_k"], seen.more["window_v"]
-        parts = [by_blocks(seen.q, k, v, seen.first, BLOCK, index, near, self.scale)]
-        compressed = None
-        if tokens >= self.length:
-            compressed, v = self.compressed(seen)
-            parts.insert(0, over_entries(seen.q, compressed, v, self.complete(own), self.scale))
+        parts = [by_blocks(seen.q, k, v, first, block, index, near, self.scale)]
+        compressed = seen.more.get("block_k")
+        if compressed is not None:
+            parts.insert(0, over_entries(seen.q, compressed, seen.more["block_v"], self.complete(own), self.scale))
         selected = []
         step = slices(seen.q, max(tokens // self.stride, self.blocks * self.select))
         for low in range(0, len(own), step):
