@@ -194,7 +194,7 @@ def test_every_visible_token_counts_exactly_once(name: str, options: dict[str, A
     module = make(name, mass=True, kv_heads=1, **options)
     torch.nn.init.zeros_(module.query.weight)  # type: ignore[arg-type]
     if isinstance(module, nn.DynamicGroupAttention):  # pooled by importance, so let all be as important
-        module.importance = lambda seen, start: seen.k.new_ones(len(seen.k), 1, start)  # type: ignore[method-assign]
+        module.importance = lambda q, k: k.new_ones(k.shape[:3])  # type: ignore[method-assign]
     found: list[Tensor] = []
     attend: Callable[[Seen], Tensor] = module.attend
     module.attend = lambda seen: found.append(attend(seen)) or found[-1]  # type: ignore[method-assign,func-returns-value]

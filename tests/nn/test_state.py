@@ -22,6 +22,14 @@ SIZES: dict[str, tuple[type[SelfAttention], list[dict[str, Any]]]] = {
             for group, window, mass in itertools.product((1, 3, 4, 60), (1, 4, 7, 80), (False, True))
         ],
     ),
+    "dga": (
+        nn.DynamicGroupAttention,
+        [
+            {"focal": focal, "group": group, "block": block, "look": look, "mass": mass}
+            for focal, group, mass in itertools.product((0.0, 0.3, 1.0), (1, 3, 60), (False, True))
+            for block, look in ((1, 3), (8, 3), (8, 12), (80, 2))
+        ],
+    ),
     "nsa": (
         nn.NativeSparseAttention,
         [
@@ -92,3 +100,7 @@ def test_only_what_may_be_read_is_kept(cuts: list[int]) -> None:
     assert bytes_of(state) <= (400 // 8 + 20 + 8) * entry
     _, state = read(made(nn.NativeSparseAttention, length=16, stride=8, window=20), text(400, rows=1), cuts)
     assert bytes_of(state) <= (400 + 400 // 8 + 16 + 20) * entry
+    _, state = read(made(nn.DynamicGroupAttention, focal=0.25, group=8, block=32, look=6), text(400, rows=1), cuts)
+    assert (
+        bytes_of(state) <= (400 + 400 // 4 + 300 // 8 + 8 + 6 + 32) * entry
+    )  # a query has as much as a key and a value

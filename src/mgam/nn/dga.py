@@ -10,7 +10,7 @@ from torch import Tensor
 
 from mgam.errors import SettingError
 from mgam.merge import Part, merge
-from mgam.nn.base import Seen, SelfAttention, above
+from mgam.nn.base import Seen, SelfAttention, State, above, last
 from mgam.nn.sparse import by_blocks, softmax, spans
 
 
@@ -54,52 +54,78 @@ class DynamicGroupAttention(SelfAttention):
         """Queries before a block judge its past."""
         return {"q": q}
 
+    def known(self, q: Tensor, new: dict[str, Tensor], state: State) -> dict[str, Tensor]:
+        """Keys, values and queries, and the past as it is arranged for the newest block: once per block."""
+        known, tokens = super().known(q, new, state), state.tokens + q.shape[2]
+        start = self.begin(tokens - 1)
+        if not state.tokens or start > self.begin(state.tokens - 1):
+            known["past_k"], known["past_v"] = self.arranged(known, tokens, start)
+        return known
+
+    def keep(self, known: dict[str, Tensor], tokens: int) -> dict[str, Tensor]:
+        """All but the queries that judge no past any more: neither that of the newest block nor a later one."""
+        return known | {"q": last(known["q"], tokens - self.begin(tokens - 1) + self.look)}
+
+    def begin(self, query: int) -> int:
+        """Where the block of a query begins."""
+        return query // self.block * self.block
+
     def attend(self, seen: Seen) -> Tensor:
         """Block by block of queries: the past of each is arranged anew."""
-        index = spans(seen.first, seen.q.shape[2], self.block, self.block, 0, seen.q.device)
+        length, tokens = seen.q.shape[2], seen.k.shape[2]
+        together = min(self.block, length)
+        index = spans(seen.first, length, together, min(self.block, tokens), 0, seen.q.device)
 
         def see(query: Tensor, key: Tensor) -> Tensor:
             return (key >= query // self.block * self.block) & (key <= query)
 
-        near = by_blocks(seen.q, seen.k, seen.v, seen.first, self.block, index, see, self.scale)
-        parts, last = [], seen.k.shape[2]
-        for start in range(seen.first // self.block * self.block, last, self.block):
-            span = slice(max(start, seen.first) - seen.first, min(start + self.block, last) - seen.first)
-            parts.append(self._past(seen, seen.q[:, :, span], start))
+        near = by_blocks(seen.q, seen.k, seen.v, seen.first, together, index, see, self.scale)
+        parts = []
+        for start in range(self.begin(seen.first), tokens, self.block):
+            q = seen.q[:, :, max(0, start - seen.first) : start + self.block - seen.first]
+            newest = start + self.block >= tokens
+            past = (seen.more["past_k"], seen.more["past_v"]) if newest else self.arranged(seen.more, tokens, start)
+            parts.append(self._past(q, *past, start))
         far = Part(torch.cat([part.out for part in parts], 2), torch.cat([part.lse for part in parts], 2))
         return merge([far, near]).out
 
-    def importance(self, seen: Seen, start: int) -> Tensor:
-        """Attention (B, K, start) that the tokens before a block got from the last queries before it."""
-        asking = seen.more["q"][:, :, max(0, start - self.look) : start].unflatten(1, (self.kv_heads, -1))
-        logits = self.scale * asking @ seen.k[:, :, None, :start].transpose(-1, -2)
-        own = torch.arange(max(0, start - self.look), start, device=logits.device)
-        future = torch.arange(start, device=logits.device) > own[:, None]
+    def importance(self, q: Tensor, k: Tensor) -> Tensor:
+        """Attention (B, K, T) to tokens of keys k (B, K, T, D) from the last of them, of queries q (B, H, L, D)."""
+        logits = self.scale * q.unflatten(1, (self.kv_heads, -1)) @ k[:, :, None].transpose(-1, -2)
+        own = torch.arange(k.shape[2] - q.shape[2], k.shape[2], device=k.device)
+        future = torch.arange(k.shape[2], device=k.device) > own[:, None]
         return torch.softmax(logits.masked_fill(future, -torch.inf), -1).sum((2, 3))
 
-    def _past(self, seen: Seen, q: Tensor, start: int) -> Part:
-        if not start:
-            return Part(torch.zeros_like(q), q.new_full(q.shape[:3], -torch.inf))
-        matter = self.importance(seen, start)
+    def split_of(self, start: int) -> tuple[int, int, int]:
+        """Of so many tokens before a block: those that are focal, the groups of others, and those of no whole group."""
         focal = math.floor(self.focal * start)
+        return focal, *divmod(start - focal, self.group)
+
+    def arranged(self, known: dict[str, Tensor], tokens: int, start: int) -> tuple[Tensor, Tensor]:
+        """Keys and values (B, K, N, D) of the past of the block at `start`: single tokens in order, then groups."""
+        k, v, asking = known["k"][:, :, :start], known["v"][:, :, :start], known["q"]
+        gone = tokens - asking.shape[2]
+        matter = self.importance(asking[:, :, max(0, start - self.look) - gone : start - gone], k)
+        focal, groups, _ = self.split_of(start)
         order = torch.argsort(matter.detach(), dim=-1, descending=True, stable=True)
         chosen, rest = order[..., :focal].sort(-1).values, order[..., focal:].sort(-1).values
-        groups = rest.shape[-1] // self.group
-        whole, apart = groups * self.group, (groups, self.group)
-        single = torch.cat((chosen, rest[..., whole:]), -1)
-        share = torch.softmax(matter.gather(2, rest[..., :whole]).unflatten(2, apart), -1)[..., None]
-        k, v = seen.k[:, :, :start], seen.v[:, :, :start]
-        keys: list[Tensor] = []
-        values: list[Tensor] = []
-        for states, kept in ((k, keys), (v, values)):
-            pooled = _at(states, rest[..., :whole]).unflatten(2, apart)
-            kept.extend((_at(states, single), (share.to(states.dtype) * pooled).sum(3)))
-        logits = self.scale * q.unflatten(1, (self.kv_heads, -1)) @ torch.cat(keys, 2)[:, :, None].transpose(-1, -2)
+        whole, apart = rest[..., : groups * self.group], (groups, self.group)
+        single = torch.cat((chosen, rest[..., groups * self.group :]), -1)
+        share = torch.softmax(matter.gather(2, whole).unflatten(2, apart), -1)[..., None].to(k.dtype)
+        k, v = (
+            torch.cat((_at(part, single), (share * _at(part, whole).unflatten(2, apart)).sum(3)), 2) for part in (k, v)
+        )
+        return k, v
+
+    def _past(self, q: Tensor, k: Tensor, v: Tensor, start: int) -> Part:
+        if not start:
+            return Part(torch.zeros_like(q), q.new_full(q.shape[:3], -torch.inf))
+        logits = self.scale * q.unflatten(1, (self.kv_heads, -1)) @ k[:, :, None].transpose(-1, -2)
         if self.mass:
-            pooled_ones = torch.arange(logits.shape[-1], device=q.device) >= single.shape[-1]
-            logits = logits + math.log(self.group) * pooled_ones.to(logits.dtype)
-        every = torch.ones(1, single.shape[-1] + groups, dtype=torch.bool, device=q.device)
-        part = softmax(logits, every, torch.cat(values, 2)[:, :, None])
+            pooled = torch.arange(k.shape[2], device=q.device) >= k.shape[2] - self.split_of(start)[1]
+            logits = logits + math.log(self.group) * pooled.to(logits.dtype)
+        every = torch.ones(1, k.shape[2], dtype=torch.bool, device=q.device)
+        part = softmax(logits, every, v[:, :, None])
         return Part(part.out.flatten(1, 2), part.lse.flatten(1, 2))
 
 
