@@ -15,6 +15,25 @@ from mgam.nn import SelfAttention, State
 WIDTH, HEADS, TOKENS = 16, 4, 53
 
 SIZES: dict[str, tuple[type[SelfAttention], list[dict[str, Any]]]] = {
+    "local": (
+        nn.LocalAttention,
+        [
+            {"kind": kind, "window": window, "stride": 3, "exchange": exchange, "global_tokens": lead}
+            for kind in ("sliding", "strided", "dilated", "blockwise")
+            for window in (1, 4, 9, 80)
+            for exchange in ((0, 1, window) if kind == "blockwise" else (0,))
+            for lead in (0, 1, 5)
+        ],
+    ),
+    "longformer": (
+        nn.LongformerAttention,
+        [
+            {"window": window, "stride": stride, "global_tokens": lead}
+            for window in (1, 6)
+            for stride in (1, 3)
+            for lead in (0, 1, 11)
+        ],
+    ),
     "cca": (
         nn.CoreContextAttention,
         [
@@ -42,7 +61,7 @@ SIZES: dict[str, tuple[type[SelfAttention], list[dict[str, Any]]]] = {
 }
 
 
-def made(kind: type[SelfAttention], **options: Any) -> SelfAttention:
+def made(kind: type[SelfAttention], /, **options: Any) -> SelfAttention:
     torch.manual_seed(0)
     return kind(WIDTH, HEADS, 2, **options).double()
 
@@ -104,3 +123,7 @@ def test_only_what_may_be_read_is_kept(cuts: list[int]) -> None:
     assert (
         bytes_of(state) <= (400 + 400 // 4 + 300 // 8 + 8 + 6 + 32) * entry
     )  # a query has as much as a key and a value
+    for kind, near in (("sliding", 20), ("dilated", 60), ("blockwise", 25)):
+        module = made(nn.LocalAttention, kind=kind, window=20, stride=3, exchange=5, global_tokens=2)
+        _, state = read(module, text(400, rows=1), cuts)
+        assert bytes_of(state) <= (near + 2) * entry

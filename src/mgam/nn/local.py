@@ -71,6 +71,24 @@ class LocalAttention(SelfAttention):
         near = near | (key < self.global_tokens)
         return near & (back >= 0) if self.causal else near
 
+    def oldest(self, query: int) -> int:
+        """First token that queries from this position on may read, besides global ones."""
+        if self.kind == "strided":
+            return 0
+        if self.kind == "blockwise":
+            return max(0, query // self.window * self.window - self.exchange)
+        return max(0, query - (self.window - 1) * (self.stride if self.kind == "dilated" else 1))
+
+    def keep(self, known: dict[str, Tensor], tokens: int) -> dict[str, Tensor]:
+        """Keys and values of global tokens, and of those that later queries may read."""
+        lead, near = self.global_tokens, tokens - self.oldest(tokens)
+        held = known["k"].shape[2]
+        if lead + near >= held:
+            return known
+        return known | {
+            name: torch.cat((known[name][:, :, :lead], known[name][:, :, held - near :]), 2) for name in ("k", "v")
+        }
+
     def attend(self, seen: Seen) -> Tensor:
         """Blocks of queries over what any of them may read; global queries over everything."""
         out = self.local(seen, self.sees, seen.q)
@@ -82,12 +100,17 @@ class LocalAttention(SelfAttention):
 
     def local(self, seen: Seen, see: See, q: Tensor) -> Tensor:
         """What the pattern reads, for queries at the places of the new ones."""
-        tokens, device = seen.k.shape[2], q.device
+        held, device, lead = seen.k.shape[2], q.device, self.global_tokens
         reach = {"blockwise": self.window + self.exchange, "dilated": self.window * self.stride}
-        far = min(reach.get(self.kind, self.window), tokens)
-        index = spans(seen.first, q.shape[2], BLOCK, far, 0 if self.causal else far, device)
-        besides = [torch.arange(min(self.global_tokens, tokens), device=device)]
+        far = min(reach.get(self.kind, self.window), held)
+        first, block = seen.first - seen.gone, min(BLOCK, q.shape[2])
+        index = spans(first, q.shape[2], block, far, 0 if self.causal else far, device)
+        besides = [torch.arange(min(lead, held), device=device)]
         if self.kind == "strided":
-            besides.append(torch.arange(0, tokens, self.stride, device=device))
+            besides.append(torch.arange(0, held, self.stride, device=device))
         index = torch.cat((index, torch.cat(besides).expand(len(index), -1)), 1)
-        return attended_by_blocks(q, seen.k, seen.v, seen.first, BLOCK, index, see, self.scale, self.recompute)
+
+        def there(query: Tensor, key: Tensor) -> Tensor:
+            return see(query + seen.gone, torch.where(key < lead, key, key + seen.gone))
+
+        return attended_by_blocks(q, seen.k, seen.v, first, block, index, there, self.scale, self.recompute)
