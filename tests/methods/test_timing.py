@@ -28,9 +28,9 @@ def test_every_form_is_timed(name: str, form: str) -> None:
     assert found["form"] == form
     assert found["seconds"]
     assert min(found["seconds"]) > 0
-    assert ("token_seconds" in found) == (form == "decoder")
+    assert ("token_seconds" in found) == ("kept_bytes" in found) == (form == "decoder" or name == "cca")
     assert found["peak_bytes"] is None or found["peak_bytes"] >= 0
-    if form == "decoder":  # keys and values of 128 + 10 tokens at most, and what a method keeps beside them
+    if "kept_bytes" in found:  # keys and values of 128 + 10 tokens at most, and what a method keeps beside them
         assert 0 < found["kept_bytes"] < 8 * 138 * 2 * 2 * 64 * 4
 
 

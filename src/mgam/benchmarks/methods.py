@@ -39,7 +39,8 @@ def time_method(name: str, tokens: int, device: str, *, trained: bool | None = N
         trained: whether to time the trainable module of a method that is a policy too; None: only if it is no policy.
 
     Returns:
-        `form`, `seconds` (one per repeat), `peak_bytes`; for decoders `token_seconds`, and `kept_bytes` of the cache.
+        `form`, `seconds` (one per repeat), `peak_bytes`; `token_seconds` of a token after the text and `kept_bytes` of
+        the cache, for decoders and for modules that stream as they read.
 
     Raises:
         SettingError: unknown method, or no text.
@@ -153,7 +154,7 @@ def _of_a_loop(model: Any, tokens: int, device: str) -> dict[str, Any]:
 
 
 def _of_a_module(method: Method, tokens: int, device: str) -> dict[str, Any]:
-    """Seconds and bytes of one pass over whole states."""
+    """Seconds and bytes of one pass over whole states, and of a token after them (median) where the module streams."""
     kind = getattr(nn, method.module)
     causal = kind.CAUSAL
     own = dict(MODULES.get(method.name, {})) | ({"longest": tokens} if method.name == "linformer" else {})
@@ -162,7 +163,23 @@ def _of_a_module(method: Method, tokens: int, device: str) -> dict[str, Any]:
     module = kind(WIDTH, HEADS, causal=causal, **heads, **own).to(device)
     states = torch.randn(1, tokens, WIDTH, device=device)
     with torch.no_grad():
-        return {"form": "module", "causal": causal, **_timed(lambda: module(states), device)}
+        found = {"form": "module", "causal": causal, **_timed(lambda: module(states), device)}
+        if causal and not kind.LEAK:
+            found |= _of_a_state(module, states, device)
+    return found
+
+
+def _of_a_state(module: nn.SelfAttention, states: torch.Tensor, device: str) -> dict[str, Any]:
+    """Seconds of a token after a text, and bytes kept of it."""
+    state, each = module.step(states)[1], []
+    for place in range(2 + GENERATED):
+        token = states[:, place : place + 1]
+        _wait(device)
+        begun = _clock(device)
+        state = module.step(token, state)[1]
+        _wait(device)
+        each.append(_clock(device) - begun)
+    return {"token_seconds": round(median(each[2:]), 6), "kept_bytes": _bytes_of(state)}
 
 
 def _timed(call: Callable[[], Any], device: str, before: Callable[[], Any] = lambda: None) -> dict[str, Any]:

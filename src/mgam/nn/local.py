@@ -20,10 +20,11 @@ class LocalAttention(SelfAttention):
     """Attention to a neighbourhood.
 
     Args:
-        kind: `sliding`: the window. `strided`: the window and every `stride`-th token of the text (Child et al. 2019,
-            arXiv 1904.10509). `dilated`: `window` tokens at distances of 0, `stride`, 2 `stride`, ... . `blockwise`:
-            the query's block of `window` tokens and the `exchange` nearest tokens of its neighbours (causal: of the
-            past).
+        kind: `sliding`: the window. `strided`: the window and the tokens 0, `stride`, 2 `stride`, ... of the text, the
+            same for all queries: nearer to the `fixed` pattern of Child et al. (2019, arXiv 1904.10509) than to their
+            `strided` one, which counts back from each query. `dilated`: `window` tokens at distances of 0, `stride`,
+            2 `stride`, ... . `blockwise`: the query's block of `window` tokens and the `exchange` nearest tokens of its
+            neighbours (causal: of the past).
         window: keys on a side, the query's own included; `mgam.nn.window_of` converts other conventions.
         global_tokens: leading tokens that all read. Bidirectional ones read all; causal ones read their past.
         recompute: gathers again in the backward pass, so that nothing gathered is kept.

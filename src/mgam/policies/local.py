@@ -19,10 +19,10 @@ Pattern = Literal["none", "strided", "dilated", "global", "random"]
 
 @dataclass(frozen=True)
 class Local:
-    """Window at level 0; besides, by pattern: nothing (`none`); every `stride`-th chunk of the text (`strided`);
-    chunks at distances of 1, 2, 4, ... from the window (`dilated`); the first `tokens` tokens of the text, in whole
-    chunks (`global`); the first chunk and `tokens` tokens in chunks drawn anew for every place of the window
-    (`random`). The rest is dropped.
+    """Window at level 0; besides, by pattern: nothing (`none`); chunks 0, `stride`, 2 `stride`, ... of the text,
+    the same for all queries (`strided`); chunks at distances of 1, 2, 4, ... from the window (`dilated`); the first
+    `tokens` tokens of the text, in whole chunks (`global`); the first chunk and `tokens` tokens in chunks drawn anew
+    for every place of the window (`random`). The rest is dropped.
     """
 
     window: int = 512
