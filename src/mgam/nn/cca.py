@@ -52,8 +52,8 @@ class CoreContextAttention(SelfAttention):
         if ended > done:
             place = slice(done * group - tokens, ended * group - tokens or None)  # from the end: older ones may be gone
             k, v = (known[name][:, :, place].unflatten(2, (-1, group)) for name in ("k", "v"))
-            lasting = q[:, :, (done + 1) * group - 1 - state.tokens :: group]
-            for name, part in zip(("core_k", "core_v"), self.cores(lasting, k, v), strict=True):
+            ends = q[:, :, (done + 1) * group - 1 - state.tokens :: group]
+            for name, part in zip(("core_k", "core_v"), self.cores(ends, k, v), strict=True):
                 known[name] = longer(known.get(name), part)
         return known
 

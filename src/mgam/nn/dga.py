@@ -96,17 +96,17 @@ class DynamicGroupAttention(SelfAttention):
         future = torch.arange(k.shape[2], device=k.device) > own[:, None]
         return torch.softmax(logits.masked_fill(future, -torch.inf), -1).sum((2, 3))
 
-    def split_of(self, start: int) -> tuple[int, int, int]:
-        """Of so many tokens before a block: those that are focal, the groups of others, and those of no whole group."""
+    def split_of(self, start: int) -> tuple[int, int]:
+        """Of so many tokens before a block: how many are focal, and how many whole groups the others make."""
         focal = math.floor(self.focal * start)
-        return focal, *divmod(start - focal, self.group)
+        return focal, (start - focal) // self.group
 
     def arranged(self, known: dict[str, Tensor], tokens: int, start: int) -> tuple[Tensor, Tensor]:
         """Keys and values (B, K, N, D) of the past of the block at `start`: single tokens in order, then groups."""
         k, v, asking = known["k"][:, :, :start], known["v"][:, :, :start], known["q"]
         gone = tokens - asking.shape[2]
         matter = self.importance(asking[:, :, max(0, start - self.look) - gone : start - gone], k)
-        focal, groups, _ = self.split_of(start)
+        focal, groups = self.split_of(start)
         order = torch.argsort(matter.detach(), dim=-1, descending=True, stable=True)
         chosen, rest = order[..., :focal].sort(-1).values, order[..., focal:].sort(-1).values
         whole, apart = rest[..., : groups * self.group], (groups, self.group)
