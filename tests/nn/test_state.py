@@ -111,19 +111,19 @@ def test_a_state_goes_on_twice_and_its_rows_in_another_order(name: str) -> None:
     torch.testing.assert_close(out, whole[[1, 0, 1], 31:], atol=1e-10, rtol=0)
 
 
-@pytest.mark.parametrize("cuts", [[400], [1] * 400, [7] * 57 + [1]], ids=["at once", "by token", "by part"])
+@pytest.mark.parametrize("cuts", [[160], [1] * 160, [7] * 22 + [6]], ids=["at once", "by token", "by part"])
 @torch.no_grad()
 def test_only_what_may_be_read_is_kept(cuts: list[int]) -> None:
     entry = 2 * 2 * 4 * 8  # bytes of the keys and values of one token
-    _, state = read(made(nn.CoreContextAttention, group=8, window=20), text(400, rows=1), cuts)
-    assert bytes_of(state) <= (400 // 8 + 20 + 8) * entry
-    _, state = read(made(nn.NativeSparseAttention, length=16, stride=8, window=20), text(400, rows=1), cuts)
-    assert bytes_of(state) <= (400 + 400 // 8 + 16 + 20) * entry
-    _, state = read(made(nn.DynamicGroupAttention, focal=0.25, group=8, block=32, look=6), text(400, rows=1), cuts)
+    _, state = read(made(nn.CoreContextAttention, group=8, window=20), text(160, rows=1), cuts)
+    assert bytes_of(state) <= (160 // 8 + 20 + 8) * entry
+    _, state = read(made(nn.NativeSparseAttention, length=16, stride=8, window=20), text(160, rows=1), cuts)
+    assert bytes_of(state) <= (160 + 160 // 8 + 16 + 20) * entry
+    _, state = read(made(nn.DynamicGroupAttention, focal=0.25, group=8, block=32, look=6), text(160, rows=1), cuts)
     assert (
-        bytes_of(state) <= (400 + 400 // 4 + 300 // 8 + 8 + 6 + 32) * entry
+        bytes_of(state) <= (160 + 160 // 4 + 120 // 8 + 8 + 6 + 32) * entry
     )  # a query has as much as a key and a value
     for kind, near in (("sliding", 20), ("dilated", 60), ("blockwise", 25)):
         module = made(nn.LocalAttention, kind=kind, window=20, stride=3, exchange=5, global_tokens=2)
-        _, state = read(module, text(400, rows=1), cuts)
+        _, state = read(module, text(160, rows=1), cuts)
         assert bytes_of(state) <= (near + 2) * entry
