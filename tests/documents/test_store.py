@@ -19,6 +19,8 @@ from mgam.documents.document import Document
 from mgam.documents.fingerprint import of_tokenizer
 from mgam.documents.store import Manifest, verify
 from mgam.documents.store.lock import WriterLock
+from mgam.documents.store.manifest import Segment, Text
+from mgam.documents.store.names import is_ours
 from mgam.documents.tiers import parse_memory
 from mgam.errors import DigestError, DocumentError, MgamError, SettingError, UnsupportedModelError
 
@@ -221,6 +223,57 @@ def test_folders_that_are_no_digests(digest: Make, model: Any, tokenizer: Any, t
         digest(source(300), name="link.mgam")
     with pytest.raises(DocumentError, match="no text"):
         digest(name="empty.mgam")
+
+
+@pytest.mark.parametrize(
+    "names",
+    [
+        ["text-1.txt", "text-notes.md", "segment-plan.txt"],
+        ["text-000000.txt"],  # as a digest calls its own
+        ["text-000000.txt", "segment-000000.safetensors", "neutral.json"],
+        ["manifest.json"],  # of another program
+    ],
+)
+def test_files_of_others_are_left_alone(digest: Make, tmp_path: Path, names: list[str]) -> None:
+    folder = tmp_path / "book.mgam"
+    folder.mkdir()
+    for name in names:
+        (folder / name).write_text(f"{{}} {name}")
+    with pytest.raises(DigestError, match="is not JSON" if names == ["manifest.json"] else "holds other files"):
+        digest(source(300))
+    assert {file.name: file.read_text() for file in folder.iterdir()} == {name: f"{{}} {name}" for name in names}
+
+
+def test_only_what_a_digest_wrote_is_swept(digest: Make, tmp_path: Path) -> None:
+    folder = tmp_path / "book.mgam"
+    digest(source(300))
+    left = ["segment-000009.safetensors", "segment-000001-000099.safetensors", "manifest.json.part", "text-000007.txt"]
+    others = ["text-1.txt", "text-notes.md", "segment-plan.txt", "text-000001.txt.bak", "segment-000001.txt"]
+    for name in (*left, *others):
+        (folder / name).write_text("here")
+    digest(source(300, 1), append=True)
+    names = {file.name for file in folder.iterdir()}
+    assert names.isdisjoint(left)
+    assert names >= set(others)
+
+
+def test_a_digest_knows_the_names_that_it_gives() -> None:
+    for number in (0, 12, 999_999, 1_000_000):
+        own = [Text.file_of(number), Segment.file_of(number, 64, 128), Segment.file_of(number, 128, 128)]
+        assert all(is_ours(name) and is_ours(f"{name}.part") for name in own)
+    for name in ("text-00001.txt", "text-000001.txt\n", "text-٠٠٠٠٠١.txt", "my text-000001.txt", "text-000001.part"):
+        assert not is_ours(name)
+
+
+def test_a_digest_that_was_stopped_before_its_manifest_goes_on(digest: Make, tmp_path: Path) -> None:
+    digest(source(300), name="whole.mgam")
+    folder = tmp_path / "book.mgam"
+    folder.mkdir()
+    with WriterLock(folder):
+        (folder / "text-000000.txt").write_text("a part")
+        (folder / "manifest.json.part").write_text("a part")
+    digest(source(300))
+    assert contents(folder) == contents(tmp_path / "whole.mgam")
 
 
 def test_what_a_digest_cannot_hold_is_refused(digest: Make) -> None:

@@ -18,7 +18,7 @@ from mgam.documents.store import files, rounding
 from mgam.documents.store.lock import NAME as LOCK_NAME
 from mgam.documents.store.manifest import NAME as MANIFEST_NAME
 from mgam.documents.store.manifest import Manifest, Segment
-from mgam.documents.store.neutral import NAME as NEUTRAL_NAME
+from mgam.documents.store.names import is_ours
 from mgam.documents.store.pages import decode, encode
 from mgam.documents.store.segment import LayerPart, TokenPart, write
 from mgam.documents.store.store import Store
@@ -245,12 +245,6 @@ def plan_memory(manifest: Manifest, memory: int | None, room: int, device: torch
 def _paged(device: torch.device, memory: int | None) -> bool:
     """Whether pages go through a pool; else all stays on the GPU, where kernels read it in place."""
     return device.type != "cuda" or memory is not None
-
-
-def is_ours(name: str) -> bool:
-    """Whether a file of this name may be a digest's."""
-    plain = name.removesuffix(files.TEMPORARY)
-    return plain in (LOCK_NAME, MANIFEST_NAME, NEUTRAL_NAME) or plain.startswith(("text-", "segment-"))
 
 
 def _between(pyramid: Pyramid, first: int, last: int) -> Iterator[tuple[str, Tensor]]:

@@ -16,14 +16,16 @@ from typing import Any
 import torch
 
 from mgam.documents import fingerprint
-from mgam.documents.building import Builder, Progress, is_ours, plan_memory
+from mgam.documents.building import Builder, Progress, plan_memory
 from mgam.documents.models import check_model, shape_of
 from mgam.documents.sources import PIPED, Source
 from mgam.documents.store import files, neutral
 from mgam.documents.store.layout import Shape
+from mgam.documents.store.lock import NAME as LOCK_NAME
 from mgam.documents.store.lock import WriterLock
 from mgam.documents.store.manifest import NAME as MANIFEST_NAME
 from mgam.documents.store.manifest import Manifest, Text, step_of
+from mgam.documents.store.names import is_ours
 from mgam.documents.store.store import Store, write_text
 from mgam.documents.tokens import tokens_of
 from mgam.errors import DigestError, DocumentError
@@ -81,6 +83,7 @@ def digest(
         raise DigestError(f"{path} is a file; name a folder that is to hold the digest, such as book.mgam")
     with files.explained(path):
         path.mkdir(exist_ok=True)
+        _refuse_others(path)
     with WriterLock(path):
         if _has_manifest(path):
             manifest = _go_on(path, model, tokenizer, sources, append=append)
@@ -103,14 +106,24 @@ def digest(
 
 
 def _has_manifest(path: Path) -> bool:
-    if (path / MANIFEST_NAME).is_symlink() or (path / MANIFEST_NAME).exists():
-        return True
-    strange = [file.name for file in path.iterdir() if not is_ours(file.name)]
-    if strange:
-        raise DigestError(
-            f"{path} holds other files ({', '.join(sorted(strange)[:3])}); name a new folder for the digest"
-        )
-    return False
+    return (path / MANIFEST_NAME).is_symlink() or (path / MANIFEST_NAME).exists()
+
+
+def _refuse_others(path: Path) -> None:
+    """Refuses a folder that holds anything but a digest, or what a writer left that was stopped before its manifest.
+
+    Such a writer left its lock too: without one, files that are named like a digest's are somebody else's.
+
+    Raises:
+        DigestError: it does.
+    """
+    if _has_manifest(path):
+        Manifest.read(path)
+        return
+    there = sorted(file.name for file in path.iterdir())
+    begun = (path / LOCK_NAME).exists()
+    if strange := [name for name in there if not (begun and is_ours(name))]:
+        raise DigestError(f"{path} holds other files ({', '.join(strange[:3])}); name a new folder for the digest")
 
 
 def _new(model: Any, tokenizer: Any, sources: Sequence[Source], applied: Applied, shape: Shape, grid: Grid) -> Manifest:
