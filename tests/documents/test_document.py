@@ -11,6 +11,7 @@ from safetensors import safe_open
 
 from mgam.documents import building, tiers
 from mgam.documents.document import Document
+from mgam.documents.pool import Pool
 from mgam.documents.sources import Source
 from mgam.documents.store.layout import Shape
 from mgam.documents.tokens import Frame, encode
@@ -152,6 +153,44 @@ def test_a_digest_made_in_memory_has_the_same_bytes(
     digest(texts[1], name="appended.mgam", eight_bits=eight_bits, append=True)
     assert contents(tmp_path / "memory.mgam") == contents(tmp_path / "paged.mgam")
     assert contents(tmp_path / "appended.mgam") == contents(tmp_path / "paged.mgam")
+
+
+def test_a_question_too_long_for_the_memory_harms_no_later_one(
+    tokenizer: Any, digest: Make, tmp_path: Path, model: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(tiers, "LEAST", 8)
+    digest(source(2500), name="ample.mgam")
+    bound = bound_for(tmp_path, model, tokenizer)
+    document = Document.open(tmp_path / "ample.mgam", model, tokenizer, memory=bound, room=64)
+    before = document.ask("Where is the whale?", max_new_tokens=8)
+    with pytest.raises(MemoryBudgetError, match="more are needed at once"):
+        document.ask("whale " * 1000, max_new_tokens=4)
+    after = document.ask("Where is the whale?", max_new_tokens=8)
+    assert (after.answer, after.evidence) == (before.answer, before.evidence)
+
+
+@pytest.mark.parametrize(
+    ("call", "number"), [("pin", 0), ("pin", 1), ("slots_of", 0), ("slots_of", 1), ("slots_of", 5)]
+)
+def test_a_question_that_is_stopped_anywhere_harms_no_later_one(
+    digest: Make, monkeypatch: pytest.MonkeyPatch, call: str, number: int
+) -> None:
+    document = digest(source(1000))
+    before = document.ask("Where is the whale?", max_new_tokens=8)
+    calls, real = iter(range(100)), getattr(Pool, call)
+
+    def stop(*given: Any) -> Any:
+        if next(calls) == number:
+            raise Stopped
+        return real(*given)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Pool, call, stop)
+        with pytest.raises(Stopped):
+            document.ask("Where is the whale? " * 4, max_new_tokens=8)
+    assert all(layer.columns <= layer.lengths[0] for layer in document.cache.pyramids.values())
+    after = document.ask("Where is the whale?", max_new_tokens=8)
+    assert (after.answer, after.evidence) == (before.answer, before.evidence)
 
 
 def floor_of(digest: Make, name: str) -> int:

@@ -43,7 +43,7 @@ from mgam.errors import DigestError, DocumentError
 from mgam.integrations import warming
 from mgam.integrations.memory import peak_memory_bytes
 from mgam.integrations.transformers.apply import applied_to, apply
-from mgam.integrations.transformers.cache import PyramidCache
+from mgam.integrations.transformers.cache import Bookmark, PyramidCache
 from mgam.schedule import Schedule, Span
 from mgam.threads import quick_turns
 
@@ -66,7 +66,8 @@ class Document:
     pool: Pool
     cache: PyramidCache
     store: Store
-    recent: dict[int, Tensor | None]
+    _end: Bookmark
+    """Where the texts end in the cache."""
     _seen: list[int] = field(default_factory=list)
     _owner: object | None = None
     _neutral: Tensor | None = None
@@ -169,14 +170,14 @@ class Document:
                 apply(model, settings.pop("method"), **{**settings, "dense_until": manifest.dense_until})
             slots = slots_for(manifest.shape, manifest.tokens, room, bound, device)
             pool, cache, together = prepare(model, manifest.shape, manifest.tokens + room, slots)
-            tokens, recent = _load(store, parts, cache, together)
+            tokens = _load(store, parts, cache, together)
         warming.finish(device, model.dtype)
         if tier == "disk":
             pool.fetch = store.read_pages
         else:
             HostPages.of(store, device).serve(pool)
         sources = [Source(text.name, store.text(number)) for number, text in enumerate(manifest.texts)]
-        return cls(folder, model, tokenizer, manifest, tokens, sources, pool, cache, store, recent)
+        return cls(folder, model, tokenizer, manifest, tokens, sources, pool, cache, store, cache.bookmark())
 
     @property
     def counts(self) -> Counts:
@@ -308,11 +309,7 @@ class Document:
 
     def _rewind(self, spans: tuple[Span, ...]) -> None:
         """Forgets all that was said after the texts."""
-        for number, layer in self.cache.pyramids.items():
-            beyond = layer.columns - len(self.tokens)
-            if beyond:
-                layer.crop(-beyond)
-            set_recent(layer, self.recent[number])
+        self.cache.go_back(self._end)
         self._seen = []
         self._schedule(spans)
 
@@ -415,10 +412,8 @@ class Chat:
         self.spans = (*spans, Span(stop, 1)) if said else spans
 
 
-def _load(
-    store: Store, parts: Iterator[tuple[Segment, Resident]], cache: PyramidCache, together: Layers
-) -> tuple[Tokens, dict[int, Tensor | None]]:
-    """Takes up all that stays in memory; returns the tokens and each layer's recent queries."""
+def _load(store: Store, parts: Iterator[tuple[Segment, Resident]], cache: PyramidCache, together: Layers) -> Tokens:
+    """Takes up all that stays in memory; returns the tokens."""
     shape, layers = store.manifest.shape, cache.pyramids
     numbers: list[tuple[Any, Any, Any]] = []
     recent: dict[int, Tensor | None] = dict.fromkeys(layers)
@@ -434,7 +429,9 @@ def _load(
                 new, old = found[f"layers.{number}.recent"][None], recent[number]
                 recent[number] = (new if old is None else torch.cat((old, new), 2))[:, :, -shape.recent :].clone()
             layer.columns = done
+    for number, layer in layers.items():
+        set_recent(layer, recent[number])
     ids, texts, offsets = (np.concatenate(columns) for columns in zip(*numbers, strict=True))
     if ((texts >= len(store.manifest.texts)) | (texts < -1)).any():
         raise DigestError(f"{store.folder} cannot be right: it has tokens of texts that it does not hold")
-    return Tokens(ids, texts, offsets), recent
+    return Tokens(ids, texts, offsets)

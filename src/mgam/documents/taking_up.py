@@ -72,6 +72,7 @@ def prepare(model: Any, shape: Shape, tokens: int, slots: int) -> tuple[Pool, Py
     pool.reserve(-(-tokens // shape.levels.chunk))
     for number, layer in cache.pyramids.items():
         layer.pyramid = PagedPyramid(shape.levels, pool, number, 0)
+        layer.stateful = False  # pages forget no token, whatever the method: to go back takes no copy
         layer.lazy_initialization(pool.keys, pool.values)
     return pool, cache, Layers.of([layer.pyramid for layer in cache.pyramids.values()], tokens)
 

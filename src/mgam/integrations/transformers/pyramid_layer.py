@@ -84,6 +84,7 @@ class PyramidLayer(RowsLayer):
             self.schedules = [schedule for schedule in self.schedules for _ in range(repeats)]
             self._beams = (repeats, list(counts)) if repeats > 1 else None
         self.pyramid.append(keys, values, counts)
+        self._count(keys)
         return before
 
     def remember(self, queries: Tensor, counts: Sequence[int]) -> None:

@@ -41,6 +41,7 @@ class RecentLayer(RowsLayer):
         states, held = self._tail.joined((keys, values), counts)
         self._tail.keep(states, held, self.window - 1 + UNDO)
         self._lengths = [old + count for old, count in zip(before, counts, strict=True)]
+        self._count(keys)
         reach = self.window - 1 + keys.shape[2]
         return states[0][:, :, -reach:], states[1][:, :, -reach:], [min(count, reach) for count in held]
 

@@ -113,7 +113,7 @@ class RowsLayer(ColumnsLayer):
         return key_states, value_states
 
     def _open(self, keys: Tensor, counts: Sequence[int], like: Tensor | None) -> list[int]:
-        """Checks a call's keys against what is held, counts its columns, and returns the rows' lengths before it."""
+        """Checks a call's keys against what is held, and returns the rows' lengths before it."""
         rows = keys.shape[0]
         before = list(self.lengths) or [0] * rows
         if len(before) != rows:
@@ -125,9 +125,12 @@ class RowsLayer(ColumnsLayer):
                 f"the cache holds {like.shape[1]} heads of {like.shape[3]} dimensions, the model gives "
                 f"{keys.shape[1]} of {keys.shape[3]}: it is another model's"
             )
-        self.columns += keys.shape[2]
-        self.ahead = [0] * rows
         return before
+
+    def _count(self, keys: Tensor) -> None:
+        """Counts a call's columns, once its states are kept: what stops before leaves no columns without tokens."""
+        self.columns += keys.shape[2]
+        self.ahead = [0] * keys.shape[0]
 
     def _to_remove(self, tokens: int) -> int:
         """What `crop` is to remove: given as a negative number or, as older transformers do, as the length to keep."""
