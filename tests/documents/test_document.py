@@ -10,6 +10,7 @@ import torch
 from safetensors import safe_open
 
 from mgam.documents import building, tiers
+from mgam.documents import document as opening
 from mgam.documents.document import Document
 from mgam.documents.pool import Pool
 from mgam.documents.sources import Source
@@ -17,7 +18,7 @@ from mgam.documents.store.layout import Shape
 from mgam.documents.tokens import Frame, encode
 from mgam.errors import DigestError, DocumentError, MemoryBudgetError
 from mgam.integrations.transformers import PyramidCache
-from mgam.integrations.transformers.apply import apply
+from mgam.integrations.transformers.apply import apply, remove
 from mgam.levels import Levels
 from mgam.schedule import Schedule, Span
 
@@ -46,6 +47,67 @@ def one_pass(model: Any, document: Document, asked: list[int], new: int) -> tupl
             max_new_tokens=new, do_sample=False, pad_token_id=0,
         )  # fmt: skip
     return logits, produced[0, ids.shape[1] :].tolist()
+
+
+def test_each_document_is_asked_by_its_own_settings(
+    model: Any, tokenizer: Any, digest: Make, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    digest(source(1000), model=tiny.make_model(budget=16), name="other.mgam")
+    document = digest(source(1000))
+    told = Frame.of(tokenizer).question(tokenizer, "Who?")
+
+    def answered() -> tuple[str, dict[str, float], dict[str, Any]]:
+        answer = document.ask("Who keeps the light?", max_new_tokens=8)
+        return answer.answer, answer.entries_per_level, answer.settings
+
+    def read() -> torch.Tensor:
+        cache, count = document.start(len(told)), len(document.tokens)
+        places = torch.arange(count, count + len(told))[None]
+        with torch.no_grad():
+            return model(torch.tensor([told]), position_ids=places, past_key_values=cache, use_cache=True).logits
+
+    def neutral() -> torch.Tensor:
+        document._neutral = None
+        return document.neutral()
+
+    wanted, logits, shares = answered(), read(), neutral()
+    talk = document.chat()
+    said = [talk.say(question, max_new_tokens=4).answer for question in ("who?", "where?")]
+    talk = document.chat()
+    assert talk.say("who?", max_new_tokens=4).answer == said[0]
+    other = Document.open(tmp_path / "other.mgam", model, tokenizer)
+    less = other.ask("Who keeps the light?", max_new_tokens=8)
+    assert less.entries_per_level != wanted[1]
+    assert talk.say("where?", max_new_tokens=4).answer == said[1]
+    for change in (
+        lambda: Document.open(tmp_path / "other.mgam", model, tokenizer),
+        lambda: apply(model, "streaming-llm", window=16),
+        lambda: remove(model),
+    ):
+        change()
+        assert answered() == wanted
+        change()
+        assert torch.equal(read(), logits)
+        change()
+        assert torch.equal(neutral(), shares)
+    assert other.ask("Who keeps the light?", max_new_tokens=8).entries_per_level == less.entries_per_level
+    answered()
+    monkeypatch.setattr(opening, "apply", lambda *given, **more: pytest.fail("applied twice"))
+    assert answered() == wanted
+
+
+@pytest.mark.parametrize("settings", [{}, {"method": "streaming-llm"}])
+def test_an_opened_model_goes_on_digesting(
+    tokenizer: Any, digest: Make, monkeypatch: pytest.MonkeyPatch, settings: dict[str, Any]
+) -> None:
+    """Where dense reading ends was left to the model when it was digested, and is told when it is opened."""
+    dials = {"window": 32, "budget": 64, "levels": (1, 16, 64), "block": 32, "question_block": 8, **settings}
+    made = digest(source(300), model=apply(tiny.make_plain_model(), **dials))
+    model = tiny.make_plain_model()
+    document = Document.open(made.path, model, tokenizer)
+    monkeypatch.setattr(opening, "apply", lambda *given, **more: pytest.fail("applied twice"))
+    assert document.ask("Who?", max_new_tokens=3).answer == made.ask("Who?", max_new_tokens=3).answer
+    assert len(digest(source(300, 1), model=model, append=True).manifest.texts) == 2
 
 
 @pytest.mark.parametrize("length", [5, 128 - HEAD, 128 - HEAD + 1, 300, 1000])

@@ -151,9 +151,11 @@ def _go_on(path: Path, model: Any, tokenizer: Any, sources: Sequence[Source], *,
     """The manifest to work on: that of an unfinished digest, of a finished one, or one with texts added."""
     manifest = Manifest.read(path)
     applied = applied_to(model)
-    asking = {"question_budget": manifest.settings.question_budget, "reread": manifest.settings.reread}
-    read = applied.settings.with_(**asking)  # they change no byte of a digest
-    if read != manifest.settings or applied.reading.dense_until != manifest.dense_until:
+    kept = manifest.settings
+    read = applied.settings.with_(  # the first two change no byte of a digest, the last is told by its outcome
+        question_budget=kept.question_budget, reread=kept.reread, dense_until=kept.dense_until
+    )
+    if read != kept or applied.reading.dense_until != manifest.dense_until:
         raise DigestError(f"{path} was begun with other settings; leave them out to go on with those it has")
     check_model(manifest, model, tokenizer, path)
     given = [(source.name, Text.hash(source.text)) for source in sources]

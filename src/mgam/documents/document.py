@@ -42,9 +42,10 @@ from mgam.engine import Record
 from mgam.errors import DigestError, DocumentError
 from mgam.integrations import warming
 from mgam.integrations.memory import peak_memory_bytes
-from mgam.integrations.transformers.apply import applied_to, apply
+from mgam.integrations.transformers.apply import Applied, applied_to, apply
 from mgam.integrations.transformers.cache import Bookmark, PyramidCache
 from mgam.schedule import Schedule, Span
+from mgam.settings import Settings
 from mgam.threads import quick_turns
 
 ROOM = 2048
@@ -55,12 +56,17 @@ Tier = Literal["disk", "host"]
 
 @dataclass
 class Document:
-    """An open digest and the model that reads it. One question or talk at a time; make more by opening it again."""
+    """An open digest and the model that reads it. One question or talk at a time; make more by opening it again.
+
+    Several can share a model: each question is read by the settings of its own document, whatever was applied since.
+    """
 
     path: Path
     model: Any
     tokenizer: Any
     manifest: Manifest
+    settings: Settings
+    """What it was opened with; `dense_until` is told."""
     tokens: Tokens
     sources: list[Source]
     pool: Pool
@@ -159,15 +165,12 @@ class Document:
         with beside, quick_turns(), store.residents(device) as parts:  # which are read while the rest is made ready
             warming.import_kernels(device)
             check_model(manifest, model, tokenizer, folder)
-            wanted = manifest.settings
+            wanted = manifest.settings.with_(dense_until=manifest.dense_until)
             if question_budget is not None:
                 wanted = wanted.with_(question_budget=question_budget)
             if reread is not None:
                 wanted = wanted.with_(reread=reread)
-            applied = getattr(model, "_mgam_applied", None)
-            if applied is None or applied.settings != wanted:
-                settings = wanted.as_dict()
-                apply(model, settings.pop("method"), **{**settings, "dense_until": manifest.dense_until})
+            _ensure_applied(model, wanted)
             slots = slots_for(manifest.shape, manifest.tokens, room, bound, device)
             pool, cache, together = prepare(model, manifest.shape, manifest.tokens + room, slots)
             tokens = _load(store, parts, cache, together)
@@ -177,7 +180,8 @@ class Document:
         else:
             HostPages.of(store, device).serve(pool)
         sources = [Source(text.name, store.text(number)) for number, text in enumerate(manifest.texts)]
-        return cls(folder, model, tokenizer, manifest, tokens, sources, pool, cache, store, cache.bookmark())
+        end = cache.bookmark()
+        return cls(folder, model, tokenizer, manifest, wanted, tokens, sources, pool, cache, store, end)
 
     @property
     def counts(self) -> Counts:
@@ -221,13 +225,14 @@ class Document:
     def start(self, ids: int) -> PyramidCache:
         """The cache after the texts, ready for a question of `ids` tokens; for those who call the model themselves."""
         self._owner = None
+        self._ready()
         self._rewind((Span(len(self.tokens) + ids, self._question_block, self._lookahead),))
         return self.cache
 
     def look(self, question: str, count: int = 3) -> tuple[Record, Passages] | None:
         """What a first look at a question sees of the texts, and what is to be read again; None where the settings want
         no second look, or the question singles nothing out."""
-        applied = applied_to(self.model)
+        applied = self._ready()
         if not applied.settings.reread or len(self.tokens) < self.manifest.dense_until:
             return None
         seen = self.attended(question)
@@ -245,7 +250,7 @@ class Document:
         Args:
             keep: keep them.
         """
-        budget, chunks = applied_to(self.model).question_budget, len(self.tokens) // self.manifest.shape.levels.chunk
+        budget, chunks = self._ready().question_budget, len(self.tokens) // self.manifest.shape.levels.chunk
         if self._neutral is None:
             self._neutral = neutral.read(self.path, self.manifest, budget, chunks)
         if self._neutral is None:
@@ -270,6 +275,7 @@ class Document:
         self, ids: list[int], spans: tuple[Span, ...], *, owner: object | None = None, **options: Any
     ) -> list[int]:
         """Tokens generated after the texts and `ids`, in blocks by `spans`; an `owner` goes on where it stopped."""
+        self._ready()
         if owner is None or owner is not self._owner or ids[: len(self._seen)] != self._seen:
             self._rewind(spans)
         self._schedule(spans)
@@ -300,6 +306,10 @@ class Document:
     @property
     def _lookahead(self) -> Literal["none", "block"]:
         return self.manifest.settings.lookahead
+
+    def _ready(self) -> Applied:
+        """Sets the model to this document's settings again, where others were applied since."""
+        return _ensure_applied(self.model, self.settings)
 
     def _schedule(self, spans: tuple[Span, ...]) -> None:
         settings = self.manifest.settings
@@ -410,6 +420,19 @@ class Chat:
         self.ids = [*ids, *said]
         stop = len(self.document.tokens) + len(self.ids)
         self.spans = (*spans, Span(stop, 1)) if said else spans
+
+
+def _ensure_applied(model: Any, settings: Settings) -> Applied:
+    """Makes a model read by these settings, which tell `dense_until`, if it does not yet.
+
+    Raises:
+        SettingError: a learned policy or adapters that the settings name are gone, or another model's.
+    """
+    there: Applied | None = getattr(model, "_mgam_applied", None)
+    if there is None or there.settings.with_(dense_until=there.reading.dense_until) != settings:
+        values = settings.as_dict()
+        apply(model, values.pop("method"), **values)
+    return applied_to(model)
 
 
 def _load(store: Store, parts: Iterator[tuple[Segment, Resident]], cache: PyramidCache, together: Layers) -> Tokens:

@@ -13,7 +13,6 @@ from mgam.documents.asking import at_second_sight
 from mgam.documents.second_look import NEUTRAL, Passages
 from mgam.documents.sources import Source
 from mgam.documents.tokens import Places
-from mgam.integrations.transformers.apply import applied_to
 
 if TYPE_CHECKING:
     from mgam.documents.document import Document
@@ -42,7 +41,7 @@ def rehearse(document: Document, reread: int) -> None:
 
 def ask_once(document: Document, reread: int) -> None:
     """Asks short and long questions at first sight, and at second sight where passages are read again, for nothing."""
-    border, window = len(document.tokens), applied_to(document.model).settings.window
+    border, window = len(document.tokens), document.settings.window
     place = Places(document.tokens, document.sources).place(0, reread + window) if reread else None
     for question in QUESTIONS:
         seen = document.attended(question)
