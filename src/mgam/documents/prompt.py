@@ -66,11 +66,12 @@ def build(tokenizer: Any, sources: Sequence[Source], question: str) -> Prompt:
         special = False
     else:
         text, special = content + "\nAnswer:", True
-    origin = text.find(body)
-    if origin < 0:
+    before = text.find(BEFORE + body)  # the body alone may stand in the words before it too
+    if before < 0:
         raise DocumentError(
             "the chat template changes the text, so places in it cannot be told; use a tokenizer without a template"
         )
+    origin = before + len(BEFORE)
     encoded = tokenizer(text, add_special_tokens=special, return_offsets_mapping=True)
     offsets = [tuple(pair) for pair in encoded["offset_mapping"]]
     border = origin + len(body)
