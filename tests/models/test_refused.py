@@ -368,6 +368,39 @@ def test_a_refused_model_is_left_as_it_was() -> None:
     assert torch.equal(model(tokens(1, 20)).logits, expected)
 
 
+@pytest.mark.parametrize(
+    "settings", [{"adapter": "no-such-adapter"}, {"dense_until": 513}, {"window": 500}, {"policy": "no-such-policy"}]
+)
+def test_a_refusal_keeps_what_was_applied_before(settings: dict[str, Any]) -> None:
+    model, ids = LLAMA.make(), tokens(1, 61)
+    plain = model(ids).logits
+    for before in (plain, None):
+        if before is None:
+            before = mgam.apply(model, budget=12, **SMALL)(ids).logits
+        with pytest.raises(SettingError):
+            mgam.apply(model, **{**SMALL, **settings})
+        assert torch.equal(model(ids).logits, before)
+    mgam.remove(model)
+    assert model.config._attn_implementation == "sdpa"
+    assert torch.equal(model(ids).logits, plain)
+
+
+def test_a_failure_halfway_leaves_nothing_behind(monkeypatch: pytest.MonkeyPatch) -> None:
+    from mgam.integrations.transformers import low_rank
+
+    def broken(additions: object) -> list[Any]:
+        raise RuntimeError("on purpose")
+
+    model, ids = LLAMA.make(), tokens(1, 61)
+    plain = model(ids).logits
+    monkeypatch.setattr(low_rank, "attach", broken)
+    with pytest.raises(RuntimeError, match="on purpose"):
+        mgam.apply(model, budget=12, **SMALL)
+    assert model.config._attn_implementation == "sdpa"
+    assert not any(layer.self_attn._forward_pre_hooks for layer in model.model.layers)
+    assert torch.equal(model(ids).logits, plain)
+
+
 def test_weights_over_tokens_are_not_to_be_had() -> None:
     refused("output_attentions", lambda: applied(LLAMA)(tokens(1, 9), output_attentions=True))
 

@@ -12,7 +12,7 @@ from typing import Any
 from mgam.errors import SettingError
 from mgam.evaluation.texts import KNOWN
 from mgam.integrations.loading import Loaded, load
-from mgam.integrations.transformers.low_rank import adapters, attach, fingerprint
+from mgam.integrations.transformers.low_rank import adapters, attach, fingerprint, read
 from mgam.integrations.transformers.models import architecture
 from mgam.levels import Levels
 from mgam.policies.files import FittedPolicy, resolve
@@ -76,7 +76,7 @@ def run(session: FitSession, say: Say) -> dict[str, Any]:
     if session.policy is None and adapting is None:
         refuse_short(session.fitting, architecture(model.config).trained_window(model.config))
         if session.start is not None:
-            attach(model, adapters(session.start))
+            attach(read(model, adapters(session.start)))
     say("reading texts")
     maker = None
     if _wants_lookups(session):

@@ -169,7 +169,6 @@ def apply(model: Model, method: str = "mgam", *, budget: int | None = None, **se
     row = architecture(config)
     decoder = target.get_decoder()
     layers = attention_layers(decoder, config)
-    remove(model)
     window = row.trained_window(config)
     dense_until = min(4096, window) if wanted.dense_until is None else wanted.dense_until
     if dense_until > window and wanted.positions == "granular" and method != "dense":
@@ -177,7 +176,7 @@ def apply(model: Model, method: str = "mgam", *, budget: int | None = None, **se
             f"dense_until={dense_until} is beyond the {window} positions that the model was trained for; "
             f"choose at most {window}"
         )
-    fitted = fit_to(target, wanted)
+    additions = [one for folder in adapters_of(fit_to(target, wanted), wanted) for one in low_rank.read(target, folder)]
     places = _positions(wanted, row, decoder, window, layers)
     reading = Reading(
         policy=of_layer(chosen.policy(wanted, 1.0), next((at for at, one in layers.items() if one.window is None), 0)),
@@ -188,6 +187,7 @@ def apply(model: Model, method: str = "mgam", *, budget: int | None = None, **se
         dense_prompt=chosen.phase == "decode",
     )
     attention.register()
+    remove(model)  # once nothing more can be refused for the settings' sake
     applied = Applied(
         wanted,
         chosen,
@@ -200,6 +200,22 @@ def apply(model: Model, method: str = "mgam", *, budget: int | None = None, **se
         places,
         (getattr(config, "rope_parameters", None) or {}).get("rope_type") in STRETCHED,
     )
+    target._mgam_applied = applied
+    try:
+        _install(target, applied, layers, additions)
+    except BaseException:
+        remove(model)
+        raise
+    return model
+
+
+def _install(
+    target: Any,
+    applied: Applied,
+    layers: dict[int, Attention],
+    additions: Sequence[tuple[nn.Module, low_rank.Addition]],
+) -> None:
+    """Hands the model's attention, and `generate`, to mgam."""
     target.set_attn_implementation(attention.NAME)
     if target.config._attn_implementation != attention.NAME:
         raise UnsupportedModelError(
@@ -209,9 +225,7 @@ def apply(model: Model, method: str = "mgam", *, budget: int | None = None, **se
         runtime = attention.LayerRuntime(applied, index, layer.window)
         layer.module._mgam = runtime  # type: ignore[assignment]
         applied.hooks.append(layer.module.register_forward_pre_hook(runtime.enter, with_kwargs=True))
-    for folder in adapters_of(fitted, wanted):
-        applied.hooks += low_rank.attach(target, folder)
-    target._mgam_applied = applied
+    applied.hooks += low_rank.attach(additions)
     if hasattr(target, "generate"):
         target.generate = functools.partial(_generate, target)
         if applied.stretched and applied.ranked:
@@ -219,7 +233,6 @@ def apply(model: Model, method: str = "mgam", *, budget: int | None = None, **se
             target.prepare_inputs_for_generation = functools.partial(
                 GenerationMixin.prepare_inputs_for_generation, target
             )
-    return model
 
 
 @contextmanager
@@ -283,10 +296,10 @@ def remove(model: Model) -> Model:
         hook.remove()
     for layer in target.get_decoder().layers:
         layer.self_attn.__dict__.pop("_mgam", None)
-    target.set_attn_implementation(there.previous)
     del target._mgam_applied
     target.__dict__.pop("generate", None)
     target.__dict__.pop("prepare_inputs_for_generation", None)
+    target.set_attn_implementation(there.previous)
     return model
 
 

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -23,7 +24,7 @@ PREFIX = "base_model.model."
 
 
 @dataclass
-class _Addition:
+class Addition:
     """What one linear layer gets besides: (x down^T) up^T, scaled. Shapes: down (r, in), up (out, r)."""
 
     down: Tensor
@@ -65,8 +66,8 @@ def fingerprint(name: str | Path) -> str:
         raise SettingError(f"the adapters in {place} cannot be read: {error}") from error
 
 
-def attach(model: Any, folder: Path) -> list[Any]:
-    """Adds the adapter in `folder`, if there is one; returns the hooks whose removal takes it off.
+def read(model: Any, folder: Path) -> list[tuple[nn.Module, Addition]]:
+    """What the adapter in `folder`, if there is one, adds to which layers of a model, which is left as it is.
 
     Raises:
         SettingError: the adapter is damaged, of a kind other than plain LoRA, or of another model.
@@ -86,18 +87,21 @@ def attach(model: Any, folder: Path) -> list[Any]:
     except (OSError, ValueError, KeyError) as error:
         raise SettingError(f"the adapter in {place} cannot be used: {error}") from error
     modules = dict(model.named_modules())
-    hooks: list[Any] = []
+    found: list[tuple[nn.Module, Addition]] = []
     downs = sorted(name for name in tensors if name.endswith(".lora_A.weight"))
     for name in downs:
         path = name.removesuffix(".lora_A.weight").removeprefix(PREFIX)
         module, up = modules.get(path), tensors.get(name.replace("lora_A", "lora_B"))
         down = tensors[name]
         if module is None or up is None or not _fits(module, down, up):
-            for hook in hooks:
-                hook.remove()
             raise SettingError(f"the adapter in {place} is of another model: {path} is missing here or of other shape")
-        hooks.append(module.register_forward_hook(_Addition(down, up, scale)))
-    return hooks
+        found.append((module, Addition(down, up, scale)))
+    return found
+
+
+def attach(additions: Sequence[tuple[nn.Module, Addition]]) -> list[Any]:
+    """Adds what `read` found; returns the hooks whose removal takes it off."""
+    return [module.register_forward_hook(addition) for module, addition in additions]
 
 
 def _fits(module: nn.Module, down: Tensor, up: Tensor) -> bool:
