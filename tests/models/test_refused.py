@@ -133,6 +133,22 @@ def test_masks() -> None:
     refused("rows of 20", lambda: model(ids, attention_mask=mask[:, :15] * 0, use_cache=False))
 
 
+@pytest.mark.parametrize("size", [None, 16])
+def test_masks_of_prompts_that_are_read_in_calls(size: int | None) -> None:
+    """However a prompt is read, its mask is looked at as a whole, also where the last calls show no hole."""
+    model, ids = applied(LLAMA), tokens(2, 90)
+    options = {"max_new_tokens": 3, "prefill_chunk_size": size}
+    for holes in (slice(20, 30), slice(40, 41)):
+        mask = torch.ones_like(ids)
+        mask[1, holes] = 0
+        refused("holes", lambda: model.generate(ids, attention_mask=mask, **options))  # noqa: B023
+    right = torch.ones_like(ids)
+    right[1, 60:] = 0
+    refused("padded on the right", lambda: model.generate(ids, attention_mask=right, **options))
+    square = torch.ones(2, 1, 90, 90)
+    refused("a mask of", lambda: model.generate(ids, attention_mask=square, **options))
+
+
 def test_a_mask_that_changes_its_mind() -> None:
     """Past tokens that a later mask no longer shows would be read all the same: refused."""
     model, ids = applied(LLAMA), tokens(2, 20)

@@ -211,6 +211,18 @@ def test_long_prompts_are_read_in_calls(monkeypatch: pytest.MonkeyPatch) -> None
     assert seen[:3] == [40, 40, 40]
 
 
+def test_prompts_by_either_name() -> None:
+    """`generate` takes a prompt as `inputs` or as `input_ids`, and the other may be None."""
+    model, ids = applied(LLAMA, lookahead="block"), tokens(1, 90)
+    options: dict[str, Any] = {"max_new_tokens": 1, "do_sample": False, "return_dict_in_generate": True}
+    expected = model.generate(ids, **options).past_key_values
+    for args, named in (((None,), {}), ((), {"inputs": None}), ((), {})):
+        cache = model.generate(*args, input_ids=ids, **named, **options).past_key_values
+        assert cache.pyramids[0].schedules == expected.pyramids[0].schedules
+    cache = model.generate(inputs=ids, **options).past_key_values
+    assert cache.pyramids[0].schedules == expected.pyramids[0].schedules
+
+
 def test_one_line(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """`mgam.reader(...)(files, question)` loads, applies, reads and answers."""
     from mgam.documents import asking

@@ -110,12 +110,7 @@ def going_on(
         counts = [columns - early for early in ahead]
         return Call(tuple(range(rows)), tuple(ahead), tuple(counts), rows, columns), None
     live = _live(mask, rows, columns, seen + columns)
-    start, counts = _spans(live[:, seen:])
-    if any(offset + count != columns for offset, count in zip(start, counts, strict=True)):
-        raise UnsupportedModelError(
-            "the batch is padded on the right; with a cache, rows must be padded on the left "
-            "(tokenizer.padding_side='left')"
-        )
+    counts = _to_the_end(live[:, seen:])
     past = live[:, :seen].sum(1).tolist()
     for row, (marked, old, early) in enumerate(zip(past, before, ahead, strict=True)):
         if marked != old - early:
@@ -126,6 +121,15 @@ def going_on(
     counts = [count - early for count, early in zip(counts, ahead, strict=True)]
     start = [columns - count for count in counts]
     return Call(tuple(range(rows)), tuple(start), tuple(counts), rows, columns), live[:, seen:]
+
+
+def lengths_of(mask: Tensor, rows: int, columns: int) -> list[int]:
+    """Tokens of each row of prompts (B, T) that a cache is to hold.
+
+    Raises:
+        UnsupportedModelError: masks with holes, on the right, or of another shape.
+    """
+    return _to_the_end(_live(mask, rows, columns, columns))
 
 
 def check_positions(
@@ -190,6 +194,18 @@ def _spans(live: Tensor) -> tuple[list[int], list[int]]:
     if not torch.equal(whole, live):
         raise UnsupportedModelError("the attention mask has holes; each row's real tokens must stand together")
     return start.tolist(), counts.tolist()
+
+
+def _to_the_end(live: Tensor) -> list[int]:
+    """Real tokens of each row of (B, L), which are its last."""
+    columns = live.shape[1]
+    start, counts = _spans(live)
+    if any(offset + count != columns for offset, count in zip(start, counts, strict=True)):
+        raise UnsupportedModelError(
+            "the batch is padded on the right; with a cache, rows must be padded on the left "
+            "(tokenizer.padding_side='left')"
+        )
+    return counts
 
 
 def _packed(texts: list[list[tuple[int, int]]], rows: int, columns: int) -> Call:

@@ -11,6 +11,7 @@ from torch import Tensor
 from mgam.errors import SettingError, UnsupportedModelError
 from mgam.integrations.transformers.cache import PyramidCache
 from mgam.integrations.transformers.call_size import call_size
+from mgam.integrations.transformers.calls import lengths_of
 from mgam.integrations.transformers.rows_layer import RowsLayer
 from mgam.schedule import Schedule
 from mgam.settings import Settings
@@ -28,14 +29,16 @@ def prepare(model: Any, applied: Applied, args: tuple[Any, ...], kwargs: dict[st
     """Arguments of `generate` with a cache that mgam made, unless the caller gave one or wants none.
 
     Raises:
-        UnsupportedModelError: for a kind of cache that cannot hold pyramids.
+        UnsupportedModelError: for a kind of cache that cannot hold pyramids, and for masks with holes or on the right.
     """
     kind = _option(model, kwargs, "cache_implementation")
     if kind not in (None, "dynamic", "hybrid"):
         raise UnsupportedModelError(
             f"cache_implementation={kind!r} cannot hold pyramids; leave it out, mgam brings its own cache"
         )
-    ids = args[0] if args else kwargs.get("inputs", kwargs.get("input_ids"))
+    ids = args[0] if args else kwargs.get("inputs")
+    if ids is None:
+        ids = kwargs.get("input_ids")
     cached = _option(model, kwargs, "use_cache")
     if kwargs.get("past_key_values") is not None or cached is False or not isinstance(ids, Tensor):
         return kwargs
@@ -45,13 +48,14 @@ def prepare(model: Any, applied: Applied, args: tuple[Any, ...], kwargs: dict[st
         mask = _inferred(model, kwargs, ids)
         if mask is not None:
             kwargs["attention_mask"] = mask
-    lengths = [ids.shape[1]] * ids.shape[0] if mask is None else [int(count) for count in mask.sum(1)]
+    rows, columns = ids.shape
+    lengths = [columns] * rows if mask is None else lengths_of(mask, rows, columns)
     schedules = [of_prompt(applied.settings, length) for length in lengths]
-    cache = PyramidCache(model, schedules, reserve=ids.shape[1] + ROOM)
+    cache = PyramidCache(model, schedules, reserve=columns + ROOM)
     kwargs["past_key_values"] = cache
     size = _option(model, kwargs, "prefill_chunk_size")
-    if not size and ids.shape[1] > LONG_PROMPT:
-        size = call_size(model, ids.shape[0])
+    if not size and columns > LONG_PROMPT:
+        size = call_size(model, rows)
     kwargs.pop("prefill_chunk_size", None)
     if _option(model, kwargs, "prefill_chunk_size") is not None:
         kwargs["prefill_chunk_size"] = None  # said in a configuration: it is seen to here
