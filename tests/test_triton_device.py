@@ -163,3 +163,14 @@ def test_decode_in_a_graph() -> None:
     graph.replay()
     torch.cuda.synchronize()
     assert torch.equal(out, call())
+
+
+def test_lengths_that_captured_calls_share_are_written_in_every_mode() -> None:
+    from mgam.step import Beside, Moment
+
+    beside = object.__new__(Beside)  # without the stream, which needs a GPU
+    beside._lengths = {}
+    for mode, length in ((torch.inference_mode, 5), (torch.no_grad, 7), (torch.inference_mode, 9)):
+        with mode():
+            moment = Moment(torch.tensor([length], device=DEVICE), torch.zeros(1), 0, True)
+            assert beside.lengths_of(moment).tolist() == [length]

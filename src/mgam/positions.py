@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from mgam.errors import SettingError
+from mgam.lasting import lasting
 
 PositionKind = Literal["absolute", "granular"]
 
@@ -51,9 +52,10 @@ class Rotary:
         key = (device, torch.promote_types(dtype, torch.float32))
         if key not in self._kept or self._kept[key][0].shape[0] < limit:
             reach = self.limit if limit <= self.limit else -(-limit // TABLE_STEP) * TABLE_STEP
-            cos, sin = self.tables(torch.arange(reach, device=device))
-            half = cos.shape[-1] // 2
-            self._kept[key] = (cos[:, :half].to(key[1]).contiguous(), sin[:, :half].to(key[1]).contiguous())
+            with lasting():
+                cos, sin = self.tables(torch.arange(reach, device=device))
+                half = cos.shape[-1] // 2
+                self._kept[key] = (cos[:, :half].to(key[1]).contiguous(), sin[:, :half].to(key[1]).contiguous())
         cos, sin = self._kept[key]
         return cos[:limit], sin[:limit]
 
@@ -71,10 +73,13 @@ class Rotary:
                 )
             assert self._speed is not None
             reach = -(-count // TABLE_STEP) * TABLE_STEP
-            angles = torch.arange(reach, dtype=torch.float64, device=device)[:, None] * step * self._speed[0].to(device)
-            self._turns[key] = (angles.cos().float(), angles.sin().float())
+            with lasting():
+                places = torch.arange(reach, dtype=torch.float64, device=device)[:, None]
+                angles = places * step * self._speed[0].to(device)
+                self._turns[key] = (angles.cos().float(), angles.sin().float())
         return self._turns[key]
 
+    @lasting()
     def compose(self, device: torch.device) -> bool:
         """Whether turning by a and then by b turns by a + b, up to one length for all positions, as every rotary
         embedding with fixed frequencies does. Waits for the device at the first call."""
@@ -94,7 +99,8 @@ class Rotary:
         key = (device, torch.float16)
         if key not in self._kept or self._kept[key][0].shape[0] < limit:
             cos, sin = self.table(device, torch.float32, limit)
-            self._kept[key] = (cos.half(), sin.half())
+            with lasting():
+                self._kept[key] = (cos.half(), sin.half())
         cos, sin = self._kept[key]
         return cos[:limit], sin[:limit]
 

@@ -17,6 +17,7 @@ from torch import Tensor
 from mgam.cover import Cover, Known
 from mgam.cover import window_start as first_of_window
 from mgam.device import Decoded, decode
+from mgam.lasting import lasting
 from mgam.levels import Levels
 from mgam.policies.compact import CompactKeys
 from mgam.policies.scored import Scored
@@ -188,7 +189,8 @@ class Beside:
         """Lengths (B,), at one place for each number of rows; written when another moment's stand there."""
         rows = now.lengths.shape[0]
         if rows not in self._lengths:
-            self._lengths[rows] = now.lengths.clone(), now
+            with lasting():
+                self._lengths[rows] = now.lengths.clone(), now
         place, owner = self._lengths[rows]
         if owner is not now:
             place.copy_(now.lengths)

@@ -170,3 +170,21 @@ def test_beyond_what_was_fitted_a_doubling_of_the_distance_holds_no_more() -> No
         float(search.by_distance(torch.arange(last << step, last << step + 1)[None]).exp().sum()) for step in range(6)
     ]
     assert held == pytest.approx([held[-1]] * 6, rel=0.02)
+
+
+def test_what_is_kept_of_weights_serves_every_mode() -> None:
+    """A policy that was read, or moved, under `torch.inference_mode` can be read with while a model is trained."""
+    from mgam.policies import files
+    from mgam.policies.asked import _all_alike
+
+    some, device = weights(), torch.device("cpu")
+    files._load.cache_clear()
+    _all_alike.cache_clear()
+    with torch.inference_mode():
+        some.on(device, torch.float64)
+        files.FittedPolicy.load(files.resolve("default"))
+        _all_alike((1, 2, 3), 0.5, device)
+    assert not some.on(device, torch.float64).query.is_inference()
+    loaded = files.FittedPolicy.load(files.resolve("default"))
+    assert not any(layer.query.is_inference() for layer in loaded.layers.values())
+    assert not _all_alike((1, 2, 3), 0.5, device).is_inference()

@@ -104,3 +104,14 @@ def test_tables_without_fixed_frequencies_do_not_compose() -> None:
     assert not rotary.compose(torch.device("cpu"))
     with pytest.raises(SettingError, match="step by step"):
         rotary.turns(torch.device("cpu"), 64, 4)
+
+
+def test_what_is_kept_serves_every_mode() -> None:
+    """Tables that a call under `torch.inference_mode` made can be saved for a backward pass later."""
+    rotary, device = Rotary.plain(8, 64), torch.device("cpu")
+    with torch.inference_mode():
+        rotary.half_table(device, 64)
+        rotary.turns(device, 16, 10)
+    assert rotary._speed is not None
+    kept = [*rotary.table(device, torch.float32), *rotary.half_table(device, 64), *rotary.turns(device, 16, 10)]
+    assert not any(table.is_inference() for table in (*kept, rotary._speed[0]))

@@ -161,6 +161,36 @@ def test_trainer_lowers_the_loss(tmp_path: Path) -> None:
     assert losses[-1] < 0.7 * losses[0]
 
 
+@pytest.mark.parametrize("length", [61, 40])
+@pytest.mark.parametrize("positions", ["granular", "absolute"])
+def test_training_after_inference_mode(positions: Any, length: int) -> None:
+    """What is kept from a call under `torch.inference_mode` serves a backward pass, also of a text of like length."""
+    ids, gradients = tokens(1, length), []
+    for begun in (False, True):
+        model = applied(LLAMA, positions, dense_until=24)
+        if begun:
+            with torch.inference_mode():
+                model(tokens(1, 61))
+        model(ids, labels=ids).loss.backward()
+        gradients.append(model.model.layers[0].self_attn.k_proj.weight.grad)
+    assert torch.equal(*gradients)
+
+
+def test_adapters_that_were_first_read_with_under_inference_mode(tmp_path: Path) -> None:
+    from safetensors.torch import save_file
+
+    place, path = tmp_path / "lora", "base_model.model.model.layers.1.self_attn.q_proj"
+    place.mkdir()
+    parts = {f"{path}.lora_A.weight": torch.rand(2, 32), f"{path}.lora_B.weight": torch.rand(32, 2)}
+    save_file(parts, place / "adapter_model.safetensors")
+    (place / "adapter_config.json").write_text('{"peft_type": "LORA", "r": 2, "lora_alpha": 2}', encoding="utf-8")
+    model, ids = LLAMA.make(), tokens(1, 61)
+    with torch.inference_mode():
+        mgam.apply(model, adapter=str(tmp_path), budget=12, **SMALL)(ids)
+    model(ids, labels=ids).loss.backward()
+    assert model.model.layers[0].self_attn.k_proj.weight.grad.abs().max() > 0
+
+
 def test_cumulative_lengths_of_packed_texts() -> None:
     """What transformers' flattening collator gives besides positions."""
     model, rows = applied(GEMMA), [tokens(1, length, seed=length) for length in (31, 9, 20)]

@@ -193,3 +193,16 @@ def test_rotation_and_its_gradient(dim: int, half: int) -> None:
     for got, want in zip(*found, strict=True):
         assert want is not None
         torch.testing.assert_close(got, want, atol=1e-5, rtol=1e-5)
+
+
+def test_what_is_kept_serves_every_mode() -> None:
+    """Training after a first text of this length that was read under `torch.inference_mode`."""
+    from mgam.nn.fused import attend
+
+    module, states = make(), text(150)
+    attend._BIASES.clear()
+    with torch.inference_mode():
+        module(states)
+    assert attend._BIASES
+    assert not any(bias.is_inference() for bias in attend._BIASES.values())
+    module(states).sum().backward()

@@ -9,6 +9,8 @@ from functools import lru_cache
 import torch
 from torch import Tensor
 
+from mgam.lasting import lasting
+
 
 @dataclass(frozen=True)
 class Asked:
@@ -44,6 +46,7 @@ def flat(queries: Tensor, live: Tensor, search: Tensor, row: Tensor, visible: Te
 
 
 @lru_cache(maxsize=8)
+@lasting()
 def _all_alike(shape: tuple[int, ...], value: float, device: torch.device) -> Tensor:
     """A tensor of one number, made once for all layers; nothing writes to it. A graph that is captured has its own."""
     return torch.full(shape, value, dtype=torch.float32, device=device)

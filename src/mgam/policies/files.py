@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from mgam.errors import SettingError
+from mgam.lasting import lasting
 from mgam.policies.learned import PARTS, SearchWeights
 
 WEIGHTS, CONFIG = "policy.safetensors", "policy.json"
@@ -161,6 +162,7 @@ class FittedPolicy:
 
 
 @functools.lru_cache(maxsize=4)
+@lasting()
 def _load(path: Path, stamp: tuple[int, ...]) -> FittedPolicy:
     from safetensors.torch import load_file
 

@@ -36,6 +36,7 @@ from torch import Tensor
 from mgam import kernels
 from mgam.cover import Cover, Known, indices, refine, summaries_at_most, windows
 from mgam.errors import SettingError
+from mgam.lasting import lasting
 from mgam.levels import Levels
 from mgam.policies.asked import Asked
 from mgam.policies.base import Rest, Voters, at_most
@@ -97,7 +98,8 @@ class SearchWeights:
         """The same weights on a device, in float32 or finer."""
         wide = torch.promote_types(dtype, torch.float32)
         if (device, wide) not in self._placed:
-            moved = {name: getattr(self, name).to(device, wide) for name in PARTS}
+            with lasting():
+                moved = {name: getattr(self, name).to(device, wide) for name in PARTS}
             self._placed[device, wide] = replace(self, **moved)
         return self._placed[device, wide]
 

@@ -106,8 +106,12 @@ class Applied:
         columns: int,
         first: Sequence[int] | None = None,
     ) -> Plan:
-        """The plan of a call, made once for all layers."""
-        key = (tuple(schedules), tuple(before), tuple(counts), columns, None if first is None else tuple(first))
+        """The plan of a call, made once for all layers.
+
+        One of `torch.inference_mode` does not serve calls outside: what follows from it is kept with it.
+        """
+        texts = None if first is None else tuple(first)
+        key = (tuple(schedules), tuple(before), tuple(counts), columns, texts, torch.is_inference_mode_enabled())
         if self._plan is None or self._plan[0] != key:  # layers share their schedules: nothing is hashed
             reading = self.reading
             made = Plan.of(

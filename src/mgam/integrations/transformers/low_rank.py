@@ -15,6 +15,7 @@ from typing import Any
 from torch import Tensor, nn
 
 from mgam.errors import SettingError
+from mgam.lasting import lasting
 from mgam.policies.files import resolve
 
 FOLDER = "lora"
@@ -34,7 +35,8 @@ class Addition:
     def __call__(self, module: nn.Module, args: tuple[Any, ...], out: Tensor) -> Tensor:
         states = args[0]
         if self.down.device != states.device or self.down.dtype != states.dtype:
-            self.down, self.up = self.down.to(states), self.up.to(states)
+            with lasting():
+                self.down, self.up = self.down.to(states), self.up.to(states)
         return out + nn.functional.linear(nn.functional.linear(states, self.down), self.up) * self.scale
 
 
@@ -66,6 +68,7 @@ def fingerprint(name: str | Path) -> str:
         raise SettingError(f"the adapters in {place} cannot be read: {error}") from error
 
 
+@lasting()
 def read(model: Any, folder: Path) -> list[tuple[nn.Module, Addition]]:
     """What the adapter in `folder`, if there is one, adds to which layers of a model, which is left as it is.
 

@@ -12,6 +12,7 @@ import triton
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
+from mgam.lasting import lasting
 from mgam.levels import Levels
 from mgam.nn.chosen import Chooser, Chosen
 from mgam.nn.fused.choice import choose_kernel, gate_kernel
@@ -190,11 +191,12 @@ def _biases(plan: Plan, device: torch.device) -> Tensor:
     if key not in _BIASES:
         if len(_BIASES) > 64:
             _BIASES.clear()
-        parts = [
-            torch.full((count,), plan.mass * math.log2(plan.levels.sizes[level]), device=device)
-            for level, count in enumerate(plan.regions, start=1)
-        ]
-        _BIASES[key] = torch.cat(parts) if parts else torch.zeros(1, device=device)
+        with lasting():
+            parts = [
+                torch.full((count,), plan.mass * math.log2(plan.levels.sizes[level]), device=device)
+                for level, count in enumerate(plan.regions, start=1)
+            ]
+            _BIASES[key] = torch.cat(parts) if parts else torch.zeros(1, device=device)
     return _BIASES[key]
 
 
