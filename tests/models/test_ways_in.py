@@ -13,6 +13,7 @@ import mgam
 from mgam import PyramidCache
 from mgam.errors import SettingError
 from mgam.integrations.transformers import applied_to
+from mgam.schedule import Schedule
 
 from .features import applied, close, produce
 from .zoo import BY_NAME, ENOUGH, SMALL, Tiny, tokens
@@ -300,3 +301,16 @@ def test_beams_share_their_prompt(monkeypatch: pytest.MonkeyPatch) -> None:
         assert torch.equal(produce(applied(LLAMA), ids, 12, num_beams=3, **options), found)
         monkeypatch.setattr(Pyramid, "select", watched)
         shared.clear()
+
+
+def test_texts_with_one_schedule_are_not_beams() -> None:
+    """A cache that was made with one schedule for several texts reorders all of them."""
+    model, ids, token = applied(GEMMA), tokens(2, 50), tokens(2, 1, seed=5)
+    with torch.no_grad():
+        cache = PyramidCache(model, [Schedule.reading(45, 5, block=8, question_block=5)])
+        model(ids, past_key_values=cache)
+        kept = copy.deepcopy(cache)
+        expected = model(token, past_key_values=kept).logits.flip(0)
+        for order in ([0, 1], [1, 0]):
+            cache.reorder_cache(torch.tensor(order))
+        close(model(token.flip(0), past_key_values=cache).logits, expected, 1e-9)

@@ -57,6 +57,8 @@ class PyramidLayer(RowsLayer):
         self._ended: tuple[Tail, list[int]] | None = None
         self._cropped = False
         self._beams: tuple[int, list[int]] | None = None
+        self._alike = False
+        """Whether beams are known to share their prompt; else its states are compared when they are first reordered."""
         self.columns = 0
         self.ahead, self.next_position = [], []
         self.is_initialized = False
@@ -83,6 +85,7 @@ class PyramidLayer(RowsLayer):
             repeats = rows // len(self.schedules)
             self.schedules = [schedule for schedule in self.schedules for _ in range(repeats)]
             self._beams = (repeats, list(counts)) if repeats > 1 else None
+            self._alike = False
         self.pyramid.append(keys, values, counts)
         self._count(keys)
         return before
@@ -184,13 +187,24 @@ class PyramidLayer(RowsLayer):
         """Repeats every row."""
         super().batch_repeat_interleave(repeats)
         self._beams = (repeats, list(self.pyramid.lengths)) if self.pyramid.lengths else None
+        self._alike = True
+
+    def _equal(self, group: int, tokens: int) -> bool:
+        """Whether the rows of each group begin with the same tokens, as beams do and other texts do not."""
+        heads = (
+            part[:, :, :tokens].unflatten(0, (-1, group)) for part in (self.pyramid.keys[0], self.pyramid.values[0])
+        )
+        return all(bool((part == part[:, :1]).all()) for part in heads)
 
     def _select(self, rows: Tensor) -> None:
         chosen, shared = rows.tolist(), 0
         if self._beams is not None:
             group, lengths = self._beams
-            if len(chosen) == len(lengths) and all(row // group == place // group for place, row in enumerate(chosen)):
-                shared = min(lengths)
+            within = len(chosen) == len(lengths) and all(
+                row // group == place // group for place, row in enumerate(chosen)
+            )
+            if within and (self._alike or self._equal(group, min(lengths))):
+                shared, self._alike = min(lengths), True
             else:
                 self._beams = None
         if shared:
