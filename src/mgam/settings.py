@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import functools
 import json
+from collections.abc import Callable
 from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
-from typing import Any, Literal, TypedDict
+from types import NoneType, UnionType
+from typing import Any, Literal, TypedDict, get_args, get_origin, get_type_hints
 
 from mgam.errors import SettingError
 from mgam.levels import Levels
@@ -49,7 +52,7 @@ class Settings:
     """How a model reads. One dial matters, `budget`; the rest has defaults that work.
 
     Raises:
-        SettingError: when a value cannot work; the message names the range.
+        SettingError: when a value is of another kind or cannot work; the message names kind or range.
     """
 
     method: str = "mgam"
@@ -135,22 +138,22 @@ class Settings:
     plain `generate`, know no second look."""
 
     def __post_init__(self) -> None:
+        for name, hint in _hints().items():
+            _check_kind(name, getattr(self, name), hint)
         levels = self.pyramid_levels
         for name in ("budget", "question_budget"):
             value = getattr(self, name)
-            if value is None and name == "question_budget":
-                continue
-            if not isinstance(value, int) or isinstance(value, bool) or value < levels.chunk:
+            if value is not None and value < levels.chunk:
                 raise SettingError(
                     f"{name}={value!r} must be a whole number of tokens, at least one chunk ({levels.chunk})"
                 )
-        if not isinstance(self.reread, int) or isinstance(self.reread, bool) or 0 != self.reread < levels.chunk:
+        if 0 != self.reread < levels.chunk:
             raise SettingError(
                 f"reread={self.reread!r} must be a whole number of tokens, at least one chunk ({levels.chunk}), or 0"
             )
         for name in ("window", "block", "question_block", "every"):
             value = getattr(self, name)
-            if not isinstance(value, int) or value < 1:
+            if value < 1:
                 raise SettingError(f"{name}={value!r} must be a whole number, 1 or more")
         self.compact  # noqa: B018  (refuses what cannot be kept)
         if not 0 <= self.mass <= 1:
@@ -159,7 +162,7 @@ class Settings:
             raise SettingError(
                 f"recall={self.recall!r} must lie above 0 and be at most 1, and needs a learned policy (policy=FOLDER)"
             )
-        if not isinstance(self.middle, int) or not 0 <= self.middle <= self.budget - levels.chunk:
+        if not 0 <= self.middle <= self.budget - levels.chunk:
             raise SettingError(
                 f"middle={self.middle!r} must be a whole number from 0 to the budget less one chunk "
                 f"({self.budget - levels.chunk})"
@@ -171,9 +174,6 @@ class Settings:
                 f"a learned policy looks at keys before rotation, which positions={self.positions!r} do not keep; "
                 "leave positions at 'granular'"
             )
-        _one_of("rest", self.rest, ("summaries", "drop"))
-        _one_of("positions", self.positions, ("absolute", "granular"))
-        _one_of("lookahead", self.lookahead, ("none", "block"))
         if self.dense_until is not None and self.dense_until < 0:
             raise SettingError(f"dense_until={self.dense_until} must be 0 or more positions, or None for the default")
 
@@ -195,9 +195,7 @@ class Settings:
         unknown = sorted(set(changes) - set(known))
         if unknown:
             raise SettingError(f"unknown setting {', '.join(unknown)}; known are {', '.join(known)}")
-        if "levels" in changes:
-            changes["levels"] = tuple(changes["levels"])
-        return replace(self, **changes)
+        return replace(self, **{name: _plain(value) for name, value in changes.items()})
 
     def as_dict(self) -> dict[str, Any]:
         """Plain values, for results and JSON."""
@@ -218,9 +216,51 @@ class Settings:
         except (OSError, ValueError) as error:
             said = f"{path} cannot be read as settings ({error}); write it with Settings.save_pretrained"
             raise SettingError(said) from error
+        if not isinstance(values, dict):
+            raise SettingError(
+                f"{path} holds {type(values).__name__} {values!r:.60}, where settings by their names are wanted; "
+                "write it with Settings.save_pretrained"
+            )
         return cls().with_(**values)
 
 
-def _one_of(name: str, value: object, choices: tuple[str, ...]) -> None:
-    if value not in choices:
-        raise SettingError(f"{name}={value!r} is unknown; choose {' or '.join(choices)}")
+def _whole(value: object) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool)
+
+
+_KINDS: dict[Any, tuple[str, Callable[[Any], bool]]] = {
+    int: ("a whole number", _whole),
+    float: ("a number", lambda value: _whole(value) or isinstance(value, float)),
+    str: ("text", lambda value: isinstance(value, str)),
+    tuple[int, ...]: (
+        "whole numbers such as (1, 64, 1024)",
+        lambda value: isinstance(value, tuple | list) and all(map(_whole, value)),
+    ),
+    NoneType: ("None", lambda value: value is None),
+}
+"""Kinds of settings: in words, and how a value of the kind is known."""
+
+
+@functools.cache
+def _hints() -> dict[str, Any]:
+    return get_type_hints(Settings)
+
+
+def _check_kind(name: str, value: object, hint: Any) -> None:
+    if get_origin(hint) is Literal:
+        choices = get_args(hint)
+        fits = any(type(value) is type(choice) and value == choice for choice in choices)
+        wanted = [repr(choice) for choice in choices]
+    else:
+        kinds = get_args(hint) if isinstance(hint, UnionType) else (hint,)
+        fits = any(_KINDS[kind][1](value) for kind in kinds)
+        wanted = [_KINDS[kind][0] for kind in kinds]
+    if not fits:
+        raise SettingError(f"{name}={value!r} must be {' or '.join(wanted)}")
+
+
+def _plain(value: Any) -> Any:
+    """A value as settings hold it: JSON has lists in place of tuples, and a folder may come as a path."""
+    if isinstance(value, list):
+        return tuple(value)
+    return str(value) if isinstance(value, Path) else value

@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 from collections.abc import Callable, Iterator
 from itertools import pairwise
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -373,6 +374,60 @@ def test_settings_that_cannot_work() -> None:
         mgam.apply(LLAMA.make(), **{**SMALL, "window": 500})
     with pytest.raises(SettingError, match="prefill_chunk_size"):
         applied(LLAMA).generate(tokens(1, 20), max_new_tokens=1, prefill_chunk_size=-3)
+
+
+WRONG: dict[str, tuple[Any, ...]] = {
+    "a whole number$": ("1", 1.0, True, None, [1]),
+    "a whole number or None$": ("1", 32.5, False, [1]),
+    "a number$": ("x", True, None, [0.5]),
+    "a number or None$": ("x", True, [0.5]),
+    "text$": (1, None, ["mgam"]),
+    "text or None$": (1, True, ["mgam"]),
+    "whole numbers such as": (5, "1, 64", None, (1, 16.0), ["1", "64"], {"1": 64}),
+    "'summaries' or 'drop'$": (1, None, ["drop"], "dropp"),
+    "'absolute' or 'granular'$": (1, None, ["granular"], "rank"),
+    "'none' or 'block'$": (0, None, ["block"], "blocks"),
+    "8 or 16$": (8.0, "16", None, True, 4),
+}
+KINDS = {
+    "method": "text$",
+    **dict.fromkeys(
+        ("budget", "window", "search", "every", "block", "question_block", "middle", "reread"), "a whole number$"
+    ),
+    **dict.fromkeys(("question_budget", "search_dims", "dense_until"), "a whole number or None$"),
+    **dict.fromkeys(("backend", "policy", "adapter"), "text or None$"),
+    **dict.fromkeys(("recall", "content"), "a number or None$"),
+    "mass": "a number$",
+    "levels": "whole numbers such as",
+    "search_bits": "8 or 16$",
+    "rest": "'summaries' or 'drop'$",
+    "positions": "'absolute' or 'granular'$",
+    "lookahead": "'none' or 'block'$",
+}
+
+
+@pytest.mark.parametrize("name", mgam.Settings.__dataclass_fields__)
+def test_settings_of_another_kind(name: str) -> None:
+    for value in WRONG[KINDS[name]]:
+        with pytest.raises(SettingError, match=rf"^{name}=.* must be {KINDS[name]}"):
+            mgam.Settings(**{name: value})
+
+
+@pytest.mark.parametrize(
+    ("text", "said"),
+    [
+        ("[1]", r"holds list \[1\], where settings by their names are wanted"),
+        ("null", "holds NoneType None"),
+        ('{"levels": 5}', "levels=5 must be whole numbers"),
+        ('{"mass": "x"}', "mass='x' must be a number"),
+        ('{"budgt": 12}', "unknown setting budgt"),
+        ("{", "cannot be read as settings"),
+    ],
+)
+def test_saved_settings_that_are_none(tmp_path: Path, text: str, said: str) -> None:
+    (tmp_path / "mgam.json").write_text(text, encoding="utf-8")
+    with pytest.raises(SettingError, match=said):
+        mgam.Settings.from_pretrained(tmp_path)
 
 
 def test_a_refused_model_is_left_as_it_was() -> None:

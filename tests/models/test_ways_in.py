@@ -111,6 +111,13 @@ def test_settings_are_saved_beside_a_checkpoint(tmp_path: Path) -> None:
     assert applied_to(again).settings == applied_to(model).settings
 
 
+def test_settings_of_a_folder_that_came_as_a_path(tmp_path: Path) -> None:
+    settings = mgam.Settings().with_(policy=tmp_path / "fitted", levels=[1, 16])
+    settings.save_pretrained(tmp_path)
+    assert mgam.Settings.from_pretrained(tmp_path) == settings
+    assert settings.policy == str(tmp_path / "fitted")
+
+
 @pytest.mark.parametrize("tiny", [LLAMA, GEMMA], ids=lambda tiny: tiny.name)
 def test_weights_that_are_brought_in_layer_by_layer(tmp_path: Path, tiny: Tiny) -> None:
     """accelerate's hooks (device_map with offload): what mgam keeps follows the states, not the weights' place."""
