@@ -129,7 +129,10 @@ def attention(
             "load the model without attn_implementation and call mgam.apply(model)"
         )
     if dropout:
-        raise UnsupportedModelError(f"attention dropout {dropout} is not supported; set config.attention_dropout to 0")
+        raise UnsupportedModelError(
+            f"attention dropout {dropout} is not supported; load the model with attention_dropout=0.0, or set "
+            "self_attn.attention_dropout to 0.0 in every layer (the configuration alone is read when it is built)"
+        )
     scale = query.shape[-1] ** -0.5 if scaling is None else scaling
     with torch.cuda.device_of(query):  # kernels are launched on the current device, and layers may lie on another
         cache, runtime.cache = runtime.cache, None  # which whoever called keeps, or lets go
