@@ -115,16 +115,43 @@ def test_a_damaged_results_file_is_said_and_its_good_lines_are_kept(bench: Bench
     run(PLAN, RuleReader("rule"), bench)
     path = bench.results.path
     lines = path.read_bytes().splitlines(keepends=True)
-    path.write_bytes(b"".join([lines[0], b"{broken\n", *lines[1:], lines[-1][:40]]))
+    raw = b"".join([lines[0], b"{broken\n", *lines[1:], lines[-1][:40]])
+    path.write_bytes(raw)
     said: list[str] = []
     opened = again(bench, said)
     assert len(said) == 1
-    assert "damaged" in said[0]
-    assert "line 2, 18" in said[0]
+    assert "lines 2, 18 are damaged" in said[0]
     assert len(opened.results.trials) == 16
+    assert path.read_bytes() == raw
+    opened.results.begin({"seed": 0})
+    assert path.read_bytes() == raw[:-40] + b'{"run": {"seed": 0}}\n'
     said.clear()
     assert len(again(bench, said).results.trials) == 16
-    assert not said
+    assert "line 2 is damaged" in said[0]
+    path.write_bytes(path.read_bytes()[:-1])  # an editor took the last line's end
+    again(bench).results.begin({"seed": 1})
+    assert [run["seed"] for run in again(bench).results.runs] == [0, 1]
+
+
+@pytest.mark.parametrize("raw", [b"a\nb\nc\n", b"no end", b'{"name": "x"}\n[[1]]\n', b"\xff\xfe\n", b"[" * 99_999])
+def test_a_file_of_something_else_is_refused_and_stays(tmp_path: Path, raw: bytes) -> None:
+    path = tmp_path / "z.txt"
+    path.write_bytes(raw)
+    for words in (["report", str(path)], ["eval", "--tasks", "passkey", "--results", str(path)]):
+        done = CliRunner().invoke(app, words)
+        assert isinstance(done.exception, SettingError)
+        assert "not a results file: line 1 is no JSON of a trial" in str(done.exception)
+        assert path.read_bytes() == raw
+    folder = CliRunner().invoke(app, ["eval", "--tasks", "passkey", "--results", str(tmp_path)])
+    assert "is a folder" in str(folder.exception)
+
+
+def test_a_results_file_may_be_empty_or_cut_in_its_first_line(tmp_path: Path) -> None:
+    for raw in (b"", b'{"run": {"dev'):
+        path = tmp_path / "results.jsonl"
+        path.write_bytes(raw)
+        ResultsFile(path).begin({"seed": 3})
+        assert path.read_bytes() == b'{"run": {"seed": 3}}\n'
 
 
 def test_a_damaged_sample_is_said_and_built_again(make: Maker, tmp_path: Path) -> None:

@@ -4,16 +4,21 @@ from __future__ import annotations
 
 import json
 import math
+import os
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
 from statistics import fmean, stdev
 from typing import Any, Literal, get_args
 
+from mgam.errors import SettingError
+
 Status = Literal["ok", "does not fit", "no sample"]
 """`no sample`: the task cannot be made at this length, for example because no text is long enough."""
 Key = tuple[str, str, str, int, int, int]
 Z_95 = 1.959963984540054
+BEGINNINGS = (b'{"run": ', b'{"task": ')
+"""How lines begin; one that was cut off is known by it."""
 
 
 @dataclass(frozen=True)
@@ -156,7 +161,13 @@ def _interval(
 
 
 class ResultsFile:
-    """A JSON-lines file of trials that a killed run leaves whole but for its last line."""
+    """A JSON-lines file of trials that a killed run leaves whole but for its last line.
+
+    Opening it changes nothing; a last line that was cut off is dropped when the first one is appended.
+
+    Raises:
+        SettingError: a folder, or a file of something else.
+    """
 
     def __init__(
         self, path: Path, say: Callable[[str], None] = lambda message: None, write_to: Path | None = None
@@ -166,31 +177,37 @@ class ResultsFile:
         self.say = say
         self.trials: dict[Key, Trial] = {}
         self.runs: list[dict[str, Any]] = []
+        self._whole_end = False
+        if path.is_dir():
+            raise SettingError(f"{path} is a folder and no results file; name a file with --results")
         if path.is_file():
             self._load()
 
     def _load(self) -> None:
-        raw = self.path.read_bytes()
-        damaged: list[int] = []
-        kept: list[bytes] = []
-        for number, line in enumerate(raw.splitlines(keepends=True), start=1):
-            try:
-                if not line.endswith(b"\n"):
-                    raise ValueError("cut off")
-                self._take(json.loads(line))
-                kept.append(line)
-            except (ValueError, KeyError, TypeError):
-                damaged.append(number)
+        lines = self.path.read_bytes().split(b"\n")
+        damaged = [number for number, line in enumerate(lines, start=1) if line.strip() and not self._takes(line)]
+        if damaged and not self.trials and not self.runs and not lines[0].startswith(BEGINNINGS):
+            raise SettingError(
+                f"{self.path} is not a results file: line {damaged[0]} is no JSON of a trial; "
+                "name another file with --results"
+            )
         if damaged:
-            lines = ", ".join(map(str, damaged[:5])) + (", ..." if len(damaged) > 5 else "")
-            self.say(f"{self.path}: line {lines} is damaged and was dropped; those trials run again")
-            partial = self.path.with_name(f".{self.path.name}.part")
-            partial.write_bytes(b"".join(kept))
-            partial.replace(self.path)
+            listed = ", ".join(map(str, damaged[:5])) + (", ..." if len(damaged) > 5 else "")
+            which = f"line {listed} is" if len(damaged) == 1 else f"lines {listed} are"
+            self.say(f"{self.path}: {which} damaged and left out; trials that no other line holds run again")
 
-    def _take(self, record: dict[str, Any]) -> None:
+    def _takes(self, line: bytes) -> bool:
+        try:
+            self._take(json.loads(line))
+        except (ValueError, KeyError, TypeError, RecursionError):
+            return False
+        return True
+
+    def _take(self, record: Any) -> None:
+        if not isinstance(record, dict):
+            raise TypeError("not a trial")
         if "run" in record:
-            self.runs.append(record["run"])
+            self.runs.append(dict(record["run"]))
             return
         known = {one.name for one in fields(Trial)}
         trial = Trial(**{name: value for name, value in record.items() if name in known})
@@ -217,6 +234,24 @@ class ResultsFile:
 
     def _append(self, record: Mapping[str, Any]) -> None:
         self.write_to.parent.mkdir(parents=True, exist_ok=True)
+        if not self._whole_end:
+            _end_with_a_line(self.write_to)
+            self._whole_end = True
         with self.write_to.open("a", encoding="utf-8") as file:
             file.write(json.dumps(record, ensure_ascii=False) + "\n")
             file.flush()
+
+
+def _end_with_a_line(path: Path) -> None:
+    """Drops a last line that was cut off, and ends one that only lacks its end."""
+    raw = path.read_bytes() if path.is_file() else b""
+    whole = raw.rfind(b"\n") + 1
+    if whole == len(raw):
+        return
+    try:
+        json.loads(raw[whole:])
+    except (ValueError, RecursionError):
+        os.truncate(path, whole)
+    else:
+        with path.open("ab") as file:
+            file.write(b"\n")

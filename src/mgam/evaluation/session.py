@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import glob
 import hashlib
 import time
 from collections.abc import Callable, Sequence
@@ -76,6 +77,8 @@ def evaluate_session(session: Session, notes: Console) -> Outcome | None:
     )
     texts = TextLibrary(prose=session.prose)
     _require_texts(tasks, texts)
+    if session.results is not None:
+        ResultsFile(session.results)  # a file of something else is refused before a model is loaded
 
     loaded, name = _load(session, notes)
     from mgam.evaluation.adapters import ModelReader
@@ -101,7 +104,7 @@ def evaluate_session(session: Session, notes: Console) -> Outcome | None:
     crew.end(say)
     if rank != 0:
         return None
-    results = ResultsFile(path, say)
+    results = ResultsFile(path)
     table = rows(plan, [(reader.method, reader.model) for reader in readers], results)
     if session.results is None:
         path.unlink(missing_ok=True)  # finished: the next run of these settings starts afresh
@@ -131,7 +134,7 @@ def gather(files: Sequence[Path], notes: Console) -> Outcome:
     """All trials of some results files as one outcome: parts of a run that were made apart, or one that was cut.
 
     Raises:
-        SettingError: a file is not there, or none holds a trial.
+        SettingError: a file is not there or of something else, or none holds a trial.
     """
     say = _sayer(notes, 0)
     trials: dict[Any, Trial] = {}
@@ -242,9 +245,10 @@ class _Crew:
             self._gather(say)
 
     def _gather(self, say: Callable[[str], None]) -> None:
-        for part in sorted(self.path.parent.glob(f"{self.path.name}.[0-9]*")):
-            ResultsFile(self.path, say).take_in(ResultsFile(part, say))
-            part.unlink()
+        for part in sorted(self.path.parent.glob(f"{glob.escape(self.path.name)}.[0-9]*")):
+            if part.suffix[1:].isdecimal():
+                ResultsFile(self.path).take_in(ResultsFile(part, say))
+                part.unlink()
 
     def _wait(self) -> None:
         if self.crew is not None:
