@@ -17,8 +17,6 @@ from mgam.benchmarks.prefill import prefill_rows, window_row
 from mgam.benchmarks.setting import Row, Setting, both, guarded
 from mgam.benchmarks.training import training_rows
 
-PHASES = ("prefill", "decode", "training", "peers")
-
 
 @dataclass
 class Report:

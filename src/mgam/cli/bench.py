@@ -7,10 +7,18 @@ from typing import Annotated
 
 import typer
 
+from mgam.cli.outputs import require_place
+from mgam.errors import SettingError
+
 LENGTHS = "8192,32768,131072"
+WITH_METHODS = ("methods", "lengths", "out", "device")
+"""Options that count with --methods."""
+ONLY_WITH_METHODS = ("device",)
+SHORTEST = 64
 
 
 def bench(
+    context: typer.Context,
     lengths: Annotated[str, typer.Option(help="Tokens, separated by commas.")] = LENGTHS,
     phases: Annotated[str, typer.Option(help="Any of prefill, decode, training, peers.")] = "prefill,decode,training",
     out: Annotated[Path | None, typer.Option(help="Folder for CSV, JSON and pictures.")] = None,
@@ -27,39 +35,76 @@ def bench(
     methods: Annotated[
         str, typer.Option(help="Time these methods instead, dense beside them: names from mgam methods, with commas.")
     ] = "",
-    device: Annotated[str, typer.Option(help="Where methods are timed: auto, cpu, cuda, ...")] = "auto",
+    device: Annotated[str, typer.Option(help="With --methods: where they are timed: auto, cpu, cuda, ...")] = "auto",
     name: Annotated[str, typer.Option(help="Name of the files.")] = "attention",
     commit: Annotated[str | None, typer.Option(help="Name of the code, where git cannot say.")] = None,
 ) -> None:
     """Time building, searching and reading, and dense attention in the same run, on a CUDA device.
 
-    With --methods: one layer that reads a text with each of them, and one token after it, on any device.
+    With --methods: one layer that reads a text with each of them, and one token after it, on any device. Of the other
+    options --lengths, --out and --device count then; --device counts only then.
     """
-    import torch
-
+    _refuse_what_does_not_count(context, bool(methods))
+    tokens = _numbers(lengths, "lengths")
+    if min(tokens) < SHORTEST:
+        raise SettingError(f"--lengths {lengths!r}: a text of {SHORTEST} tokens is the shortest that can be timed")
+    if out is not None:
+        require_place("--out", out, folder=True)
     if methods:
-        _time_methods(methods.split(","), _numbers(lengths, "lengths"), device, out)
+        _time_methods([one.strip() for one in methods.split(",")], tokens, device, out)
         return
 
-    from mgam.errors import SettingError
+    from mgam.benchmarks import PHASES
+
+    wanted = [one.strip() for one in phases.split(",")]
+    if unknown := sorted(set(wanted) - set(PHASES)):
+        raise SettingError(f"phases {', '.join(unknown)} are unknown; choose from {', '.join(PHASES)}")
+    query_heads, kv_heads = _heads(heads)
+    least = {"budget": (budget, 0), "window": (window, 1), "dim": (dim, 1)}
+    for option, (value, lowest) in least.items():
+        if value < lowest:
+            raise SettingError(f"--{option} is {value}; at least {lowest} is wanted")
+    if bits not in (8, 16):
+        raise SettingError(f"--bits is {bits}; 8 or 16 is wanted")
+    if positions not in ("granular", "absolute"):
+        raise SettingError(f"--positions is {positions!r}; granular or absolute is wanted")
+
+    from mgam.benchmarks.setting import Setting
+
+    setting = Setting(
+        query_heads, kv_heads, dim, budget=budget, window=window, every=every, dims=dims, bits=bits, positions=positions
+    )
+    _ = setting.policy  # which refuses other values that cannot work
+
+    import torch
 
     if not torch.cuda.is_available():
         raise SettingError("mgam bench measures GPU kernels and needs a CUDA device; none is visible here")
     from mgam.benchmarks.plots import plot
-    from mgam.benchmarks.setting import Setting
-    from mgam.benchmarks.suite import PHASES, run
+    from mgam.benchmarks.suite import run
 
-    wanted = phases.split(",")
-    if unknown := sorted(set(wanted) - set(PHASES)):
-        raise SettingError(f"phases {', '.join(unknown)} are unknown; choose from {', '.join(PHASES)}")
-    query_heads, kv_heads = _numbers(heads, "heads")
-    setting = Setting(
-        query_heads, kv_heads, dim, budget=budget, window=window, every=every, dims=dims, bits=bits, positions=positions
-    )
-    report = run(setting, _numbers(lengths, "lengths"), wanted, out, commit, name, say=typer.echo)
+    report = run(setting, tokens, wanted, out, commit, name, say=typer.echo)
     if out is not None:
         for path in plot(report, out):
             typer.echo(f"wrote {path}")
+
+
+def _refuse_what_does_not_count(context: typer.Context, with_methods: bool) -> None:
+    for option in context.params:
+        source = context.get_parameter_source(option)
+        if source is None or source.name != "COMMANDLINE":
+            continue
+        if with_methods and option not in WITH_METHODS:
+            raise SettingError(f"--{option} does not count with --methods; leave it out")
+        if not with_methods and option in ONLY_WITH_METHODS:
+            raise SettingError(f"--{option} counts only with --methods; leave it out")
+
+
+def _heads(text: str) -> tuple[int, int]:
+    numbers = _numbers(text, "heads")
+    if len(numbers) != 2 or min(numbers) < 1 or numbers[0] % numbers[1]:
+        raise SettingError(f"--heads {text!r}: query heads and KV heads that divide them are wanted, as 32,8")
+    return numbers[0], numbers[1]
 
 
 def _time_methods(names: list[str], lengths: list[int], device: str, out: Path | None) -> None:
@@ -87,8 +132,6 @@ def _time_methods(names: list[str], lengths: list[int], device: str, out: Path |
 
 
 def _numbers(text: str, name: str) -> list[int]:
-    from mgam.errors import SettingError
-
     try:
         return [int(number) for number in text.split(",")]
     except ValueError:
