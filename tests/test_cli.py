@@ -289,6 +289,67 @@ def test_whatever_happens_while_reading(
     assert (as_json.code, as_json.error["kind"]) == (code, kind)
 
 
+@pytest.mark.parametrize(
+    ("words", "said"),
+    [
+        ("patterns --device abacus", "device 'abacus' is not to be had here"),
+        ("eval --tasks passkey --results FOLDER", "FOLDER is a folder, and a file is wanted"),
+        ("eval --tasks passkey --export FILE", "FILE is a file, and a folder is wanted"),
+        ("eval --tasks passkey --report FOLDER/a.html", "FOLDER/a.html would write over the results"),
+        ("eval --tasks passkey --report /proc/x.html", "/proc/x.html cannot be written"),
+        ("eval --tasks passkey --report FILE/x.html", "FILE/x.html cannot be written"),
+        ("report FILE --to FILE/x.html", "FILE/x.html cannot be written"),
+        ("bench --methods mgam --out FILE", "FILE is a file, and a folder is wanted"),
+        ("digest FILE -o FILE/x", "FILE/x cannot be written"),
+        ("fit --data FILE -o FILE", "FILE is a file, and a folder is wanted"),
+    ],
+)
+def test_where_nothing_can_be_written_is_said_before_the_work(
+    command: Command, text: str, tmp_path: Path, words: str, said: str
+) -> None:
+    if "/proc" in words and not Path("/proc/self").exists():
+        pytest.skip("this system has no /proc")
+    given = words.replace("FILE", text).replace("FOLDER", str(tmp_path)).split()
+    if "would write over" in said:
+        given += ["--results", str(tmp_path / "a.json")]
+    before = Path(text).read_text()
+    done = command(*given)
+    assert done.code == 2
+    assert said.replace("FILE", text).replace("FOLDER", str(tmp_path)) in done.line
+    assert Path(text).read_text() == before
+
+
+def test_a_path_that_fails_while_working_is_no_fault_of_mgam(
+    command: Command, calls: dict[str, Any], text: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(asking, "ask_each", lambda *_, **__: Path(text, "x").write_text(""))
+    error = command("ask", text, QUESTION, "--json").error
+    assert error["kind"] == "FileError"
+    assert f"{Path(text, 'x')} cannot be read or written" in error["message"]
+
+
+@pytest.mark.parametrize(
+    ("words", "said"),
+    [
+        ("--methods mgam --budget 2048", "--budget does not count with --methods"),
+        ("--methods mgam --heads x --name y", "does not count with --methods"),
+        ("--device cpu", "--device counts only with --methods"),
+        ("--phases nosuch", "phases nosuch are unknown"),
+        ("--heads 8,3", "KV heads that divide them"),
+        ("--budget -1", "--budget is -1"),
+        ("--window -4", "--window is -4"),
+        ("--bits 3", "--bits is 3"),
+        ("--every 0", "every=0"),
+        ("--positions zzz", "--positions is 'zzz'"),
+        ("--methods mgam --lengths 128,3", "64 tokens is the shortest"),
+    ],
+)
+def test_bench_refuses_what_does_not_count_or_cannot_be(command: Command, words: str, said: str) -> None:
+    done = command("bench", *words.split())
+    assert (done.code, done.out) == (2, "")
+    assert said in done.line
+
+
 def test_debug_shows_where(command: Command, calls: dict[str, Any], text: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("MGAM_DEBUG", "")  # so that the variable is put back after the test
     monkeypatch.setattr(asking, "ask_each", lambda *_, **__: 1 / 0)

@@ -12,6 +12,7 @@ import typer
 
 from mgam.cli.ask import Lookahead, NumberFormat, quiet_libraries, whole_number
 from mgam.cli.digests import ADAPTER_DEFAULT, ADAPTER_HELP, AGAIN, MEMORY_HELP, adapter_of, facts, load_for
+from mgam.cli.outputs import require_place
 from mgam.errors import SettingError
 
 if TYPE_CHECKING:
@@ -114,6 +115,8 @@ def _run(request: Request, *, silent: bool) -> Manifest:
     if there is None and request.append:
         raise SettingError(f"there is no digest {request.out} to append to; leave out --append to make it")
     memory = parse_memory(request.memory)
+    if there is None:
+        require_place("--out", request.out, folder=True)
     sources = [read_source(name) for name in request.files]
     settings = _settings(request, there)
     with Stage(silent=silent) as stage:

@@ -4,12 +4,15 @@ from __future__ import annotations
 
 import json
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Annotated
 
 import typer
 from rich.console import Console
 
+from mgam.cli.ask import quiet_libraries
+from mgam.cli.outputs import require_place
 from mgam.errors import SettingError
 
 USUAL_LENGTHS = "2k,4k,8k"
@@ -65,6 +68,13 @@ def evaluate(
     if listed:
         _print_tasks(as_json)
         return
+    if export is not None:
+        require_place("--export", export, folder=True)
+    if results is not None:
+        require_place("--results", results)
+    if report is not None:
+        _require_page("--report", report, [results] if results is not None else [])
+    quiet_libraries()
     from mgam.evaluation.session import Session, evaluate_session, export_session
 
     notes = Console(stderr=True)
@@ -110,6 +120,7 @@ def report_of(
     to: Annotated[Path, typer.Option(help="The page; JSON and CSV beside it.")] = Path("report.html"),
 ) -> None:
     """Make one page of several runs: parts that were measured apart, or a run that was cut."""
+    _require_page("--to", to, files)
     from mgam.evaluation.report import write_report
     from mgam.evaluation.session import gather
 
@@ -155,6 +166,15 @@ def list_texts() -> None:
         size = [f"{manifest[key]:,}" for key in ("documents", "characters")] if manifest else ["not fetched", ""]
         table.add_row(name, what, licence, *size)
     Console().print(table)
+
+
+def _require_page(option: str, page: Path, results: Sequence[Path]) -> None:
+    """Refuses a page that cannot be written, or that would take the place of a file of trials."""
+    for ending in (".html", ".json", ".csv"):
+        place = page.with_suffix(ending)
+        require_place(option, place)
+        if place.absolute() in [one.absolute() for one in results]:
+            raise SettingError(f"{option} {page} would write over the results in {place}; name another page")
 
 
 def _print_tasks(as_json: bool) -> None:

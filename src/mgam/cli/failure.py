@@ -67,6 +67,9 @@ def describe(error: BaseException) -> Failure:
             "choose a smaller model with --model, or halve the need with --dtype bfloat16",
             2,
         )
+    if isinstance(error, OSError) and isinstance(error.filename, str | os.PathLike):
+        told = error.strerror or type(error).__name__
+        return Failure("FileError", f"{error.filename} cannot be read or written ({told}); name another", 2)
     return Failure(
         "InternalError",
         f"a fault of mgam, not of yours: {type(error).__name__}: {_line(str(error))[:400]}; "

@@ -10,6 +10,7 @@ from typing import Annotated, Any
 import typer
 
 from mgam.cli.ask import NumberFormat, quiet_libraries
+from mgam.cli.outputs import require_place
 from mgam.errors import SettingError
 
 
@@ -106,6 +107,7 @@ def fit(
     policy="FOLDER").
     """
     quiet_libraries()
+    require_place("--out", out, folder=True)
     try:
         import accelerate  # noqa: F401
         import peft  # noqa: F401

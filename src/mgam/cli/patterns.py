@@ -26,7 +26,7 @@ def patterns(
     ] = 2000,
     width: Annotated[int, typer.Option(min=8, help="Size of hidden states.")] = 64,
     seed: Annotated[int, typer.Option(help="Of weights and texts.")] = 0,
-    device: Annotated[str, typer.Option(help="cpu, cuda, ...")] = "cpu",
+    device: Annotated[str, typer.Option(help="auto, cpu, cuda, ...")] = "cpu",
     as_json: Annotated[bool, typer.Option("--json", help="Print a list of objects.")] = False,
 ) -> None:
     """Train small models on the four patterns of attention: noncausal and causal, self and cross.
@@ -36,14 +36,16 @@ def patterns(
     from mgam.evaluation.patterns import PATTERNS
     from mgam.evaluation.patterns.train import SIZES, Training, train_pattern
     from mgam.evaluation.registry import unknown
+    from mgam.integrations.loading import resolve_device
 
-    how = Training(length=length, steps=steps, width=width, seed=seed, device=device)
     asked = _split(only) or list(PATTERNS)
     named = _split(methods) or list(SIZES)
     for kind, given, known in (("pattern", asked, PATTERNS), ("method", named, SIZES)):
         for name in given:
             if name not in known:
                 raise SettingError(unknown(kind, name, list(known)))
+    place = str(resolve_device(device))
+    how = Training(length=length, steps=steps, width=width, seed=seed, device=place)
     found, notes = [], Console(stderr=True)
     for pattern in asked:
         for method in named:
