@@ -202,7 +202,11 @@ def test_markup_in_a_text_is_shown_as_it_is(command: Command, calls: dict[str, A
 @pytest.mark.parametrize(
     ("words", "said"),
     [
-        (["FILE"], "Missing argument 'FILE...'"),
+        ([], 'a file and a question are wanted, as in: mgam ask FILE "Who is the captain?"'),
+        (["FILE"], "a file and a question are wanted"),
+        ([QUESTION], "a file and a question are wanted"),
+        (["-q", QUESTION], "a file and a question are wanted"),
+        (["FILE", "FILE"], "is the name of a file"),
         (["FILE", ""], "question is empty"),
         (["FILE", "  \n"], "question is empty"),
         (["FILE", QUESTION, "-q", " "], "one of the questions is empty"),
@@ -229,6 +233,13 @@ def test_bad_input(command: Command, text: str, words: list[str], said: str) -> 
     as_json = command(*words, "--json")
     assert (as_json.code, as_json.err) == (2, "")
     assert said in as_json.error["message"] or words[-1] == "--budget"
+
+
+def test_the_question_may_come_as_an_option(command: Command, calls: dict[str, Any], text: str) -> None:
+    for files in ([text], [text, text]):
+        assert command("ask", *files, "-q", QUESTION).code == 0
+        assert calls["ask"]["questions"] == [QUESTION]
+        assert [source.name for source in calls["ask"]["sources"]] == files
 
 
 @pytest.mark.parametrize("data", [b"", b" \n", b"%PDF-1.7", b"\x00\x01\x02", b"caf\xe9"])

@@ -15,7 +15,8 @@ from mgam.documents.chart import Chart, page_data, write_map
 from mgam.documents.prompt import Prompt
 from mgam.errors import DocumentError
 
-from .tiny import SETTINGS, make_model, make_tokenizer, source
+from .conftest import Command
+from .tiny import SETTINGS, make_model, make_tokenizer, source, text
 
 Charted = tuple[Chart, Prompt, Answer]
 QUESTIONS = ["Where is the island?", "And the mast?"]
@@ -86,12 +87,28 @@ def test_a_text_that_is_read_in_full_has_no_map(tmp_path: Path) -> None:
         write_map(tmp_path / "map.html", *found[0], tuple(SETTINGS["levels"]))
 
 
+@pytest.mark.parametrize(("words", "hint"), [(1000, " (--dense-until 128 reads them by choice)"), (100, "")])
+def test_a_command_without_a_map_to_draw_still_answers(command: Command, tmp_path: Path, words: int, hint: str) -> None:
+    (tmp_path / "short.txt").write_text(text(words))
+    asked = ("ask", "short.txt", "who?", "--max-new-tokens", "2", "--map", "map.html")
+    code, out, err = command(*asked, "--json")
+    assert code == 0
+    tokens = json.loads(out)["tokens"]["document"]
+    assert err == f"no map: all {tokens:,} tokens were read in full{hint}\n"
+    code, out, err = command(*asked)
+    assert code == 0
+    assert "found" in out
+    assert f"\nno map: all {tokens:,} tokens were read in full{hint}\n" in err
+    assert not (tmp_path / "map.html").exists()
+
+
 def test_what_cannot_be_drawn_is_refused_before_loading(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    text = tmp_path / "text.txt"
-    text.write_text("Some words.")
+    short = tmp_path / "text.txt"
+    short.write_text("Some words.")
     for more, said in (
         (["--method", "dense", "--map", str(tmp_path / "map.html")], "--method dense does not do"),
         (["--map", str(tmp_path / "no" / "map.html")], "there is no folder"),
+        (["--map", str(tmp_path)], "is a folder, and a file is wanted"),
     ):
-        assert run(["ask", str(text), "What?", *more]) == 2
+        assert run(["ask", str(short), "What?", *more]) == 2
         assert said in capsys.readouterr().err

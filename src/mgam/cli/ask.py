@@ -24,6 +24,7 @@ from mgam.cli.digests import (
     is_digest,
     open_document,
 )
+from mgam.cli.outputs import require_place
 from mgam.errors import SettingError
 
 if TYPE_CHECKING:
@@ -36,6 +37,9 @@ if TYPE_CHECKING:
     from mgam.integrations.loading import Loaded
 
 
+EXAMPLE = 'mgam ask FILE "Who is the captain?"'
+CHOSEN_FROM = 128
+"""Tokens that are read in full where short texts are to be read by choice too."""
 ASKING = ("question_budget", "reread")
 """Settings that change nothing in how texts are read."""
 
@@ -92,17 +96,20 @@ class Request:
 
 def ask(
     files: Annotated[
-        list[str],
+        list[str] | None,
         typer.Argument(
             metavar="FILE...",
             help="Texts (plain, Markdown, HTML, PDF), or one digest; - is standard input.",
             show_default=False,
         ),
-    ],
-    question: Annotated[str, typer.Argument(metavar="QUESTION", help="What you want to know.", show_default=False)],
+    ] = None,
+    question: Annotated[
+        str | None,
+        typer.Argument(metavar="QUESTION", help="What you want to know; or give it with -q.", show_default=False),
+    ] = None,
     more: Annotated[
         list[str] | None,
-        typer.Option("--question", "-q", metavar="QUESTION", help="A further question; repeat it for more."),
+        typer.Option("--question", "-q", metavar="QUESTION", help="A question, or a further one; repeat it for more."),
     ] = None,
     model: Annotated[
         str | None,
@@ -215,9 +222,11 @@ def ask(
         "policy": policy,
         "recall": recall,
     }
+    words = [*(files or ()), *(() if question is None else (question,))]
+    texts, questions = _parted(words, more or [])
     request = Request(
-        files,
-        [one.strip() for one in (question, *(more or ()))],
+        texts,
+        questions,
         model,
         device,
         dtype and dtype.value,
@@ -234,10 +243,21 @@ def ask(
     _run(request, as_json=as_json)
 
 
+def _parted(words: Sequence[str], more: Sequence[str]) -> tuple[list[str], list[str]]:
+    """Files and questions: the last word asks, unless it is the only one or names a file, and -q asks."""
+    named = bool(words) and (words[-1] == "-" or os.path.exists(words[-1]))
+    if more and words and (named or len(words) == 1):
+        return list(words), [one.strip() for one in more]
+    if len(words) < 2 or named:
+        but = f"; {words[-1]} is the name of a file" if len(words) > 1 else ""
+        raise SettingError(f"a file and a question are wanted, as in: {EXAMPLE}{but}")
+    return list(words[:-1]), [one.strip() for one in (words[-1], *more)]
+
+
 def _refuse_bad_request(request: Request) -> None:
     if not all(request.questions):
         which = "the question" if len(request.questions) == 1 else "one of the questions"
-        raise SettingError(f'{which} is empty; ask something, as in: mgam ask FILE "Who is the captain?"')
+        raise SettingError(f"{which} is empty; ask something, as in: {EXAMPLE}")
     if request.files.count("-") > 1:
         raise SettingError("standard input (-) is named more than once, and can be read once only")
     if request.max_new_tokens < 1:
@@ -246,6 +266,8 @@ def _refuse_bad_request(request: Request) -> None:
         raise SettingError("--map draws how texts are read; name the text itself, not its digest")
     if request.chart is not None and not request.chart.absolute().parent.is_dir():
         raise SettingError(f"--map {request.chart}: there is no folder {request.chart.parent} to write it to")
+    if request.chart is not None:
+        require_place("--map", request.chart)
 
 
 def quiet_libraries() -> None:
@@ -316,13 +338,19 @@ def _refuse_map(request: Request) -> None:
 
 
 def _draw(path: Path, stage: Stage) -> Callable[[Chart, Prompt, Answer], None]:
-    """Writes a page for each answer: the first as it was named, others with a number."""
+    """Writes a page for each answer in which something was chosen: the first as it was named, others with a number."""
     from mgam.documents.chart import write_map
 
     number = 0
 
     def draw(chart: Chart, prompt: Prompt, answer: Answer) -> None:
         nonlocal number
+        if not chart.reads:
+            tokens = answer.tokens["document"]
+            longer = tokens > answer.settings["window"] + CHOSEN_FROM
+            hint = f" (--dense-until {CHOSEN_FROM} reads them by choice)" if longer else ""
+            stage.note(f"no map: all {tokens:,} tokens were read in full{hint}", always=True)
+            return
         number += 1
         place = path if number == 1 else path.with_stem(f"{path.stem}-{number}")
         write_map(place, chart, prompt, answer, tuple(answer.settings["levels"]))

@@ -50,12 +50,14 @@ class Stage:
         else:
             self._status.update(Text(note))
 
-    def note(self, line: str) -> None:
-        """Show a line that stays."""
-        if self._silent:
+    def note(self, line: str, *, always: bool = False) -> None:
+        """Show a line that stays; `always`: also where nothing else is shown."""
+        if self._silent and not always:
             return
+        if self._wrote:
+            self.finish()
         self._close()
-        self._console.print(line, markup=False)
+        self._console.print(line, markup=False, soft_wrap=True)
 
     def head(self, question: str, *, first: bool) -> None:
         """Put a line before the next answer that says what it answers."""
