@@ -21,6 +21,7 @@ from mgam.cli.digests import (
     AGAIN_HELP,
     MEMORY_HELP,
     adapter_of,
+    in_words,
     is_digest,
     open_document,
 )
@@ -381,12 +382,19 @@ def _refuse_other_settings(request: Request, path: str) -> None:
 
     manifest = Manifest.read(Path(path))
     kept = {**manifest.settings.as_dict(), "dense_until": manifest.dense_until}
+    kept["dtype"] = manifest.shape.dtype
     asked = {**request.settings, **({} if request.method == "mgam" else {"method": request.method})}
     if request.adapter is not None:
         asked["adapter"] = None if request.adapter == "none" else request.adapter
+    if request.dtype is not None:
+        asked["dtype"] = request.dtype
     for name, value in asked.items():
-        if name not in ASKING and value != kept[name]:
-            raise SettingError(f"{path} was digested with {name} {kept[name]} and is asked with it; leave out {value}")
+        if name in ASKING or value == kept[name]:
+            continue
+        option = f"--{name.replace('_', '-')} {'none' if value is None else value}"
+        if name in ("policy", "recall"):
+            raise SettingError(f"{path} is searched without training, as all digests are; leave out {option}")
+        raise SettingError(f"{path} was digested {in_words(name, kept[name])} and is asked so; leave out {option}")
 
 
 def _checked_dials(request: Request) -> Any:

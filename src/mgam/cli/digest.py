@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from mgam.cli.ask import Lookahead, NumberFormat, quiet_libraries, whole_number
-from mgam.cli.digests import ADAPTER_DEFAULT, ADAPTER_HELP, AGAIN, MEMORY_HELP, adapter_of, facts, load_for
+from mgam.cli.digests import ADAPTER_DEFAULT, ADAPTER_HELP, AGAIN, MEMORY_HELP, adapter_of, facts, in_words, load_for
 from mgam.cli.outputs import require_place
 from mgam.errors import SettingError
 
@@ -178,8 +178,8 @@ def _settings(request: Request, there: Manifest | None) -> dict[str, Any]:
         given["adapter"] = None if request.adapter == "none" else request.adapter
     kept = {**there.settings.as_dict(), "dense_until": there.dense_until}
     if differing := [name for name, value in given.items() if kept[name] != value]:
-        words = ", ".join(f"{name} {kept[name]}" for name in differing)
-        raise SettingError(f"{request.out} was begun with {words}; leave that out, or digest into a new folder")
+        words = ", ".join(in_words(name, kept[name]) for name in differing)
+        raise SettingError(f"{request.out} was begun {words}; leave that out, or digest into a new folder")
     if request.eight_bits and there.shape.bits != 8:
         raise SettingError(f"{request.out} was begun without --eight-bits; leave it out, or digest into a new folder")
     return {**there.settings.as_dict(), "dense_until": there.settings.dense_until}

@@ -43,6 +43,11 @@ def adapter_of(model: Any, adapter: str | None, policy: str | None = None) -> di
     return {} if adapter == "none" else {"adapter": adapter}
 
 
+def in_words(name: str, value: Any) -> str:
+    """A setting of a digest, as in `with budget 1024` and `without adapter`."""
+    return f"without {name}" if value is None else f"with {name} {value}"
+
+
 def is_digest(name: str) -> bool:
     """Whether a name is that of a digest, be it whole or not."""
     from mgam.documents.store.manifest import NAME
