@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import json
+import logging
 import os
 import subprocess
 import sys
@@ -15,6 +16,7 @@ import pytest
 
 import mgam
 from mgam.cli import run
+from mgam.cli.ask import quiet_libraries
 from mgam.documents import asking
 from mgam.documents.asking import Answer
 from mgam.documents.estimate import Estimate
@@ -218,7 +220,7 @@ def test_markup_in_a_text_is_shown_as_it_is(command: Command, calls: dict[str, A
         (["FILE", QUESTION, "--max-new-tokens", "0"], "--max-new-tokens is 0"),
         (["FILE", QUESTION, "--dense-until", "-1"], "dense_until=-1"),
         (["FILE", QUESTION, "--lookahead", "far"], "'far'"),
-        (["FILE", QUESTION, "--dtype", "int3"], "'int3'"),
+        (["FILE", QUESTION, "--dtype", "int3"], "Invalid value for '--dtype': 'int3'"),
         (["FILE", QUESTION, "--method", "magic"], "unknown method 'magic'"),
         (["FILE", QUESTION, "--no-such-option"], "--no-such-option"),
         (["nowhere.txt", QUESTION], "nowhere.txt does not exist"),
@@ -432,6 +434,24 @@ def test_version_and_help(command: Command) -> None:
     unknown = command("aks")
     assert (unknown.code, unknown.out) == (2, "")
     assert "aks" in unknown.line
+
+
+def test_data_without_a_command_shows_its_help(command: Command) -> None:
+    shown = command("data")
+    assert (shown.code, shown.err) == (0, "")
+    assert shown.out == command("data", "--help").out
+    assert "fetch" in shown.out
+
+
+def test_libraries_are_kept_quiet() -> None:
+    quiet_libraries()
+    assert logging.getLogger("bitsandbytes.backends.cpu.ops").getEffectiveLevel() == logging.ERROR
+
+
+def test_eval_keeps_libraries_quiet(command: Command, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("TQDM_DISABLE", raising=False)
+    assert "unknown task" in command("eval", "--tasks", "nosuch").line
+    assert os.environ["TQDM_DISABLE"] == "1"
 
 
 def mgam_process(*words: str, **options: Any) -> subprocess.Popen[str]:

@@ -64,3 +64,8 @@ def test_the_package_alone_imports_nothing_heavy() -> None:
     program = "import sys, mgam; sys.exit(any(name in sys.modules for name in ('torch', 'transformers', 'typer')))"
     environment = {**os.environ, "PYTHONPATH": str(Path(mgam.__file__).parents[1])}
     assert subprocess.run([sys.executable, "-c", program], env=environment).returncode == 0
+
+
+def test_public_names_are_listed() -> None:
+    assert set(mgam.__all__) <= set(dir(mgam))
+    assert all(getattr(mgam, name) is not None for name in mgam.__all__)

@@ -69,7 +69,7 @@ def test_append_and_a_source_that_changed(command: Command, book: str, tmp_path:
     ("words", "said"),
     [
         (("ask", "no.mgam", "who?"), "does not exist"),
-        (("info", "book.txt"), "is not a folder"),
+        (("info", "book.txt"), "book.txt is not a folder; a digest is made with: mgam digest book.txt -o book.mgam"),
         (("verify", "."), "is not a digest"),
         (("ask", "book.mgam", "who?", "--memory", "1KiB"), "below the floor of"),
         (("ask", "book.mgam", "who?", "--memory", "much"), "is no size"),

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from rich.console import Console
 from typer.testing import CliRunner
 
 from mgam.cli.app import app
@@ -23,7 +24,7 @@ from mgam.evaluation.report import write_report
 from mgam.evaluation.report.figures import heat, points, reach
 from mgam.evaluation.results import ResultsFile, Trial, summarise, wilson
 from mgam.evaluation.runner import Bench, Plan, rows, run
-from mgam.evaluation.session import Outcome
+from mgam.evaluation.session import Outcome, Session, evaluate_session
 
 from .conftest import Maker
 from .solvers import BY_PREFIX
@@ -408,6 +409,21 @@ def test_the_leaderboard_is_made_from_reports(bench: Bench, tmp_path: Path) -> N
         leaderboard(folder)
     with pytest.raises(DocumentError, match="holds no reports"):
         leaderboard(tmp_path / "nothing")
+
+
+def test_the_leaderboard_of_this_folder_is_named(bench: Bench, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    run(Plan(PLAN.tasks, [1024], 1), RuleReader("dense"), bench)
+    write_report(tmp_path / "page.html", Outcome(summarise(bench.results.trials.values()), [], {}, ""))
+    monkeypatch.chdir(tmp_path)
+    text = leaderboard(Path("."))
+    assert f"reports in `{tmp_path.name}/`" in text
+    assert "; 1 trial of passkey" in text
+
+
+def test_a_method_is_named_once_among_those_that_are_known() -> None:
+    with pytest.raises(SettingError, match="known are: dense, ") as refused:
+        evaluate_session(Session(["passkey"], "1k", ["zzz"]), Console())
+    assert str(refused.value).count("dense") == 1
 
 
 def test_one_page_of_several_runs(bench: Bench, tmp_path: Path) -> None:

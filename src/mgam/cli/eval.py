@@ -23,7 +23,8 @@ def register(app: typer.Typer) -> None:
     app.command("eval")(evaluate)
     app.command("report")(report_of)
     app.command("leaderboard")(leaderboard)
-    data = typer.Typer(help="Real texts for evaluation.", no_args_is_help=True)
+    data = typer.Typer(help="Real texts for evaluation.", invoke_without_command=True)
+    data.callback()(help_of_data)
     data.command("fetch")(fetch)
     data.command("list")(list_texts)
     app.add_typer(data, name="data")
@@ -136,6 +137,11 @@ def leaderboard(
     from mgam.evaluation.leaderboard import leaderboard as table
 
     sys.stdout.write(table(folder))
+
+
+def help_of_data(context: typer.Context) -> None:
+    if context.invoked_subcommand is None:
+        typer.echo(context.get_help())
 
 
 def fetch(

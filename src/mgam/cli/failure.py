@@ -80,7 +80,8 @@ def describe(error: BaseException) -> Failure:
 
 def _said(error: Exception) -> str:
     format_message = getattr(error, "format_message", None)
-    return str(format_message() if callable(format_message) else error)
+    said = str(format_message() if callable(format_message) else error)
+    return said.replace(": Value error, ", ": ")  # some releases of typer put it before our own words
 
 
 def _is_out_of_memory(error: BaseException) -> bool:

@@ -11,6 +11,7 @@ from mgam.errors import DocumentError
 from mgam.evaluation.report.charts import short_number
 from mgam.evaluation.report.figures import WITHIN, Reach, lengths_of, methods_of, points, reach
 from mgam.evaluation.results import Row
+from mgam.words import counted
 
 HEAD = """# Leaderboard
 
@@ -31,7 +32,7 @@ def leaderboard(folder: Path) -> str:
     if not reports:
         raise DocumentError(f"{folder} holds no reports; make one with mgam eval --report {folder}/NAME.html")
     reports.sort(key=lambda one: str(one[1]["conditions"].get("date", "")), reverse=True)
-    parts = [HEAD.format(folder=folder.name, within=f"{WITHIN:.0%}".replace("%", " %"))]
+    parts = [HEAD.format(folder=folder.name or folder.resolve().name, within=f"{WITHIN:.0%}".replace("%", " %"))]
     parts += [_report(path, whole) for path, whole in reports]
     return "\n".join(parts)
 
@@ -53,10 +54,11 @@ def _report(path: Path, whole: dict[str, Any]) -> str:
     cells = {(point.method, point.length): point for point in points(scored)}
     far = {one.method: one for one in reach(scored)}
     tasks = list(dict.fromkeys(row.task for row in scored))
+    trials = counted(max(row.trials for row in rows), "trial")
     lines = [
         f"## {found.get('model', path.stem)}, {found.get('device', '')}",
         "",
-        f"{found.get('date', '')}, commit {found.get('commit', 'unknown')}; {max(row.trials for row in rows)} trials "
+        f"{found.get('date', '')}, commit {found.get('commit', 'unknown')}; {trials} "
         f"of {', '.join(tasks)}. [Report]({path.with_suffix('.html').name})",
         "",
         f"| method | {' | '.join(map(short_number, lengths))} | effective length |",

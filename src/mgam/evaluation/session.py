@@ -25,6 +25,7 @@ from mgam.evaluation.results import ResultsFile, Row, Trial, summarise
 from mgam.evaluation.runner import Bench, Plan, rows, run
 from mgam.evaluation.texts import TextLibrary
 from mgam.evaluation.tokens import TokenCounter
+from mgam.words import counted
 
 DENSE = "dense"
 
@@ -95,7 +96,7 @@ def evaluate_session(session: Session, notes: Console) -> Outcome | None:
     crew.begin(say)
     results = ResultsFile(path, say, crew.own)
     if session.results is None and results.trials and rank == 0:
-        say(f"going on from {path}, where {len(results.trials)} trials are done")
+        say(f"going on from {path}, which holds {counted(len(results.trials), 'trial')}")
     found = conditions(device)
     results.begin({**found, "model": name, "seed": session.seed, "command": _command(session)})
     there = len(results.trials)
@@ -109,7 +110,7 @@ def evaluate_session(session: Session, notes: Console) -> Outcome | None:
     if session.results is None:
         path.unlink(missing_ok=True)  # finished: the next run of these settings starts afresh
     took = f"{time.perf_counter() - started:.0f} s, loading included, on {world} process{'es' if world > 1 else ''}"
-    took += f"; {there} trials were there before" if there else ""
+    took += f"; {counted(there, 'trial')} of before" if there else ""
     return Outcome(
         table, list(results.trials.values()), {**found, "model": name, "took": took}, _command(session), tasks
     )
@@ -182,7 +183,7 @@ def _methods(given: Sequence[str], budget: int | None) -> list[str]:
     for label in given:
         name, changes = parse_method(label)
         if name not in known and name != DENSE:
-            raise SettingError(unknown("method", name, [DENSE, *known]))
+            raise SettingError(unknown("method", name, list(dict.fromkeys([DENSE, *known]))))
         if name != DENSE:
             methods.get(name).checked(**{**({} if budget is None else {"budget": budget}), **changes})
         if label not in labels:

@@ -23,6 +23,7 @@ from mgam.training.lookups import LookupMaker
 from mgam.training.measure import Kept, mass_kept, peers
 from mgam.training.reading import Reading, fit_reading
 from mgam.training.texts import Document, Windows, read_documents
+from mgam.words import counted
 
 FROZEN = "frozen"
 """Where the policy of the frozen model goes when low-rank training follows."""
@@ -93,7 +94,7 @@ def run(session: FitSession, say: Say) -> dict[str, Any]:
     if session.policy is None:
         place = session.out if alone else session.out / FROZEN
         documents = read_documents(session.data, loaded.tokenizer)
-        say(f"{len(documents)} texts of {sum(len(one.ids) for one in documents):,} tokens")
+        say(f"{counted(len(documents), 'text')} of {sum(len(one.ids) for one in documents):,} tokens")
         notes = {"model": model.name_or_path}
         if session.start is not None:
             notes["adapter"] = fingerprint(session.start)

@@ -130,8 +130,11 @@ class Manifest:
         """
         files.refuse_link(folder)
         if not folder.is_dir():
-            what = "is not a folder" if folder.exists() else "does not exist"
-            raise DigestError(f"{folder} {what}; a digest is made with: mgam digest FILE... -o {folder}")
+            if not folder.exists():
+                raise DigestError(f"{folder} does not exist; a digest is made with: mgam digest FILE... -o {folder}")
+            name = folder.with_suffix(".mgam")
+            how = "FILE... -o NAME.mgam" if name == folder else f"{folder} -o {name}"
+            raise DigestError(f"{folder} is not a folder; a digest is made with: mgam digest {how}")
         if not (folder / NAME).is_symlink() and not (folder / NAME).exists():
             raise DigestError(f"{folder} is not a digest: it holds no {NAME}")
         return cls.parse(files.read_small(folder, NAME, MOST_BYTES), folder)

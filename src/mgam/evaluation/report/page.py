@@ -23,6 +23,7 @@ from mgam.evaluation.report.html import key, legend, section
 from mgam.evaluation.report.sections import conditions, costs, every_task, losses, quadrants
 from mgam.evaluation.results import Row, Trial
 from mgam.evaluation.session import Outcome
+from mgam.words import counted
 
 SCRIPT = """
 for (const box of document.querySelectorAll("select[data-shows]"))
@@ -64,7 +65,7 @@ def _summary(outcome: Outcome) -> str:
     trials = max((row.trials for row in rows), default=0)
     intro = (
         f'<p class="faint">{len(tasks)} task{"s" if len(tasks) != 1 else ""}, lengths '
-        f"{', '.join(short_number(length) for length in lengths)} tokens, {trials} trials each, "
+        f"{', '.join(short_number(length) for length in lengths)} tokens, {counted(trials, 'trial')} each, "
         f"on {escape(str(outcome.conditions.get('device', '')))}, {escape(str(outcome.conditions.get('date', '')))}</p>"
     )
     if not found:

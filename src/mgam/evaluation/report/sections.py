@@ -11,6 +11,7 @@ from mgam.evaluation.report.figures import DENSE, Point, by_quadrant, lengths_of
 from mgam.evaluation.report.html import legend, section, table
 from mgam.evaluation.results import Row
 from mgam.evaluation.session import Outcome
+from mgam.words import counted
 
 
 def every_task(rows: Sequence[Row]) -> str:
@@ -48,7 +49,7 @@ def _score_cell(row: Row | None) -> str:
     error = f" <small>± {row.stderr:.1f}</small>" if row.stderr is not None else ""
     span = f"95 %: {row.low:.1f} to {row.high:.1f}" if row.low is not None and row.high is not None else ""
     beside = "; ".join(f"{name} {value:.2f}" for name, value in row.parts.items())
-    title = escape(f"{row.trials} trials; {span}; {beside}")
+    title = escape(f"{counted(row.trials, 'trial')}; {span}; {beside}")
     return f'<td style="background:{heat_colour(row.score)};color:{ink}" title="{title}">{row.score:.1f}{error}</td>'
 
 
