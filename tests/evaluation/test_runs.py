@@ -134,7 +134,9 @@ def test_a_damaged_results_file_is_said_and_its_good_lines_are_kept(bench: Bench
     assert [run["seed"] for run in again(bench).results.runs] == [0, 1]
 
 
-@pytest.mark.parametrize("raw", [b"a\nb\nc\n", b"no end", b'{"name": "x"}\n[[1]]\n', b"\xff\xfe\n", b"[" * 99_999])
+@pytest.mark.parametrize(
+    "raw", [b"a\nb\nc\n", b"no end", b'{"name": "x"}\n[[1]]\n', b'{"task": "milk"}\n', b"[" * 99_999]
+)
 def test_a_file_of_something_else_is_refused_and_stays(tmp_path: Path, raw: bytes) -> None:
     path = tmp_path / "z.txt"
     path.write_bytes(raw)

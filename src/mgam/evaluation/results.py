@@ -18,7 +18,7 @@ Status = Literal["ok", "does not fit", "no sample"]
 Key = tuple[str, str, str, int, int, int]
 Z_95 = 1.959963984540054
 BEGINNINGS = (b'{"run": ', b'{"task": ')
-"""How lines begin; one that was cut off is known by it."""
+"""How lines begin; a first one that was cut off is known by it."""
 
 
 @dataclass(frozen=True)
@@ -186,7 +186,8 @@ class ResultsFile:
     def _load(self) -> None:
         lines = self.path.read_bytes().split(b"\n")
         damaged = [number for number, line in enumerate(lines, start=1) if line.strip() and not self._takes(line)]
-        if damaged and not self.trials and not self.runs and not lines[0].startswith(BEGINNINGS):
+        begun = len(lines) == 1 and lines[0].startswith(BEGINNINGS)
+        if damaged and not (self.trials or self.runs or begun):
             raise SettingError(
                 f"{self.path} is not a results file: line {damaged[0]} is no JSON of a trial; "
                 "name another file with --results"
