@@ -21,7 +21,7 @@ def _keys(
     """Search keys (BLOCK_C, BLOCK_D) at one place of chunks from `first` on; zero beyond the last chunk."""
     chunk = first + tl.arange(0, BLOCK_C)
     column = tl.arange(0, BLOCK_D)
-    offset = place.to(tl.int64) * step_place + chunk.to(tl.int64) * step_chunk
+    offset = place * step_place + chunk.to(tl.int64) * step_chunk
     mask = (chunk < chunks)[:, None]
     if D < BLOCK_D:
         mask = mask & (column < D)[None, :]
