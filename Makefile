@@ -19,7 +19,10 @@ TRITON := triton==3.9.0
 OLDEST       := .venv-oldest
 OLDEST_READY := $(OLDEST)/.ready
 
-.PHONY: demo test suite kernels test-oldest oldest-models oldest-battery docs lint format types clean help
+# Tests that are run beside the others, so that two cores have as much to do.
+EDGES := tests/battery/test_edges.py
+
+.PHONY: demo test suite kernels edges test-oldest oldest-models oldest-battery docs lint format types clean help
 .DEFAULT_GOAL := help
 
 help:
@@ -51,11 +54,14 @@ test: $(DEV_READY)
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
-	$(MAKE) -j 2 suite kernels
+	$(MAKE) -j 2 suite kernels edges
 
-# Side by side: both use one core.
+# Two side by side, of one core each; the edge cases follow whichever ends first.
 suite: $(DEV_READY)
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest --ignore $(EDGES)
+
+edges: $(DEV_READY)
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -p no:cacheprovider $(EDGES)
 
 # Kernels in Triton's interpreter.
 kernels: $(DEV_READY)

@@ -230,9 +230,12 @@ def test_a_digest_may_be_asked_with_another_budget(model: Any, tokenizer: Any, d
     Document.digest(tiny.make_model(reread=64), tokenizer, [tiny.source(900)], made.path, **tiny.GRID).close()
 
 
-@pytest.mark.parametrize("reread", [-1, 8, 2.5, True])
-def test_numbers_that_cannot_be_are_refused(reread: Any) -> None:
-    with pytest.raises(SettingError, match="at least one chunk"):
+@pytest.mark.parametrize(
+    ("reread", "said"),
+    [(-1, "at least one chunk"), (8, "at least one chunk"), (2.5, "a whole number"), (True, "a whole number")],
+)
+def test_numbers_that_cannot_be_are_refused(reread: Any, said: str) -> None:
+    with pytest.raises(SettingError, match=said):
         mgam.apply(tiny.make_plain_model(), **DIALS, reread=reread)
 
 
