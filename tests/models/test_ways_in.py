@@ -102,13 +102,16 @@ def test_settings_are_saved_beside_a_checkpoint(tmp_path: Path) -> None:
     model, ids = applied(LLAMA, budget=16, dtype=torch.float32), tokens(1, 61)
     model.save_pretrained(tmp_path)
     applied_to(model).settings.save_pretrained(tmp_path)
-    values = mgam.Settings.from_pretrained(tmp_path).as_dict()
     from transformers import AutoModelForCausalLM
 
-    again = mgam.apply(AutoModelForCausalLM.from_pretrained(tmp_path), values.pop("method"), **values)
+    again = mgam.apply(AutoModelForCausalLM.from_pretrained(tmp_path), mgam.Settings.from_pretrained(tmp_path))
     with torch.no_grad():
         close(again(ids).logits, model(ids).logits, 1e-5)
     assert applied_to(again).settings == applied_to(model).settings
+    mgam.apply(again, applied_to(model).settings, budget=32, window=64)
+    assert applied_to(again).settings == applied_to(model).settings.with_(budget=32, window=64)
+    with pytest.raises(SettingError, match="method=3 must be a name"):
+        mgam.apply(again, 3)
 
 
 def test_settings_of_a_folder_that_came_as_a_path(tmp_path: Path) -> None:

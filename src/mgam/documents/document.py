@@ -430,8 +430,7 @@ def _ensure_applied(model: Any, settings: Settings) -> Applied:
     """
     there: Applied | None = getattr(model, "_mgam_applied", None)
     if there is None or there.settings.with_(dense_until=there.reading.dense_until) != settings:
-        values = settings.as_dict()
-        apply(model, values.pop("method"), **values)
+        apply(model, settings)
     return applied_to(model)
 
 

@@ -150,7 +150,9 @@ class Applied:
             )
 
 
-def apply(model: Model, method: str = "mgam", *, budget: int | None = None, **settings: Unpack[Dials]) -> Model:
+def apply(
+    model: Model, method: str | Settings = "mgam", *, budget: int | None = None, **settings: Unpack[Dials]
+) -> Model:
     """Makes a transformers decoder read its context with the given method, in place.
 
     After it, `model(...)`, `model.generate(...)`, Trainer, PEFT and pipelines work as before.
@@ -158,7 +160,7 @@ def apply(model: Model, method: str = "mgam", *, budget: int | None = None, **se
 
     Args:
         model: a causal language model of a supported architecture, with or without PEFT adapters.
-        method: a name from `mgam methods`.
+        method: a name from `mgam methods`, or whole `mgam.Settings`, of which others given here change single ones.
         budget: tokens that a query may read in full outside window and sink; None: the method's own.
         settings: further fields of `mgam.Settings`.
 
@@ -166,8 +168,14 @@ def apply(model: Model, method: str = "mgam", *, budget: int | None = None, **se
         UnsupportedModelError: the architecture, or the mode, is refused; every reason is given.
         SettingError: a setting cannot work; the message names the range.
     """
+    given: dict[str, Any] = {**({} if budget is None else {"budget": budget}), **settings}
+    if isinstance(method, Settings):
+        given = method.as_dict() | given
+        method = given.pop("method")
+    if not isinstance(method, str):
+        raise SettingError(f"method={method!r} must be a name from `mgam methods`, or mgam.Settings")
     chosen = methods.get(method)
-    wanted = chosen.settings(**({} if budget is None else {"budget": budget}), **settings)
+    wanted = chosen.settings(**given)
     target = _target(model)
     config = target.config
     row = architecture(config)
@@ -241,7 +249,7 @@ def _install(
 
 @contextmanager
 def applied(
-    model: Model, method: str = "mgam", *, budget: int | None = None, **settings: Unpack[Dials]
+    model: Model, method: str | Settings = "mgam", *, budget: int | None = None, **settings: Unpack[Dials]
 ) -> Iterator[Model]:
     """`apply` for the length of a `with` block; what was applied before is applied again after it.
 
@@ -254,8 +262,7 @@ def applied(
     finally:
         remove(model)
         if before is not None:
-            values = before.settings.as_dict()
-            apply(model, values.pop("method"), **values)
+            apply(model, before.settings)
 
 
 def _same(one: Any, other: Any) -> bool:
