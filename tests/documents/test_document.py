@@ -16,7 +16,7 @@ from mgam.documents.pool import Pool
 from mgam.documents.sources import Source
 from mgam.documents.store.layout import Shape
 from mgam.documents.tokens import Frame, encode
-from mgam.errors import DigestError, DocumentError, MemoryBudgetError
+from mgam.errors import DigestError, DocumentError, MemoryBudgetError, SettingError
 from mgam.integrations.transformers import PyramidCache
 from mgam.integrations.transformers.apply import apply, remove
 from mgam.levels import Levels
@@ -94,6 +94,14 @@ def test_each_document_is_asked_by_its_own_settings(
     answered()
     monkeypatch.setattr(opening, "apply", lambda *given, **more: pytest.fail("applied twice"))
     assert answered() == wanted
+
+
+def test_one_file_is_one_text_and_there_are_two_tiers(model: Any, tokenizer: Any, tmp_path: Path) -> None:
+    (tmp_path / "text.txt").write_text(source(300).text, encoding="utf-8")
+    document = Document.digest(model, tokenizer, str(tmp_path / "text.txt"), tmp_path / "book.mgam", **tiny.GRID)
+    assert len(document.sources) == 1
+    with pytest.raises(SettingError, match="tier='ram' must be 'disk' or 'host'"):
+        Document.open(tmp_path / "book.mgam", model, tokenizer, tier="ram")
 
 
 @pytest.mark.parametrize("settings", [{}, {"method": "streaming-llm"}])

@@ -7,7 +7,7 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, get_args
 
 import numpy as np
 import torch
@@ -39,7 +39,7 @@ from mgam.documents.taking_up import Layers, prepare, set_recent
 from mgam.documents.tiers import HostPages, parse_memory, slots_for
 from mgam.documents.tokens import Frame, Places, Tokens, encode
 from mgam.engine import Record
-from mgam.errors import DigestError, DocumentError
+from mgam.errors import DigestError, DocumentError, SettingError
 from mgam.integrations import warming
 from mgam.integrations.memory import peak_memory_bytes
 from mgam.integrations.transformers.apply import Applied, applied_to, apply
@@ -83,7 +83,7 @@ class Document:
         cls,
         model: Any,
         tokenizer: Any,
-        sources: Sequence[Source | str | os.PathLike[str]],
+        sources: Source | str | os.PathLike[str] | Sequence[Source | str | os.PathLike[str]],
         path: str | os.PathLike[str],
         *,
         append: bool = False,
@@ -98,7 +98,7 @@ class Document:
 
         Args:
             model: a causal language model; `mgam.apply` is called on it with the defaults where it was not.
-            sources: texts, or names of files; none goes on with an unfinished digest.
+            sources: a text, the name of a file, or several of these; none goes on with an unfinished digest.
             path: the folder, such as `book.mgam`.
             append: add the sources to a finished digest.
             memory: bound of keys, values, summaries and search keys, such as `2GiB`; the weights and a call's work come
@@ -115,7 +115,8 @@ class Document:
         """
         if getattr(model, "_mgam_applied", None) is None:
             apply(model)
-        texts = [source if isinstance(source, Source) else read_source(source) for source in sources]
+        given = [sources] if isinstance(sources, str | os.PathLike | Source) else sources
+        texts = [source if isinstance(source, Source) else read_source(source) for source in given]
         bound = parse_memory(memory)
         digesting.digest(
             model, tokenizer, texts, Path(path), append=append, memory=bound, eight_bits=eight_bits, room=room,
@@ -150,8 +151,11 @@ class Document:
         Raises:
             DigestError: no digest, unfinished, damaged, of another format or of another model.
             MemoryBudgetError: the memory bound is below the floor; says the floor.
+            SettingError: there is no such tier.
         """
         folder = Path(path)
+        if tier not in get_args(Tier):
+            raise SettingError(f"tier={tier!r} must be {' or '.join(map(repr, get_args(Tier)))}")
         store = Store.open(folder)
         manifest = store.manifest
         if not manifest.complete:
