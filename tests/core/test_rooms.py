@@ -10,7 +10,7 @@ import mgam
 SOURCE = Path(mgam.__file__).parent
 ROOMS = [
     ("errors",),
-    ("levels", "schedule", "positions", "merge", "kernels", "processes", "threads", "lasting"),
+    ("levels", "schedule", "positions", "merge", "kernels", "processes", "threads", "lasting", "words"),
     ("pyramid", "pyramid_triton", "cover"),
     ("attend", "policies"),
     ("settings", "segments", "engine", "device", "step"),
