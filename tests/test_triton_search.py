@@ -36,13 +36,17 @@ def made(tokens: int, votes: int, dim: int, lookahead: str, group: int = 2, batc
 
 
 @pytest.mark.parametrize(
-    ("tokens", "votes", "dim", "lookahead"),
-    [(300, 16, 64, "none"), (203, 40, 48, "block"), (160, 1, 64, "none"), (70, 20, 128, "block")],
-)
-def test_scores_equal_oracle(tokens: int, votes: int, dim: int, lookahead: str) -> None:
+    ("tokens", "votes", "dim", "lookahead", "batch"),
+    [
+        (300, 16, 64, "none", 2), (203, 40, 48, "block", 2), (160, 1, 64, "none", 2), (70, 20, 128, "block", 2),
+        (330, 4, 64, "block", 1), (203, 12, 48, "block", 1), (150, 1, 64, "none", 1),
+    ],
+)  # fmt: skip
+def test_scores_equal_oracle(tokens: int, votes: int, dim: int, lookahead: str, batch: int) -> None:
+    """Also where blocks of one row share a tile: those with few voters, the last tile not full."""
     from mgam.policies import search_triton
 
-    levels, pyramid, blocks, voters = made(tokens, votes, dim, lookahead)
+    levels, pyramid, blocks, voters = made(tokens, votes, dim, lookahead, batch=batch)
     assert pyramid.search is not None
     pyramid.search = pyramid.search.to(KEPT).double()
     chunks = int(blocks.decide.max()) // levels.chunk

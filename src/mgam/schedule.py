@@ -213,6 +213,25 @@ class Blocks:
             vote_to=change(self.vote_to),
         )
 
+    def apart(self, kinds: Tensor, device: torch.device) -> list[tuple[slice | Tensor, Blocks, int]]:
+        """The blocks of each kind (N,): where they stand, as a slice where they follow one another; they; the kind."""
+        every = kinds.unique().tolist()
+        if len(every) == 1:
+            return [(slice(None), self, int(every[0]))]
+        found: list[tuple[slice | Tensor, Blocks, int]] = []
+        for kind in every:
+            place = (kinds == kind).nonzero().flatten()
+            first, last = int(place[0]), int(place[-1]) + 1
+            together = last - first == len(place)
+            part = self[slice(first, last) if together else place.to(self.row.device)]
+            found.append((slice(first, last) if together else sent(place, device), part, int(kind)))
+        return found
+
+    @property
+    def voting(self) -> Tensor:
+        """Voters of each block (N,), on the CPU."""
+        return (self.vote_to - self.vote_from).cpu()
+
     @classmethod
     def of(cls, pieces: Sequence[tuple[int, Piece]], asking: bool = False) -> Blocks:
         """Blocks from (row, piece) pairs."""

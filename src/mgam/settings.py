@@ -75,7 +75,7 @@ class Settings:
     """Tokens per search key."""
 
     every: int = 1
-    """Every n-th query of a block votes."""
+    """Every n-th query of a block votes; questions, whose blocks are small, are heard in full."""
 
     search_dims: int | None = None
     """Dimensions of a search key that are kept, along the principal directions of a text's first 8,192 tokens; None

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 import torch
 
@@ -34,6 +36,33 @@ def test_early_and_late_blocks_are_scored_as_they_are_alone(rows: int) -> None:
         alone = short.scores(Voters(voters.queries[one], voters.live[one]), blocks[one], pyramid, levels)
         assert torch.allclose(together[number, :, : alone.shape[-1]], alone[0], atol=1e-5)
         assert not together[number, :, alone.shape[-1] :].any()
+
+
+@pytest.mark.parametrize("compact", [None, Compact(dims=16, bits=16, calibrate=96)])
+def test_questions_are_heard_in_full_beside_texts_that_are_not(compact: Compact | None) -> None:
+    """Blocks of a text and a question's, searched together, are scored as alone; of the question every query counts."""
+    torch.manual_seed(3)
+    levels, tokens = Levels((1, 8, 32), 4), 244
+    keys = torch.randn(2, 2, tokens, 32)
+    pyramid = Pyramid.of(keys, keys, levels)
+    schedule = Schedule.reading(240, 4, block=40, question_block=4)
+    blocks = Blocks.of([(row, piece) for row in range(2) for piece in schedule.pieces(0, tokens)])
+    assert blocks.voting.tolist() == [40] * 6 + [4] + [40] * 6 + [4]
+    live = torch.arange(40) < blocks.voting[:, None]
+    voters = Voters(2 * torch.randn(len(blocks), 4, 40, 32), live)
+    policy = Scored(compact=compact, every=8, whole=4)
+    together = policy.scores(voters, blocks, pyramid, levels)
+    for number in range(len(blocks)):
+        one = slice(number, number + 1)
+        alone = policy.scores(voters[one], blocks[one], pyramid, levels)
+        assert torch.allclose(together[number, :, : alone.shape[-1]], alone[0], atol=1e-5)
+    full = Scored(compact=compact).scores(voters, blocks, pyramid, levels)
+    asked = blocks.voting == 4
+    assert torch.allclose(together[asked], full[asked], atol=1e-5)
+    heard = together[~asked][1:].sum((1, 2))
+    assert torch.allclose(heard[heard > 0], torch.tensor(4 * 5.0)), "five voters of forty, of four heads"
+    few = replace(policy, whole=0).scores(voters, blocks, pyramid, levels)
+    assert not torch.allclose(few[asked], together[asked], atol=1e-3)
 
 
 @pytest.mark.parametrize("rank", [0, 1, 8, 64])

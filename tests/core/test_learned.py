@@ -92,6 +92,26 @@ def test_small_blocks_are_heard_in_full(votes: int, heard: bool) -> None:
         assert (NEEDLE in cover.opened[0, 0].tolist()) is heard
 
 
+def test_questions_are_heard_in_full_beside_texts_that_are_not() -> None:
+    """The last voter of a large and of a small block asks for the needle: searched together, the small one finds it."""
+    end = CHUNKS * 16
+    pieces = [Piece(end - votes, end, end - votes, end - votes, end, False) for votes in (128, 8, 128)]
+    blocks = Blocks.of([(0, piece) for piece in pieces])
+    asked = torch.tensor(EASY).expand(3, 1, 128, DIM).clone()
+    for place, votes in enumerate((128, 8, 128)):
+        asked[place, :, votes - 1] = torch.tensor([3.0, -6.0, 0.0, 0.0])
+    policy, live = Learned(weights(), 16, WINDOW, content=1.0), torch.arange(128) < blocks.voting[:, None]
+    voters = Voters(asked, live)
+    found = policy.choose(voters, blocks, pyramid(), LEVELS).opened
+    assert [NEEDLE in opened.tolist() for opened in found[:, 0]] == [False, True, False]
+    together = policy.shares(voters, blocks, pyramid(), LEVELS, CHUNKS)
+    for place in range(3):
+        part = slice(place, place + 1)
+        alone = policy.shares(voters[part], blocks[part], pyramid(), LEVELS, CHUNKS)
+        for ours, theirs in zip(alone, together, strict=True):
+            torch.testing.assert_close(ours[0], theirs[place])
+
+
 @pytest.mark.parametrize("content", [0.25, 0.5, 0.75])
 def test_both_lists_get_their_part(content: float) -> None:
     """Of eight chunks, those first by each list: as many as its part, however far the other's values stand apart."""

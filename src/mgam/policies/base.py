@@ -15,6 +15,9 @@ from mgam.schedule import Blocks
 
 Rest = Literal["summaries", "drop"]
 
+WHOLE = 32
+"""Blocks of at most so many voters are heard in full, however few of a larger block's are."""
+
 
 @dataclass(frozen=True)
 class Voters:
@@ -25,6 +28,9 @@ class Voters:
 
     queries: Tensor
     live: Tensor
+
+    def __getitem__(self, part: slice | Tensor) -> Voters:
+        return Voters(self.queries[part], self.live[part])
 
 
 @runtime_checkable

@@ -118,11 +118,11 @@ class CompactKeys:
     def asked(self, queries: Tensor, live: Tensor, row: Tensor, visible: Tensor, scale: float) -> Asked:
         """The search over these keys. `queries` (N, H*G, V, D) as voters come."""
         if self._on_device(queries):
-            from mgam.policies.search_triton import FEW, shorten_queries
+            from mgam.policies.search_triton import few, shorten_queries
 
             log2 = scale * math.log2(math.e)
             voters = queries.shape[1] // self.basis.shape[1] * queries.shape[2]
-            if voters <= FEW:
+            if few(queries.shape[0], voters, self.search.shape[0]):
                 folded = queries.reshape(queries.shape[0], self.basis.shape[1], voters, -1)
                 return Asked(folded, self.step, live, self.search, row, visible, self.basis, self.step, log2)
             short, factor = shorten_queries(queries, row, self.basis, self.step, log2)

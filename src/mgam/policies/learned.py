@@ -39,7 +39,7 @@ from mgam.errors import SettingError
 from mgam.lasting import lasting
 from mgam.levels import Levels
 from mgam.policies.asked import Asked
-from mgam.policies.base import Rest, Voters, at_most
+from mgam.policies.base import WHOLE, Rest, Voters, at_most
 from mgam.policies.scored import TILE
 from mgam.pyramid import Pyramid
 from mgam.schedule import Blocks, sent
@@ -203,7 +203,7 @@ class Learned:
     which is expected, of which distance is a part. None: each KV head has the part that was fitted."""
     thin: int = 32
     """One of so many voters of a large block is heard: those that care most for the far past."""
-    whole: int = 32
+    whole: int = WHOLE
     """Blocks of at most so many voters are heard in full: those of questions, which are few and look things up."""
     middle: int = 0
     """Entries of the budget that go to regions which are read as fine summaries instead of coarse ones."""
@@ -255,6 +255,21 @@ class Learned:
         get by what it holds, wherever it stood; both (N, H, chunks), in float32 or finer, and what is missing to 1 is
         expected for the window.
         """
+        device = voters.queries.device
+        kinds = blocks.once(("kinds", self.whole, device), lambda: blocks.apart(blocks.voting > self.whole, device))
+        if len(kinds) == 1:
+            return self._shares(voters, blocks, pyramid, levels, chunks)
+        parts = [(place, self._shares(voters[place], some, pyramid, levels, chunks)) for place, some, _ in kinds]
+        first = parts[0][1][0]
+        found, wherever = (first.new_empty(len(blocks), *first.shape[1:]) for _ in range(2))
+        for place, part in parts:
+            found[place], wherever[place] = part
+        return found, wherever
+
+    def _shares(
+        self, voters: Voters, blocks: Blocks, pyramid: Pyramid, levels: Levels, chunks: int
+    ) -> tuple[Tensor, Tensor]:
+        """The same of blocks that are all heard in part, or all in full."""
         queries, live = self._heard(voters, blocks)
         asked = self.weights.ask(queries)  # (N, H, s, V, r)
         kept = LearnedKeys.of(pyramid, levels, self.weights)
@@ -282,7 +297,8 @@ class Learned:
 
         Each KV head hears those that it expects to care most for the far past.
         """
-        queries, live = voters.queries, voters.live
+        width = int(blocks.voting.max())
+        queries, live = voters.queries[:, :, :width], voters.live[:, :width]
         most, few = blocks.once(
             ("heard", self.thin, self.whole, live.device), lambda: self._limits(blocks, live.device)
         )
@@ -297,7 +313,7 @@ class Learned:
 
     def _limits(self, blocks: Blocks, device: torch.device) -> tuple[Tensor, int]:
         """How many voters of each block are heard at most (N,), and the largest of these numbers."""
-        count = (blocks.vote_to - blocks.vote_from).cpu()
+        count = blocks.voting
         some = (-(-count // self.thin)).clamp_min(FEWEST)
         most = torch.where(count <= self.whole, count, torch.minimum(some, count))
         return sent(most, device), int(most.max()) if len(blocks) else 0

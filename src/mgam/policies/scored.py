@@ -12,13 +12,15 @@ from mgam.cover import Cover, Known, cover_of, dense_cover, windows
 from mgam.errors import SettingError
 from mgam.levels import Levels
 from mgam.policies.asked import Asked, flat, plain_scores
-from mgam.policies.base import Rest, Voters, at_most
+from mgam.policies.base import WHOLE, Rest, Voters, at_most
 from mgam.policies.compact import Compact, CompactKeys
 from mgam.pyramid import Pyramid
 from mgam.schedule import Blocks, sent
 
 TILE = 128
 """Chunks scored at a time: the scores of a tile stay in the processor's cache."""
+THIN, FULL = 1, 2
+"""How blocks search: a part of their queries is heard; full keys are searched."""
 
 
 @dataclass(frozen=True)
@@ -36,15 +38,19 @@ class Scored:
     mass: float = 1.0
     scale: float | None = None
     every: int = 1
-    """Every n-th query votes (the last one always)."""
+    """Every n-th query of a larger block votes (the last one always)."""
     compact: Compact | None = None
     """Shorter search keys for blocks beyond the tokens that give their basis; None searches full keys."""
+    whole: int = WHOLE
+    """Blocks of at most so many voters are heard in full: those of questions, which are few and look things up."""
 
     votes = True
 
     def __post_init__(self) -> None:
-        if self.every < 1:
-            raise SettingError(f"every={self.every}: the stride of voting queries starts at 1")
+        if self.every < 1 or self.whole < 0:
+            raise SettingError(
+                f"every={self.every}: the stride of voting queries starts at 1; whole={self.whole}: starts at 0"
+            )
 
     def choose(self, voters: Voters | None, blocks: Blocks, pyramid: Pyramid, levels: Levels) -> Cover:
         """Covers for N blocks within the budget."""
@@ -88,11 +94,10 @@ class Scored:
             return blocks.once(
                 every, lambda: made(states.new_zeros(len(blocks), heads, chunks, dtype=torch.float32), chunks)
             )
-        late = self.compact is not None and bool((blocks.decide >= self.compact.calibrate).all())
-        if self.compact is not None and not late:
+        kinds = self._kinds(blocks, states.device)
+        if len(kinds) > 1:
             return made(self.scores(voters, blocks, pyramid, levels)[..., :chunks], most)
-        keys = CompactKeys.of(pyramid, levels, self.compact) if self.compact is not None else None
-        asked = self._asked(*_thin(voters, blocks, self.every), blocks, pyramid, levels, keys)
+        asked = self._asked(voters, kinds[0][1], pyramid, levels, kinds[0][2])
         judged = int(blocks.decide.max()) // levels.chunk
         found = search_triton.cover_of(asked, judged, start, levels, most, rest=self.rest, mass=self.mass)
         return known(found, most)
@@ -107,56 +112,51 @@ class Scored:
         Chunks that the window holds take their share too: a voter that looks nearby has little to say about the far
         past, and a block's scores do not depend on the blocks that are scored with it.
         """
-        queries, live = _thin(voters, blocks, self.every)
         chunks = int(blocks.decide.max()) // levels.chunk
-        if self.compact is not None:
-            late = blocks.decide >= self.compact.calibrate
-            if bool(late.all()):
-                short = CompactKeys.of(pyramid, levels, self.compact)
-                return self._scores(queries, live, blocks, pyramid, levels, chunks, short)
-            if bool(late.any()):
-                found = torch.empty(len(blocks), pyramid.keys[0].shape[1], chunks, device=queries.device)
-                short = CompactKeys.of(pyramid, levels, self.compact)
-                halves = blocks.once(("late", self.compact, found.device), lambda: _halves(blocks, late, found.device))
-                for (part, some), keys in zip(halves, (short, None), strict=True):
-                    got = self._scores(queries[part], live[part], some, pyramid, levels, chunks, keys)
-                    found[part] = got.to(found.dtype)
-                return found
-        return self._scores(queries, live, blocks, pyramid, levels, chunks, None)
+        device = voters.queries.device
+        kinds = self._kinds(blocks, device)
+        if len(kinds) == 1:
+            return self._scores(voters, blocks, pyramid, levels, chunks, kinds[0][2])
+        parts = [
+            (place, self._scores(voters[place], some, pyramid, levels, chunks, kind)) for place, some, kind in kinds
+        ]
+        wide = torch.float64 if any(part.dtype == torch.float64 for _, part in parts) else torch.float32
+        found = torch.empty(len(blocks), pyramid.keys[0].shape[1], chunks, dtype=wide, device=device)
+        for place, part in parts:
+            found[place] = part.to(wide)
+        return found
 
-    def _asked(
-        self,
-        queries: Tensor,
-        live: Tensor,
-        blocks: Blocks,
-        pyramid: Pyramid,
-        levels: Levels,
-        short: CompactKeys | None,
-    ) -> Asked:
-        """The search over compact keys, or over full ones."""
+    def _kinds(self, blocks: Blocks, device: torch.device) -> list[tuple[slice | Tensor, Blocks, int]]:
+        """The blocks by how they search: THIN, over FULL keys, or both."""
+        compact, every, whole = self.compact, self.every, self.whole
+
+        def find() -> list[tuple[slice | Tensor, Blocks, int]]:
+            thin = (blocks.voting > whole) & (every > 1)
+            early = blocks.decide.cpu() < compact.calibrate if compact is not None else torch.ones_like(thin)
+            return blocks.apart(THIN * thin + FULL * early, device)
+
+        return blocks.once(("kinds", compact, every, whole, device), find)
+
+    def _asked(self, voters: Voters, blocks: Blocks, pyramid: Pyramid, levels: Levels, kind: int) -> Asked:
+        """The search of blocks of one kind, over compact keys or over full ones."""
+        queries, live = _heard(voters, blocks, self.every if kind & THIN else 1)
         scale = self.scale if self.scale is not None else queries.shape[-1] ** -0.5
         there = blocks.on(queries.device)
         row = there.row
         visible = blocks.once(("visible", levels, row.device), lambda: there.decide // levels.chunk)
         assert pyramid.search is not None
-        if short is None:
+        if kind & FULL or self.compact is None:
             return flat(queries, live, pyramid.search, row, visible, scale)
-        return short.asked(queries, live, row, visible, scale)
+        return CompactKeys.of(pyramid, levels, self.compact).asked(queries, live, row, visible, scale)
 
     def _scores(
-        self,
-        queries: Tensor,
-        live: Tensor,
-        blocks: Blocks,
-        pyramid: Pyramid,
-        levels: Levels,
-        chunks: int,
-        short: CompactKeys | None,
+        self, voters: Voters, blocks: Blocks, pyramid: Pyramid, levels: Levels, chunks: int, kind: int
     ) -> Tensor:
+        if not kind & FULL or kernels.serve(voters.queries):
+            asked = self._asked(voters, blocks, pyramid, levels, kind)
+            return _device_scores(asked, chunks) if kernels.serve(voters.queries) else plain_scores(asked, chunks)
+        queries, live = _heard(voters, blocks, self.every if kind & THIN else 1)
         scale = self.scale if self.scale is not None else queries.shape[-1] ** -0.5
-        if short is not None or kernels.serve(queries):
-            asked = self._asked(queries, live, blocks, pyramid, levels, short)
-            return _device_scores(asked, chunks) if kernels.serve(queries) else plain_scores(asked, chunks)
         logits = chunk_logits(queries, blocks, pyramid, chunks)
         ends = (torch.arange(1, chunks + 1, device=logits.device) * levels.chunk)[None]
         visible = ends <= blocks.decide.to(logits.device)[:, None]
@@ -164,16 +164,6 @@ class Scored:
         masked = (logits.to(wide) * scale).masked_fill(~visible[:, None, None], -torch.inf)
         mass = torch.softmax(masked, -1).nan_to_num(0.0)
         return (mass * live[:, None, :, None].repeat(1, 1, mass.shape[2] // live.shape[1], 1)).sum(2)
-
-
-def _halves(blocks: Blocks, late: Tensor, device: torch.device) -> list[tuple[slice | Tensor, Blocks]]:
-    """Where the late blocks and the others stand, and these blocks; a slice where they stand together."""
-    found: list[tuple[slice | Tensor, Blocks]] = []
-    for some in (late, ~late):
-        place = some.nonzero().flatten()
-        first, last = int(place[0]), int(place[-1]) + 1
-        found.append((slice(first, last) if last - first == len(place) else sent(place, device), blocks[some]))
-    return found
 
 
 def highest(scores: Tensor, most: int) -> Tensor:
@@ -211,21 +201,23 @@ def _device_scores(asked: Asked, chunks: int) -> Tensor:
     return search_triton.scores(asked, chunks)
 
 
-def _thin(voters: Voters, blocks: Blocks, every: int) -> tuple[Tensor, Tensor]:
+def _heard(voters: Voters, blocks: Blocks, every: int) -> tuple[Tensor, Tensor]:
     """Every n-th voter of each block, counted back from its last one."""
+    count = blocks.voting
+    most = int(count.max())
     if every == 1:
-        return voters.queries, voters.live
-    count = blocks.vote_to - blocks.vote_from
-    if bool((count == blocks.votes).all()):
-        some = slice((blocks.votes - 1) % every, None, every)
+        return voters.queries[:, :, :most], voters.live[:, :most]
+    if bool((count == most).all()):
+        some = slice((most - 1) % every, most, every)
         return voters.queries[:, :, some], voters.live[:, some]
     device = voters.live.device
 
     def find() -> tuple[Tensor, Tensor]:
-        number = blocks.on(device).vote_to - blocks.on(device).vote_from
-        place = (number[:, None] - 1) % every + torch.arange(0, blocks.votes, every, device=device)
-        return place.clamp_max(blocks.votes - 1), place < number[:, None]
+        number = count[:, None]
+        place = (number - 1) % every + torch.arange(0, most, every)
+        there = place < number
+        return sent(place.clamp_max(most - 1), device), sent(there, device)
 
-    place, live = blocks.once(("thin", every, device), find)
+    place, live = blocks.once(("heard", every, device), find)
     chosen = place[:, None, :, None].expand(-1, voters.queries.shape[1], -1, voters.queries.shape[3])
     return voters.queries.gather(2, chosen), voters.live.gather(1, place) & live

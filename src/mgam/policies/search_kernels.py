@@ -29,12 +29,12 @@ def _keys(
 
 
 @triton.jit
-def _queries(base, m, count, D: tl.constexpr, BLOCK_D: tl.constexpr):
+def _queries(base, line, live, D: tl.constexpr, BLOCK_D: tl.constexpr):
     column = tl.arange(0, BLOCK_D)
-    mask = (m < count)[:, None]
+    mask = live[:, None]
     if D < BLOCK_D:
         mask = mask & (column < D)[None, :]
-    return tl.load(base + m.to(tl.int64)[:, None] * D + column[None, :], mask=mask, other=0.0)
+    return tl.load(base + line.to(tl.int64)[:, None] * D + column[None, :], mask=mask, other=0.0)
 
 
 @triton.jit(
@@ -44,33 +44,39 @@ def _queries(base, m, count, D: tl.constexpr, BLOCK_D: tl.constexpr):
 def ask_kernel(
     q_ptr, factor_ptr, power_ptr, share_ptr, search_ptr, row_ptr, visible_ptr, live_ptr, blocks, heads, tiles, chunks,
     cuts, step_row, step_head, step_place, step_chunk, desc,
-    M: tl.constexpr, V: tl.constexpr, S: tl.constexpr, D: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_C: tl.constexpr,
-    BLOCK_D: tl.constexpr, COPY: tl.constexpr,
+    TOGETHER: tl.constexpr, M: tl.constexpr, V: tl.constexpr, S: tl.constexpr, D: tl.constexpr, BLOCK_M: tl.constexpr,
+    BLOCK_C: tl.constexpr, BLOCK_D: tl.constexpr, COPY: tl.constexpr,
 ):  # fmt: skip
-    """One program: BLOCK_M voters of one block and KV head, over all chunks they may judge, BLOCK_C at a time.
+    """One program: BLOCK_M voters of one KV head, over all chunks that they may judge, BLOCK_C at a time.
 
+    They are voters of one block, or of TOGETHER blocks of one row that follow one another, where a block has few: the
+    keys are walked once for all of them.
     Shapes: q (N, H, M, D), factor (N, H, M) in base 2, row and visible (N,), live (N, V) uint8; search by strides.
     Gives power (N, H, M, cuts * BLOCK_C) float16: two to the power of a chunk's logit over the highest of its tile; and
     share (N, H, M, cuts) float32: what each tile's highest weighs in the voter's softmax, 0 for voters that do not
     count. What lies beyond the last tile with a visible chunk is not written.
     """
     pid = tl.program_id(0)
-    block = pid // tiles % blocks
-    head = pid // tiles // blocks
-    m = pid % tiles * BLOCK_M + tl.arange(0, BLOCK_M)
-    row = tl.load(row_ptr + block)
-    visible = tl.load(visible_ptr + block).to(tl.int32)
-    pair = block.to(tl.int64) * heads + head
-    q = _queries(q_ptr + pair * M * D, m, M, D, BLOCK_D)
-    factor = tl.load(factor_ptr + pair * M + m, mask=m < M, other=0.0)
+    groups = tl.cdiv(blocks, TOGETHER)
+    first_block = pid // tiles % groups * TOGETHER
+    head = pid // tiles // groups
+    voter = pid % tiles * BLOCK_M + tl.arange(0, BLOCK_M)
+    block = first_block + voter // M
+    there = (voter < TOGETHER * M) & (block < blocks)
+    row = tl.load(row_ptr + first_block)
+    visible = tl.load(visible_ptr + block, mask=there, other=0).to(tl.int32)
+    line = (block.to(tl.int64) * heads + head) * M + voter % M
+    q = _queries(q_ptr, line, there, D, BLOCK_D)
+    factor = tl.load(factor_ptr + line, mask=there, other=0.0)
     base = search_ptr + row * step_row + head.to(tl.int64) * step_head
     peak = tl.full((BLOCK_M,), FLOOR, tl.float32)
     total = tl.zeros((BLOCK_M,), tl.float32)
     best = tl.full((BLOCK_M, BLOCK_C), -float("inf"), tl.float32)
     chunk = tl.arange(0, BLOCK_C)
-    power_ptr += (pair * M + m)[:, None] * (cuts * BLOCK_C) + chunk[None, :]
-    share_ptr += (pair * M + m) * cuts
-    for step in tl.range(0, tl.cdiv(visible, BLOCK_C) * S):
+    power_ptr += line[:, None] * (cuts * BLOCK_C) + chunk[None, :]
+    share_ptr += line * cuts
+    most = tl.cdiv(tl.max(visible, 0), BLOCK_C)
+    for step in tl.range(0, most * S):
         first = step // S * BLOCK_C
         if COPY:
             k = desc.load([row.to(tl.int32), head, step % S, first, 0]).reshape(BLOCK_C, BLOCK_D)
@@ -78,21 +84,21 @@ def ask_kernel(
             k = _keys(base, step % S, first, step_place, step_chunk, chunks, D, BLOCK_C, BLOCK_D)
         best = tl.maximum(best, tl.dot(q, tl.trans(k), input_precision="ieee"))
         if step % S == S - 1:
-            logits = tl.where((first + chunk < visible)[None, :], best * factor[:, None], -float("inf"))
-            own = tl.max(logits, 1)
+            logits = tl.where((first + chunk)[None, :] < visible[:, None], best * factor[:, None], -float("inf"))
+            own = tl.maximum(tl.max(logits, 1), FLOOR)
             power = tl.exp2(logits - own[:, None])
-            tl.store(power_ptr + first, power.to(tl.float16), mask=(m < M)[:, None])
-            tl.store(share_ptr + first // BLOCK_C, own, mask=m < M)
+            tl.store(power_ptr + first, power.to(tl.float16), mask=there[:, None])
+            tl.store(share_ptr + first // BLOCK_C, own, mask=there)
             highest = tl.maximum(peak, own)
             total = total * tl.exp2(peak - highest) + tl.sum(power, 1) * tl.exp2(own - highest)
             peak = highest
             best = tl.full((BLOCK_M, BLOCK_C), -float("inf"), tl.float32)
-    live = tl.load(live_ptr + block.to(tl.int64) * V + m % V, mask=m < M, other=0)
+    live = tl.load(live_ptr + block.to(tl.int64) * V + voter % M % V, mask=there, other=0)
     weight = tl.where((live > 0) & (total > 0), 1.0 / tl.where(total > 0, total, 1.0), 0.0)
     tl.debug_barrier()  # what other threads of this program have stored is read from here on
-    for cut in tl.range(0, tl.cdiv(visible, BLOCK_C)):
-        own = tl.load(share_ptr + cut, mask=m < M, other=0.0)
-        tl.store(share_ptr + cut, tl.exp2(own - peak) * weight, mask=m < M)
+    for cut in tl.range(0, most):
+        own = tl.load(share_ptr + cut, mask=there, other=FLOOR)
+        tl.store(share_ptr + cut, tl.exp2(own - peak) * weight, mask=there)
 
 
 @triton.jit(do_not_specialize=["heads", "tiles", "chunks", "cuts"], do_not_specialize_on_alignment=["visible_ptr"])
@@ -166,13 +172,13 @@ def logits_kernel(
     if first < visible:
         base = search_ptr + row * step_row + head.to(tl.int64) * step_head
         if WIDE > 0:
-            whole = _queries(q_ptr + pair * M * WIDE, m, M, WIDE, BLOCK_W)
+            whole = _queries(q_ptr + pair * M * WIDE, m, m < M, WIDE, BLOCK_W)
             short = _short(whole, basis_ptr, row * heads + head, WIDE, D, BLOCK_W, BLOCK_D)
             own = tl.maximum(tl.max(tl.abs(short), 1), 1e-20) / MOST
             q = (short / own[:, None]).to(search_ptr.dtype.element_ty)
             factor = own * scale * tl.load(factor_ptr + row * heads + head)
         else:
-            q = _queries(q_ptr + pair * M * D, m, M, D, BLOCK_D)
+            q = _queries(q_ptr + pair * M * D, m, m < M, D, BLOCK_D)
             factor = tl.load(factor_ptr + pair * M + m, mask=m < M, other=0.0)
         for place in tl.range(0, S):
             k = _keys(base, place, first, step_place, step_chunk, chunks, D, BLOCK_C, BLOCK_D)

@@ -32,6 +32,8 @@ POWERS = 1 << 29
 """Powers kept at a time, of two bytes."""
 FEW = 16
 """Voters that one program can hear at once, as in decode."""
+FEW_BLOCKS = 64
+"""Blocks of which logits are written down whole, where they have few voters and are more than the rows."""
 
 
 @dataclass(frozen=True)
@@ -58,7 +60,7 @@ def scores(asked: Asked, chunks: int, tiles: SearchTiles | None = None) -> Tenso
     tiles = tiles or tiles_for(asked.queries.element_size())
     places = asked.search.shape[2]
     live = _bytes(asked.live)
-    if voters <= FEW:
+    if few(count, voters, asked.search.shape[0]):
         logits, parts = _logits(asked, chunks)
         cut = parts.shape[-1]
         few_kernel[(cut * count * heads,)](
@@ -74,19 +76,22 @@ def scores(asked: Asked, chunks: int, tiles: SearchTiles | None = None) -> Tenso
     if copies:
         shape = [1, 1, 1, tiles.chunks, width]
         desc = TensorDescriptor(asked.search, list(asked.search.shape), list(asked.search.stride()), shape)
-    row_tiles, cuts = triton.cdiv(voters, tiles.rows), triton.cdiv(chunks, tiles.chunks)
-    step = at_once(count, max(1, POWERS // (heads * voters * chunks)), heads * row_tiles, 2, found.device)
+    # Blocks of one row share a tile; in a batch they stand in turn, a row each.
+    together = max(1, tiles.rows // voters) if asked.search.shape[0] == 1 else 1
+    row_tiles, cuts = triton.cdiv(together * voters, tiles.rows), triton.cdiv(chunks, tiles.chunks)
+    most = max(1, POWERS // (heads * voters * chunks * together))
+    step = together * at_once(triton.cdiv(count, together), most, heads * row_tiles, 2, found.device)
     powers = torch.empty(step, heads, voters, cuts * tiles.chunks, dtype=torch.float16, device=found.device)
     shares = torch.empty(step, heads, voters, cuts, dtype=torch.float32, device=found.device)
     for first in range(0, count, step):
         some = slice(first, min(first + step, count))
         blocks = some.stop - first
         visible = asked.visible[some]
-        ask_kernel[(row_tiles * blocks * heads,)](
+        ask_kernel[(row_tiles * triton.cdiv(blocks, together) * heads,)](
             asked.queries[some], asked.factor[some], powers, shares, asked.search, asked.row[some], visible, live[some],
             blocks, heads, row_tiles, chunks, cuts, *steps, desc,
-            M=voters, V=live.shape[1], S=places, D=dim, BLOCK_M=tiles.rows, BLOCK_C=tiles.chunks, BLOCK_D=width,
-            COPY=copies, num_warps=tiles.warps, num_stages=tiles.stages, maxnreg=tiles.registers,
+            TOGETHER=together, M=voters, V=live.shape[1], S=places, D=dim, BLOCK_M=tiles.rows, BLOCK_C=tiles.chunks,
+            BLOCK_D=width, COPY=copies, num_warps=tiles.warps, num_stages=tiles.stages, maxnreg=tiles.registers,
         )  # fmt: skip
         wide = triton.cdiv(chunks, 512)
         mass_kernel[(wide * blocks * heads,)](
@@ -94,6 +99,11 @@ def scores(asked: Asked, chunks: int, tiles: SearchTiles | None = None) -> Tenso
             M=voters, BLOCK_M=2, BLOCK_C=512, CUT=tiles.chunks, num_warps=4,
         )  # fmt: skip
     return found
+
+
+def few(blocks: int, voters: int, rows: int) -> bool:
+    """Whether logits are written down: those of one new token a row, or of a question, and not those of a text."""
+    return voters <= FEW and blocks <= max(rows, FEW_BLOCKS)
 
 
 def _bytes(live: Tensor) -> Tensor:
@@ -193,10 +203,11 @@ def cover_of(
 ) -> Cover:
     """`cover` of what `scores` finds in the first `chunks` chunks, all that any voter may judge; for few voters without
     writing it down."""
-    few = min(most, max(chunks - 1, 0))
-    if asked.queries.shape[2] <= FEW and _at_once_serves(chunks, few, levels):
+    best = min(most, max(chunks - 1, 0))
+    count, _, voters, _ = asked.queries.shape
+    if few(count, voters, asked.search.shape[0]) and _at_once_serves(chunks, best, levels):
         logits, parts = _logits(asked, chunks)
-        return _at_once(logits, chunks, (parts, _bytes(asked.live)), chunks, start, levels, few, rest, mass)
+        return _at_once(logits, chunks, (parts, _bytes(asked.live)), chunks, start, levels, best, rest, mass)
     return cover(scores(asked, chunks), start, levels, most, rest=rest, mass=mass)
 
 
@@ -244,8 +255,8 @@ def _at_once(
 
 def most_entries(chunks: int, most: int, levels: Levels, rest: str = "summaries") -> int:
     """Bound of the entries before a window in a `cover` of `chunks` chunks, of which `most` and the sink are opened."""
-    few = min(most + 1, chunks)
-    return few * levels.chunk + (sum(summaries_at_most(chunks, few, levels)) if rest == "summaries" else 0)
+    opened = min(most + 1, chunks)
+    return opened * levels.chunk + (sum(summaries_at_most(chunks, opened, levels)) if rest == "summaries" else 0)
 
 
 def summaries(
