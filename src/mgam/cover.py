@@ -74,8 +74,12 @@ class Cover:
 
     def reach(self, blocks: Blocks) -> int:
         """Most tokens from the start of a window that does not begin with the text to the end of its block."""
-        begin = self.begin
-        return int((blocks.stop.cpu() - begin).masked_fill(begin == 0, 0).max()) if len(begin) else 0
+        if self.known is None:
+            return _reach(self.begin, blocks)
+        kept: dict[str, tuple[Tensor, int]] = blocks.once("reach", dict)
+        if "reach" not in kept or kept["reach"][0] is not self.known.start:
+            kept["reach"] = self.known.start, _reach(self.known.start, blocks)
+        return kept["reach"][1]
 
     @property
     def is_dense(self) -> bool:
@@ -172,6 +176,10 @@ def windows(blocks: Blocks, window: int, levels: Levels, device: torch.device) -
     """`window_start` of blocks (N,), on the CPU and on a device; moved there once for all layers."""
     start = blocks.once(("window", window, levels), lambda: window_start(blocks.decide, window, levels))
     return start, blocks.once(("window", window, levels, device), lambda: sent(start, device))
+
+
+def _reach(begin: Tensor, blocks: Blocks) -> int:
+    return int((blocks.stop.cpu() - begin).masked_fill(begin == 0, 0).max()) if len(begin) else 0
 
 
 def dense_cover(blocks: Blocks, heads: int, levels: Levels, device: torch.device) -> Cover:

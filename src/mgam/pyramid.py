@@ -293,9 +293,12 @@ class Pyramid:
                 continue
             ratio = self.levels.ratio(level)
             for states in (self.keys, self.values):
-                states[level][rows, :, first:last] = _means(
-                    states[level - 1][rows, :, first * ratio : last * ratio], ratio
-                )
+                finer = states[level - 1][rows, :, first * ratio : last * ratio].unflatten(2, (-1, ratio))
+                coarser = states[level][rows, :, first:last]
+                if finer.requires_grad:
+                    coarser.copy_(finer.mean(3))
+                else:
+                    torch.mean(finer, 3, out=coarser)
 
     def _build(self, rows: slice, first: int, last: int) -> None:
         """Level 1 and search keys of chunks [first, last)."""
@@ -342,5 +345,6 @@ def _widen(states: Tensor, room: int, used: int, axis: int) -> Tensor:
     shape = list(states.shape)
     shape[axis] = room
     wider = states.new_empty(shape)
-    wider.narrow(axis, 0, used).copy_(states.narrow(axis, 0, used))
+    if used:
+        wider.narrow(axis, 0, used).copy_(states.narrow(axis, 0, used))
     return wider

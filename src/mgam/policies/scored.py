@@ -58,7 +58,7 @@ class Scored:
         states = pyramid.keys[0]
         device, heads = states.device, states.shape[1]
         begin, start = windows(blocks, self.window, levels, device)
-        chunks = int(begin.max()) // levels.chunk if len(blocks) else 0
+        chunks = blocks.once(("before", self.window, levels), lambda: max(begin.tolist(), default=0) // levels.chunk)
         most = self.budget // levels.chunk
         if kernels.serve(states) and most:
             return self._choose_on_device(voters, blocks, pyramid, levels, chunks)
@@ -98,7 +98,7 @@ class Scored:
         if len(kinds) > 1:
             return made(self.scores(voters, blocks, pyramid, levels)[..., :chunks], most)
         asked = self._asked(voters, kinds[0][1], pyramid, levels, kinds[0][2])
-        judged = int(blocks.decide.max()) // levels.chunk
+        judged = blocks.once(("judged", levels), lambda: int(blocks.decide.max()) // levels.chunk)
         found = search_triton.cover_of(asked, judged, start, levels, most, rest=self.rest, mass=self.mass)
         return known(found, most)
 
@@ -203,11 +203,11 @@ def _device_scores(asked: Asked, chunks: int) -> Tensor:
 
 def _heard(voters: Voters, blocks: Blocks, every: int) -> tuple[Tensor, Tensor]:
     """Every n-th voter of each block, counted back from its last one."""
-    count = blocks.voting
-    most = int(count.max())
+    count = blocks.once("voting", lambda: blocks.voting)
+    least, most = blocks.once("votes", lambda: (int(count.min()), int(count.max())))
     if every == 1:
         return voters.queries[:, :, :most], voters.live[:, :most]
-    if bool((count == most).all()):
+    if least == most:
         some = slice((most - 1) % every, most, every)
         return voters.queries[:, :, some], voters.live[:, some]
     device = voters.live.device
