@@ -143,12 +143,13 @@ def test_few_voters_choose_alike(short: bool) -> None:
 
 
 @pytest.mark.parametrize("sizes", [(1, 8), (1, 8, 32), (1, 4, 8, 32)])
-@pytest.mark.parametrize("tokens", [7, 60, 330])
-def test_covers_equal(sizes: tuple[int, ...], tokens: int) -> None:
+@pytest.mark.parametrize(("tokens", "best"), [(7, 3), (60, 3), (330, 3), (4200, 900)])
+def test_covers_equal(sizes: tuple[int, ...], tokens: int, best: int) -> None:
+    """With many chunks and levels, entries are counted in numbers of 64 bits."""
     from mgam.policies import search_triton
 
     levels = Levels(sizes, 4)
-    blocks = Blocks.of([(0, piece) for piece in Schedule.uniform(24).pieces(0, tokens)])
+    blocks = Blocks.of([(0, piece) for piece in Schedule.uniform(24).pieces(0, tokens)])[-14:]
     start = window_start(blocks.decide, 20, levels)
     chunks = int(start.max()) // levels.chunk
     torch.manual_seed(tokens)
@@ -157,10 +158,10 @@ def test_covers_equal(sizes: tuple[int, ...], tokens: int) -> None:
     allowed = (number > 0) & ((number + 1) * levels.chunk <= start[:, None])
     mask = torch.zeros(len(blocks), 2, chunks, dtype=torch.bool)
     if chunks > 1:
-        best = found.masked_fill(~allowed[:, None], -1).topk(min(3, chunks - 1), -1).indices
-        mask.scatter_(-1, best, True)
+        first = found.masked_fill(~allowed[:, None], -1).topk(min(best, chunks - 1), -1).indices
+        mask.scatter_(-1, first, True)
     want = cover_of(mask & allowed[:, None], start, levels)
-    got = search_triton.cover(found.to(DEVICE), start.to(DEVICE), levels, 3)
+    got = search_triton.cover(found.to(DEVICE), start.to(DEVICE), levels, best)
     for ours, theirs in zip((got.opened, *got.summaries), (want.opened, *want.summaries), strict=True):
         ours = ours.cpu()
         width = theirs.shape[-1]

@@ -45,12 +45,21 @@ def _family(has, SIZE: tl.constexpr, BLOCK: tl.constexpr):
 
 
 @triton.jit
-def _list(list_ptr, rank_ptr, read, value, rank, room, BLOCK_K: tl.constexpr):
-    """Writes the values and ranks of what is read, in order, and -1 after them; returns how many there are."""
-    number = read.to(tl.int32)
-    place = tl.cumsum(number, 0) - 1
-    count = tl.sum(number, 0)
-    there = (number != 0) & (place < room)
+def _count(counts, FIELDS: tl.constexpr, field: tl.constexpr):
+    """What numbers that hold a count for every list, in bits FIELDS[l] to FIELDS[l+1], say of one list."""
+    return ((counts >> FIELDS[field]) & ((1 << (FIELDS[field + 1] - FIELDS[field])) - 1)).to(tl.int32)
+
+
+@triton.jit
+def _list(
+    list_ptr, rank_ptr, begins, ends, every, FIELDS: tl.constexpr, field: tl.constexpr, value, rank, room,
+    BLOCK_K: tl.constexpr,
+):  # fmt: skip
+    """Writes the values and ranks of the entries of one list, in order, and -1 after them; returns how many there
+    are."""
+    place = _count(ends, FIELDS, field) - 1
+    count = _count(every, FIELDS, field)
+    there = (_count(begins, FIELDS, field) != 0) & (place < room)
     tl.store(list_ptr + place, value.to(tl.int64), mask=there)
     tl.store(rank_ptr + place, rank.to(tl.int64), mask=there)
     slot = tl.arange(0, BLOCK_K)
@@ -67,7 +76,7 @@ def _mass(
     normalisers (2, N, H, M, tiles), as `logits_kernel` leaves them; live (N, V) uint8."""
     score = tl.zeros((BLOCK,), tl.float32)
     tile = tl.arange(0, BLOCK_T)
-    for m in tl.range(0, M):
+    for m in tl.static_range(M):
         place = (pair * M + m) * tiles + tile
         peaks = tl.load(part_ptr + place, mask=tile < tiles, other=-3.3e38)
         totals = tl.load(part_ptr + pairs * M * tiles + place, mask=tile < tiles, other=0.0)
@@ -87,7 +96,7 @@ def _mass(
 def cover_kernel(
     score_ptr, part_ptr, live_ptr, window_ptr, lists, ranks, count_ptr, pairs, heads, chunks, width, most, rooms, tiles,
     M: tl.constexpr, V: tl.constexpr, BLOCK_T: tl.constexpr, CHUNK: tl.constexpr, TOP: tl.constexpr,
-    RATIOS: tl.constexpr, REST: tl.constexpr, BLOCK: tl.constexpr,
+    RATIOS: tl.constexpr, FIELDS: tl.constexpr, WIDE: tl.constexpr, REST: tl.constexpr, BLOCK: tl.constexpr,
     BLOCK_K: tl.constexpr,
 ):  # fmt: skip
     """The sink and the `most` best chunks between sink and window, and the summaries that complete a partition.
@@ -96,7 +105,8 @@ def cover_kernel(
     `_mass`). window_ptr (N,) first tokens of windows. lists[0]
     and ranks[0] (N, H, rooms[0]) get the opened chunks, lists[l] and ranks[l] the summaries of level l (none where REST
     is false), sorted, -1 at the end; count_ptr (N, H, 1+TOP). Among equal scores the earliest win. RATIOS[l]: chunks of
-    level 1 in one of level l + 1, powers of two that divide BLOCK.
+    level 1 in one of level l + 1, powers of two that divide BLOCK. FIELDS[l]: first of the bits that count entries of
+    list l, in numbers of 32 bits, or of 64 where WIDE.
     """
     pair = tl.program_id(0).to(tl.int64)
     window = (tl.load(window_ptr + pair // heads) // CHUNK).to(tl.int32)
@@ -110,28 +120,35 @@ def cover_kernel(
     allowed = (index > 0) & (index < chunks) & (index < window)
     bits = tl.where(allowed, score.to(tl.int32, bitcast=True), -1)
     bar = _best(bits, most)
-    above = bits > bar
-    equal = bits == bar
-    left = most - tl.sum(above.to(tl.int32), 0)
-    opened = above | (equal & (tl.cumsum(equal.to(tl.int32), 0) <= left)) | ((index == 0) & (window > 0))
+    opened = bits >= bar
+    found = tl.sum((bits > bar).to(tl.int64) + (opened.to(tl.int64) << 32), 0)
+    above = (found & 0x7FFFFFFF).to(tl.int32)
+    if (found >> 32).to(tl.int32) > most:  # of those that stand at the bar the earliest
+        opened = (bits > bar) | (opened & (tl.cumsum((bits == bar).to(tl.int32), 0) <= most - above))
+    opened = opened | ((index == 0) & (window > 0))
     has = opened.to(tl.int32)
-    weight = has * CHUNK
+    begins = has.to(tl.int64) if WIDE else has  # which lists have an entry that begins with this chunk
     if REST:
         for level in tl.static_range(TOP):
-            weight += _read(has, index, window, level, TOP, RATIOS, BLOCK).to(tl.int32)
-    rank = tl.cumsum(weight, 0) - weight - tl.sum(weight, 0)
-    found = _list(lists[0] + pair * rooms[0], ranks[0] + pair * rooms[0], opened, index, rank, rooms[0], BLOCK_K)
-    tl.store(count_ptr + pair * (TOP + 1), found)
+            begins += _read(has, index, window, level, TOP, RATIOS, BLOCK).to(begins.dtype) << FIELDS[level + 1]
+    ends, every = tl.cumsum(begins, 0), tl.sum(begins, 0)
+    rank = (_count(ends - begins, FIELDS, 0) - _count(every, FIELDS, 0)) * CHUNK
     for level in tl.static_range(TOP):
-        found = 0
+        rank += _count(ends - begins, FIELDS, level + 1) - _count(every, FIELDS, level + 1)
+    room = rooms[0]
+    count = _list(
+        lists[0] + pair * room, ranks[0] + pair * room, begins, ends, every, FIELDS, 0, index, rank, room, BLOCK_K
+    )
+    tl.store(count_ptr + pair * (TOP + 1), count)
+    for level in tl.static_range(TOP):
+        count = 0
         if REST:
             room = rooms[level + 1]
-            read = _read(has, index, window, level, TOP, RATIOS, BLOCK)
-            found = _list(
-                lists[level + 1] + pair * room, ranks[level + 1] + pair * room, read, index // RATIOS[level], rank,
-                room, BLOCK_K,
+            count = _list(
+                lists[level + 1] + pair * room, ranks[level + 1] + pair * room, begins, ends, every, FIELDS, level + 1,
+                index // RATIOS[level], rank, room, BLOCK_K,
             )  # fmt: skip
-        tl.store(count_ptr + pair * (TOP + 1) + level + 1, found)
+        tl.store(count_ptr + pair * (TOP + 1) + level + 1, count)
 
 
 @triton.jit

@@ -6,6 +6,7 @@ Nothing here waits for the device, and what is kept of all logits at a time is b
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
+from itertools import accumulate
 
 import torch
 import triton
@@ -28,6 +29,8 @@ from mgam.policies.search_kernels import (
 
 SELECT_AT_MOST = 1 << 15
 """Chunks that one program can rank."""
+LISTS = 4
+"""Lists that one program can fill at once."""
 POWERS = 1 << 29
 """Powers kept at a time, of two bytes."""
 FEW = 16
@@ -213,7 +216,7 @@ def cover_of(
 
 def _at_once_serves(chunks: int, most: int, levels: Levels) -> bool:
     ratios = [size // levels.chunk for size in levels.sizes[1:]]
-    some = chunks > 0 and most > 0
+    some = chunks > 0 and most > 0 and levels.top < LISTS
     return some and max(chunks, *ratios) <= SELECT_AT_MOST and not any(ratio & (ratio - 1) for ratio in ratios)
 
 
@@ -240,6 +243,7 @@ def _at_once(
     )
     counts = torch.empty(count, heads, 1 + levels.top, dtype=torch.int32, device=found.device)
     ratios = tuple(size // levels.chunk for size in levels.sizes[1:])
+    fields = (0, *accumulate(room.bit_length() for room in rooms))
     size = max(64, ratios[-1], triton.next_power_of_2(chunks))
     parts, live = voters or (found, found)
     tiles = parts.shape[-1] if voters else 1
@@ -247,7 +251,7 @@ def _at_once(
         found, parts, live, start.contiguous(), lists, ranks, counts, count * heads, heads, chunks, width, most,
         tuple(rooms), tiles,
         M=found.shape[2] if voters else 0, V=live.shape[1], BLOCK_T=max(16, triton.next_power_of_2(tiles)),
-        CHUNK=levels.chunk, TOP=levels.top, RATIOS=ratios, REST=whole, BLOCK=size,
+        CHUNK=levels.chunk, TOP=levels.top, RATIOS=ratios, FIELDS=fields, WIDE=fields[-1] > 31, REST=whole, BLOCK=size,
         BLOCK_K=triton.next_power_of_2(max(rooms)), num_warps=max(1, min(16, size // 256)),
     )  # fmt: skip
     return Cover(levels, start, lists[0], lists[1:], mass, placed=(counts, ranks))
