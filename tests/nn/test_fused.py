@@ -201,8 +201,9 @@ def test_what_is_kept_serves_every_mode() -> None:
 
     module, states = make(), text(150)
     attend._BIASES.clear()
-    with torch.inference_mode():
+    with torch.inference_mode(), half():
         module(states)
     assert attend._BIASES
     assert not any(bias.is_inference() for bias in attend._BIASES.values())
-    module(states).sum().backward()
+    with half():
+        module(states).sum().backward()
