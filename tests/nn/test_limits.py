@@ -48,9 +48,10 @@ def test_reformer_of_two_chunks_is_full_attention_with_shared_queries_and_keys(
     torch.testing.assert_close(module(states), module.out(wanted.transpose(1, 2).flatten(2)), atol=1e-9, rtol=0)
 
 
-def test_equal_tokens_meet_wherever_they_stand() -> None:
-    """Reformer hashes what is not rotated yet."""
-    module = nn.ReformerAttention(WIDTH, HEADS, bucket=8).double()
+@pytest.mark.parametrize("rotated", [False, True])
+def test_equal_tokens_meet_wherever_they_stand(rotated: bool) -> None:
+    """Reformer hashes what is not rotated yet, unless it is to."""
+    module = nn.ReformerAttention(WIDTH, HEADS, bucket=8, hash_rotated=rotated).double()
     states = text(256)
     states[:, 3::9] = states[:, 3:4].clone()
     found: list[Tensor] = []
@@ -58,7 +59,7 @@ def test_equal_tokens_meet_wherever_they_stand() -> None:
     module.hashed = lambda q, turns: found.append(hashed(q, turns)) or found[-1]  # type: ignore[method-assign,func-returns-value]
     whole = module(states)
     for buckets in found:
-        assert (buckets[:, :, 3::9] == buckets[:, :, 3:4]).all()
+        assert bool((buckets[:, :, 3::9] == buckets[:, :, 3:4]).all()) is not rotated
         assert len(buckets.unique()) > 8
     streamed = module.step(states[:, 200:], module.step(states[:, :200])[1])[0]
     torch.testing.assert_close(streamed, whole[:, 200:], atol=1e-9, rtol=0)

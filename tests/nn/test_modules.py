@@ -41,6 +41,7 @@ MODULES: dict[str, tuple[type[SelfAttention], dict[str, Any]]] = {
     "linformer": (nn.LinformerAttention, {"rank": 5, "longest": 40}),
     "performer": (nn.PerformerAttention, {"kv_heads": 1}),
     "reformer": (nn.ReformerAttention, {"bucket": 4, "rounds": 2}),
+    "reformer-rotated": (nn.ReformerAttention, {"bucket": 4, "rounds": 2, "hash_rotated": True}),
     "reformer-grouped": (nn.ReformerAttention, {"bucket": 4, "rounds": 2, "kv_heads": 1}),
     "nsa": (nn.NativeSparseAttention, {"length": 4, "stride": 2, "select": 4, "blocks": 3, "window": 5, "kv_heads": 1}),
     "nsa-one": (

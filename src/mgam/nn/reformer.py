@@ -21,8 +21,9 @@ HASHES = 4
 class ReformerAttention(SelfAttention):
     """Keys are normed queries; tokens are sorted by hash and position, and read their chunk and the one before it.
 
-    Hashes are of queries before they are rotated, so that equal tokens meet wherever they stand. With fewer KV heads
-    than heads, the heads of a group share values.
+    Hashes are of queries before they are rotated, so that equal tokens meet wherever they stand; with `hash_rotated`
+    after, so that place counts too: a model whose only positions are rotations needs it to find what stands so many
+    tokens back. With fewer KV heads than heads, the heads of a group share values.
     Causal by position; but which tokens meet in a chunk depends on all tokens, later ones included: a published leak.
     Texts of any length are padded by tokens that nobody reads.
     """
@@ -32,12 +33,12 @@ class ReformerAttention(SelfAttention):
 
     def __init__(
         self, width: int, heads: int, kv_heads: int | None = None, *, bucket: int = 32, rounds: int = 4, seed: int = 0,
-        **base: Any,
+        hash_rotated: bool = False, **base: Any,
     ) -> None:  # fmt: skip
         super().__init__(width, heads, kv_heads, **base)
         above("bucket", bucket, 1)
         above("rounds", rounds, 1)
-        self.bucket, self.rounds = bucket, rounds
+        self.bucket, self.rounds, self.hash_rotated = bucket, rounds, hash_rotated
         draw = torch.Generator().manual_seed(seed)
         self.register_buffer("turns", torch.randn(rounds, self.dim, HASHES * DIRECTIONS, generator=draw))
         del self.key
@@ -49,7 +50,8 @@ class ReformerAttention(SelfAttention):
     def attend(self, seen: Seen) -> Tensor:
         """Rounds of hashing, joined as parts of one softmax; all tokens are hashed and rotated anew at every call."""
         q, v = self.turned(seen.k, 0), seen.v.repeat_interleave(self.heads // self.kv_heads, 1)
-        rounds = [self._round(seen.k, q, v, self.turns[one]) for one in range(self.rounds)]
+        hashed = q if self.hash_rotated else seen.k
+        rounds = [self._round(hashed, q, v, self.turns[one]) for one in range(self.rounds)]
         return merge(rounds).out[:, :, seen.first :]
 
     def hashed(self, q: Tensor, turns: Tensor) -> Tensor:
