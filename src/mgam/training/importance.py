@@ -52,9 +52,7 @@ def measure_importance(
         asked = torch.arange(far, len(ids), EVERY, device=model.device)
         whole = _next(model, ids, asked, visit, None)
 
-        def divergence(
-            narrow: Narrow, ids: Tensor = ids, asked: Tensor = asked, whole: Tensor = whole
-        ) -> float:
+        def divergence(narrow: Narrow, ids: Tensor = ids, asked: Tensor = asked, whole: Tensor = whole) -> float:
             less = _next(model, ids, asked, lambda seen: None, narrow)
             return float((whole.exp() * (whole - less)).sum(-1).mean().clamp_min(0))
 
