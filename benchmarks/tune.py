@@ -85,7 +85,7 @@ def jobs() -> list[tuple[str, Callable[[], object], float]]:
                 return read(cut, lists, pyramid.keys, pyramid.values, 128**-0.5, turn=turn, tiles=tiles, out=out)
 
             found.append((f"read {kind} {tiles}", call, flop))
-    for name, each, widths in (("8 bits", setting, 64), ("8 bits, every 8", replace(setting, every=8), 64)):
+    for name, each, widths in (("every 32", setting, 64), ("every 8", replace(setting, every=8), 64)):
         policy = each.policy
         assert policy.compact is not None
         votes = cut[-128:][:, :, (127 % policy.every) :: policy.every]

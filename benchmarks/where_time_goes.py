@@ -1,4 +1,4 @@
-"""Which kernels take the time of one layer: `python benchmarks/where_time_goes.py --tokens 131072 --every 8`.
+"""Which kernels take the time of one layer: `python benchmarks/where_time_goes.py --tokens 131072`.
 
 Prints a table of the profiler for a prefill (build, search and read), for a step of training and for a token of decode,
 heaviest kernels first.
@@ -24,7 +24,7 @@ CALLS = 3
 
 def main(
     tokens: Annotated[int, typer.Option(help="Length of the text.")] = 131072,
-    every: Annotated[int, typer.Option(help="Every n-th query searches.")] = 8,
+    every: Annotated[int, typer.Option(help="Every n-th query of a text searches.")] = 32,
     dims: Annotated[int, typer.Option(help="Dimensions of search keys.")] = 64,
     bits: Annotated[int, typer.Option(help="Bits of search keys.")] = 8,
 ) -> None:

@@ -30,7 +30,7 @@ class Setting:
     budget: int = 2048
     window: int = 512
     sizes: tuple[int, ...] = (1, 64, 1024)
-    every: int = 8
+    every: int = 32
     dims: int = 64
     bits: int = 8
     positions: str = "granular"

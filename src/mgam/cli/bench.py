@@ -29,7 +29,7 @@ def bench(
     window: Annotated[int, typer.Option(help="Tokens of the window.")] = 512,
     heads: Annotated[str, typer.Option(help="Query heads and KV heads.")] = "32,8",
     dim: Annotated[int, typer.Option(help="Dimensions of a head.")] = 128,
-    every: Annotated[int, typer.Option(help="Every n-th query searches.")] = 8,
+    every: Annotated[int, typer.Option(help="Every n-th query of a text searches.")] = 32,
     dims: Annotated[int, typer.Option(help="Dimensions of search keys.")] = 64,
     bits: Annotated[int, typer.Option(help="Bits of search keys: 8 or 16.")] = 8,
     methods: Annotated[
