@@ -214,12 +214,11 @@ class Blocks:
         )
 
     def apart(self, kinds: Tensor, device: torch.device) -> list[tuple[slice | Tensor, Blocks, int]]:
-        """The blocks of each kind (N,): where they stand, as a slice where they follow one another; they; the kind."""
-        every = kinds.unique().tolist()
-        if len(every) == 1:
-            return [(slice(None), self, int(every[0]))]
+        """The blocks of each kind (N,): where they stand, as a slice where they follow one another; they; the kind.
+        Nothing where all are of one kind."""
         found: list[tuple[slice | Tensor, Blocks, int]] = []
-        for kind in every:
+        every = kinds.unique().tolist()
+        for kind in every if len(every) > 1 else ():
             place = (kinds == kind).nonzero().flatten()
             first, last = int(place[0]), int(place[-1]) + 1
             together = last - first == len(place)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import gc
+import weakref
 from dataclasses import replace
 
 import pytest
@@ -63,6 +65,27 @@ def test_questions_are_heard_in_full_beside_texts_that_are_not(compact: Compact 
     assert torch.allclose(heard[heard > 0], torch.tensor(4 * 5.0)), "five voters of forty, of four heads"
     few = replace(policy, whole=0).scores(voters, blocks, pyramid, levels)
     assert not torch.allclose(few[asked], together[asked], atol=1e-3)
+
+
+@pytest.mark.parametrize("every", [1, 8])
+def test_blocks_do_not_hold_themselves(every: int) -> None:
+    """What is found once of blocks is kept with them, and goes with them: nothing waits for the garbage collector."""
+    keys = torch.randn(1, 2, 240, 32)
+    pyramid, levels = Pyramid.of(keys, keys, Levels((1, 8, 32), 4)), Levels((1, 8, 32), 4)
+    blocks = Blocks.of([(0, piece) for piece in Schedule.reading(236, 4, block=40).pieces(80, 240)])
+    voters = Voters(torch.randn(len(blocks), 4, 40, 32), torch.arange(40) < blocks.voting[:, None])
+    gc.collect()
+    gc.disable()
+    try:
+        Scored(16, 16, every=every).choose(voters, blocks, pyramid, levels)
+        Scored(16, 16, every=every, compact=Compact(dims=16, bits=16, calibrate=96)).choose(
+            voters, blocks, pyramid, levels
+        )
+        gone = weakref.ref(blocks)
+        del blocks
+        assert gone() is None
+    finally:
+        gc.enable()
 
 
 @pytest.mark.parametrize("rank", [0, 1, 8, 64])

@@ -257,7 +257,7 @@ class Learned:
         """
         device = voters.queries.device
         kinds = blocks.once(("kinds", self.whole, device), lambda: blocks.apart(blocks.voting > self.whole, device))
-        if len(kinds) == 1:
+        if not kinds:
             return self._shares(voters, blocks, pyramid, levels, chunks)
         parts = [(place, self._shares(voters[place], some, pyramid, levels, chunks)) for place, some, _ in kinds]
         first = parts[0][1][0]

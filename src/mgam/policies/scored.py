@@ -94,10 +94,10 @@ class Scored:
             return blocks.once(
                 every, lambda: made(states.new_zeros(len(blocks), heads, chunks, dtype=torch.float32), chunks)
             )
-        kinds = self._kinds(blocks, states.device)
-        if len(kinds) > 1:
+        parts, kind = self._kinds(blocks, states.device)
+        if parts:
             return made(self.scores(voters, blocks, pyramid, levels)[..., :chunks], most)
-        asked = self._asked(voters, kinds[0][1], pyramid, levels, kinds[0][2])
+        asked = self._asked(voters, blocks, pyramid, levels, kind)
         judged = blocks.once(("judged", levels), lambda: int(blocks.decide.max()) // levels.chunk)
         found = search_triton.cover_of(asked, judged, start, levels, most, rest=self.rest, mass=self.mass)
         return known(found, most)
@@ -114,26 +114,25 @@ class Scored:
         """
         chunks = int(blocks.decide.max()) // levels.chunk
         device = voters.queries.device
-        kinds = self._kinds(blocks, device)
-        if len(kinds) == 1:
-            return self._scores(voters, blocks, pyramid, levels, chunks, kinds[0][2])
-        parts = [
-            (place, self._scores(voters[place], some, pyramid, levels, chunks, kind)) for place, some, kind in kinds
-        ]
-        wide = torch.float64 if any(part.dtype == torch.float64 for _, part in parts) else torch.float32
+        parts, kind = self._kinds(blocks, device)
+        if not parts:
+            return self._scores(voters, blocks, pyramid, levels, chunks, kind)
+        some = [(place, self._scores(voters[place], part, pyramid, levels, chunks, how)) for place, part, how in parts]
+        wide = torch.float64 if any(part.dtype == torch.float64 for _, part in some) else torch.float32
         found = torch.empty(len(blocks), pyramid.keys[0].shape[1], chunks, dtype=wide, device=device)
-        for place, part in parts:
-            found[place] = part.to(wide)
+        for place, scores in some:
+            found[place] = scores.to(wide)
         return found
 
-    def _kinds(self, blocks: Blocks, device: torch.device) -> list[tuple[slice | Tensor, Blocks, int]]:
-        """The blocks by how they search: THIN, over FULL keys, or both."""
+    def _kinds(self, blocks: Blocks, device: torch.device) -> tuple[list[tuple[slice | Tensor, Blocks, int]], int]:
+        """The blocks by how they search, THIN, over FULL keys, or both, where they differ; else how all do."""
         compact, every, whole = self.compact, self.every, self.whole
 
-        def find() -> list[tuple[slice | Tensor, Blocks, int]]:
+        def find() -> tuple[list[tuple[slice | Tensor, Blocks, int]], int]:
             thin = (blocks.voting > whole) & (every > 1)
             early = blocks.decide.cpu() < compact.calibrate if compact is not None else torch.ones_like(thin)
-            return blocks.apart(THIN * thin + FULL * early, device)
+            kinds = THIN * thin + FULL * early
+            return blocks.apart(kinds, device), int(kinds[0])
 
         return blocks.once(("kinds", compact, every, whole, device), find)
 
