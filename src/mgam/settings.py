@@ -74,8 +74,8 @@ class Settings:
     search: int = 4
     """Tokens per search key."""
 
-    every: int = 1
-    """Every n-th query of a block votes; questions, whose blocks are small, are heard in full."""
+    every: int = 32
+    """Every n-th query of a block of text votes; questions, whose blocks are small, are heard in full. 1: all vote."""
 
     search_dims: int | None = None
     """Dimensions of a search key that are kept, along the principal directions of a text's first 8,192 tokens; None
