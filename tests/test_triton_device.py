@@ -62,7 +62,7 @@ def test_search_by_kernels_equals_search_in_torch(every: int, before: int, monke
     """The engine with all kernels, the search's too, in single precision: a prefill, and tokens after it."""
     from mgam import kernels
 
-    policy = Scored(budget=24, window=16, every=every)
+    policy = Scored(budget=24, window=16, every=every, whole=0)
     queries, keys, values = made(160, 1, torch.float32)
     schedule = Schedule.uniform(1) if before else Schedule.uniform(16, "block")
     plan = Plan.of([schedule], [before], [160 - before], 160 - before, 0)

@@ -165,6 +165,11 @@ def compact(s: Settings, scale: float) -> Policy:
     return Scored(s.budget, s.window, s.rest, s.mass, scale, s.every, Compact(dims=16, bits=8, calibrate=20))
 
 
+def thinned(s: Settings, scale: float) -> Policy:
+    """The search that hears some queries of blocks which are larger than a few."""
+    return Scored(s.budget, s.window, s.rest, s.mass, scale, s.every, s.compact, whole=8)
+
+
 def learned(**dials: Any) -> Callable[[Settings, float], Policy]:
     """A learned policy whose searches mirror and mix the dimensions of queries and keys: it finds what these find."""
 
@@ -209,7 +214,7 @@ CASES = [
     Case("window-coarse", "dyadic", make=lambda s, scale: Window(s.window, rest="summaries")),
     Case("mgam", "mgam", {"budget": ENOUGH}, opens=within(2)),
     Case("mgam-drop", "mgam", {"budget": ENOUGH}, {"rest": "drop"}, within(2), nothing, cover="drops"),
-    Case("mgam-every", "mgam", {"budget": ENOUGH}, {"every": 3}, within(2)),
+    Case("mgam-every", "mgam", {"budget": ENOUGH}, {"every": 3, "block": 20}, within(2), make=thinned),
     Case("mgam-half-mass", "mgam", {"budget": ENOUGH}, {"mass": 0.5}, within(2)),
     Case("mgam-compact", "mgam", {"budget": ENOUGH}, {}, within(2), make=compact),
     Case("mgam-flat", "mgam", {"budget": ENOUGH}, {"levels": (1, 4), "budget": 12}, within(3)),
