@@ -53,10 +53,9 @@ demo: $(USER_READY)
 test: $(DEV_READY)
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
-	$(BIN)/mypy
-	$(MAKE) -j 2 suite kernels edges
+	$(MAKE) -j 2 suite kernels edges types
 
-# Two side by side, of one core each; the edge cases follow whichever ends first.
+# Two side by side, of one core each; the edge cases and types follow whichever ends first.
 suite: $(DEV_READY)
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest --ignore $(EDGES)
 
