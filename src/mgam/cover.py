@@ -74,12 +74,12 @@ class Cover:
 
     def reach(self, blocks: Blocks) -> int:
         """Most tokens from the start of a window that does not begin with the text to the end of its block."""
-        if self.known is None:
-            return _reach(self.begin, blocks)
-        kept: dict[str, tuple[Tensor, int]] = blocks.once("reach", dict)
-        if "reach" not in kept or kept["reach"][0] is not self.known.start:
-            kept["reach"] = self.known.start, _reach(self.known.start, blocks)
-        return kept["reach"][1]
+        begin = self.begin
+
+        def find() -> int:
+            return int((blocks.stop.cpu() - begin).masked_fill(begin == 0, 0).max()) if len(begin) else 0
+
+        return find() if self.known is None else blocks.once_with("reach", begin, find)
 
     @property
     def is_dense(self) -> bool:
@@ -135,14 +135,17 @@ class Cover:
         """Queries of each block (N,), tokens of an entry of each list (1+L,), and what is read in windows (1+L,), in
         float64; found once for layers whose windows are the same tensor."""
         assert self.known is not None
-        kept: dict[str, tuple[Tensor, Tensor]] = blocks.once(("near", device), dict)
-        if "near" not in kept or kept["near"][0] is not self.known.start:
+        begin = self.known.start
+
+        def find() -> Tensor:
             length = blocks.length.double().cpu()
-            window = length * (blocks.start.cpu() - self.known.start) + length * (length + 1) / 2
+            window = length * (blocks.start.cpu() - begin) + length * (length + 1) / 2
             rest = [0.0] * self.levels.top
             table = torch.tensor([self.levels.chunk, *[1.0] * self.levels.top, float(window.sum()), *rest]).double()
-            kept["near"] = self.known.start, sent(torch.cat((table, length)), device)
-        weight, near, queries = kept["near"][1].split((1 + self.levels.top, 1 + self.levels.top, len(blocks)))
+            return sent(torch.cat((table, length)), device)
+
+        found = blocks.once_with(("near", device), begin, find)
+        weight, near, queries = found.split((1 + self.levels.top, 1 + self.levels.top, len(blocks)))
         return queries, weight, near
 
     def ranks(self) -> tuple[Tensor, tuple[Tensor, ...]]:
@@ -176,10 +179,6 @@ def windows(blocks: Blocks, window: int, levels: Levels, device: torch.device) -
     """`window_start` of blocks (N,), on the CPU and on a device; moved there once for all layers."""
     start = blocks.once(("window", window, levels), lambda: window_start(blocks.decide, window, levels))
     return start, blocks.once(("window", window, levels, device), lambda: sent(start, device))
-
-
-def _reach(begin: Tensor, blocks: Blocks) -> int:
-    return int((blocks.stop.cpu() - begin).masked_fill(begin == 0, 0).max()) if len(begin) else 0
 
 
 def dense_cover(blocks: Blocks, heads: int, levels: Levels, device: torch.device) -> Cover:

@@ -163,6 +163,14 @@ class Blocks:
         found: Found = self._known[key]
         return found
 
+    def once_with(self, key: Hashable, other: Tensor, find: Callable[[], Found]) -> Found:
+        """The same of these blocks and another tensor, found anew where that is another one."""
+        kept: dict[str, Any] = self.once(("with", key), dict)
+        if kept.get("other") is not other:
+            kept.update(other=other, found=find())
+        found: Found = kept["found"]
+        return found
+
     def __len__(self) -> int:
         return self.row.shape[0]
 
@@ -226,7 +234,7 @@ class Blocks:
             found.append((slice(first, last) if together else sent(place, device), part, int(kind)))
         return found
 
-    @property
+    @cached_property
     def voting(self) -> Tensor:
         """Voters of each block (N,), on the CPU."""
         return (self.vote_to - self.vote_from).cpu()

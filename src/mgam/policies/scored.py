@@ -202,7 +202,7 @@ def _device_scores(asked: Asked, chunks: int) -> Tensor:
 
 def _heard(voters: Voters, blocks: Blocks, every: int) -> tuple[Tensor, Tensor]:
     """Every n-th voter of each block, counted back from its last one."""
-    count = blocks.once("voting", lambda: blocks.voting)
+    count = blocks.voting
     least, most = blocks.once("votes", lambda: (int(count.min()), int(count.max())))
     if every == 1:
         return voters.queries[:, :, :most], voters.live[:, :most]

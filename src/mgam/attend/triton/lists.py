@@ -68,17 +68,17 @@ class Lists:
     def near(self, blocks: Blocks) -> Lists:
         """The same lists for tokens that were brought together, a row for each block: opened chunks, then the window
         (`mgam.pyramid.Elsewhere`). Ranks stay as they were."""
-        kept: dict[str, tuple[Tensor, Tensor, Tensor]] = blocks.once("near", dict)
         shape = self.index[0].shape
-        if "made" not in kept or kept["made"][0] is not self.blocks or kept["made"][2].shape != shape:
+
+        def find() -> tuple[Tensor, Tensor]:
             device, chunk = self.blocks.device, self.levels.chunk
             _, start, length, window = self.blocks
             moved = shape[2] * chunk - window // chunk * chunk
             table = (torch.arange(shape[0], device=device), start + moved, length, window + moved)
-            local = torch.arange(shape[2], device=device).expand(shape).contiguous()
-            kept["made"] = self.blocks, torch.stack(table), local
-        _, table_of, local = kept["made"]
-        return replace(self, blocks=table_of, index=(local, *self.index[1:]), even=1, where=None)
+            return torch.stack(table), torch.arange(shape[2], device=device).expand(shape).contiguous()
+
+        table, local = blocks.once_with(("near", shape), self.blocks, find)
+        return replace(self, blocks=table, index=(local, *self.index[1:]), even=1, where=None)
 
     def steps(self) -> list[int]:
         """Tokens from one index to the next, per level."""
@@ -91,21 +91,20 @@ def _even(blocks: Blocks, cover: Cover) -> tuple[int, Tensor | None]:
     if cover.known is None:
         return 1, None
     begin = cover.known.start
-    kept: dict[str, tuple[Tensor, int, Tensor]] = blocks.once("even", dict)
-    if "even" not in kept or kept["even"][0] is not begin:
+
+    def find() -> tuple[int, Tensor]:
         full = bool((blocks.length == blocks.size).all())
         where = torch.stack((blocks.start, begin))
-        border = math.gcd(blocks.size, *where.unique().tolist()) if full else 1
-        kept["even"] = begin, border, where
-    return kept["even"][1:]
+        return math.gcd(blocks.size, *where.unique().tolist()) if full else 1, where
+
+    return blocks.once_with("even", begin, find)
 
 
 def _table(blocks: Blocks, there: Blocks, window: Tensor) -> Tensor:
     """Row, start, length and window start (4, N) of blocks; layers whose windows are the same tensor share it."""
-    kept: dict[str, Tensor] = blocks.once(("table", window.device), dict)
-    if kept.get("window") is not window:
-        kept["window"], kept["table"] = window, torch.stack((there.row, there.start, there.length, window))
-    return kept["table"]
+    return blocks.once_with(
+        ("table", window.device), window, lambda: torch.stack((there.row, there.start, there.length, window))
+    )
 
 
 def places(index: Sequence[Tensor], levels: Levels, granular: bool) -> tuple[Tensor, tuple[Tensor, ...]]:
