@@ -31,7 +31,8 @@ from mgam.levels import Levels
 from mgam.policies import Scored, Voters
 from mgam.policies.base import Policy
 from mgam.policies.files import FittedPolicy
-from mgam.policies.learned import Learned, SearchWeights
+from mgam.policies.learned import Learned
+from mgam.policies.learned_search import SearchWeights
 from mgam.pyramid import Pyramid
 from mgam.schedule import Blocks, Piece, Schedule, Span
 from mgam.training.reading import shown

@@ -13,7 +13,8 @@ from mgam.levels import Levels
 from mgam.methods import Method
 from mgam.policies import Dyadic, Policy, Scored, Window
 from mgam.policies.compact import Compact
-from mgam.policies.learned import Learned, SearchWeights
+from mgam.policies.learned import Learned
+from mgam.policies.learned_search import SearchWeights
 from mgam.settings import Settings
 
 LEVELS = (1, 4, 16)

@@ -11,7 +11,8 @@ import torch
 from mgam.errors import SettingError
 from mgam.levels import Levels
 from mgam.policies.base import Voters
-from mgam.policies.learned import Learned, SearchWeights, search_masses
+from mgam.policies.learned import Learned
+from mgam.policies.learned_search import SearchWeights, search_masses
 from mgam.pyramid import Pyramid
 from mgam.schedule import Blocks, Piece
 
@@ -167,7 +168,7 @@ def test_blocks_searched_together_are_searched_as_alone(monkeypatch: pytest.Monk
     alone = [search_masses(asked[n : n + 1], live[n : n + 1], search, row[n : n + 1], visible[n : n + 1], 20)
              for n in range(7)]  # fmt: skip
     torch.testing.assert_close(whole, torch.cat(alone), atol=1e-12, rtol=0)
-    monkeypatch.setattr("mgam.policies.learned.ELEMENTS", 1)
+    monkeypatch.setattr("mgam.policies.learned_search.ELEMENTS", 1)
     torch.testing.assert_close(search_masses(asked, live, search, row, visible, 20), whole, atol=1e-12, rtol=0)
 
 

@@ -48,7 +48,7 @@ def fit(
         typer.Option(
             min=0,
             help="Texts on which it is measured how much each head matters, for --recall; a text is read once for each "
-            "KV head. 0: all matter alike.",
+            "layer and KV head. 0: all matter alike.",
             show_default="2 on a GPU, 0 without",
         ),
     ] = None,

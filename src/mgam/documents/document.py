@@ -3,9 +3,8 @@
 from __future__ import annotations
 
 import os
-import time
-from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, field, replace
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal, get_args
 
@@ -14,34 +13,22 @@ import torch
 from torch import Tensor
 
 from mgam.documents import digesting
-from mgam.documents.asking import (
-    Answer,
-    Streamer,
-    at_second_sight,
-    chosen_again,
-    first_token,
-    per_level,
-    read_question,
-    settings_of,
-)
-from mgam.documents.confidence import Watch, confidence, is_found
-from mgam.documents.evidence import find_evidence
+from mgam.documents.asking import Answer, chosen_again, read_question
+from mgam.documents.chat import Chat
 from mgam.documents.models import check_model
 from mgam.documents.pool import Counts, Pool
 from mgam.documents.rehearsing import rehearse
 from mgam.documents.second_look import NEUTRAL, Passages, shares
 from mgam.documents.sources import Source, read_source
 from mgam.documents.store import neutral
-from mgam.documents.store.manifest import Manifest, Segment
-from mgam.documents.store.segment import Resident
+from mgam.documents.store.manifest import Manifest
 from mgam.documents.store.store import Store, changed
-from mgam.documents.taking_up import Layers, prepare, set_recent
+from mgam.documents.taking_up import prepare, take_up
 from mgam.documents.tiers import HostPages, parse_memory, slots_for
 from mgam.documents.tokens import Frame, Places, Tokens, encode
 from mgam.engine import Record
 from mgam.errors import DigestError, DocumentError, SettingError
 from mgam.integrations import warming
-from mgam.integrations.memory import peak_memory_bytes
 from mgam.integrations.transformers.apply import Applied, applied_to, apply
 from mgam.integrations.transformers.cache import Bookmark, PyramidCache
 from mgam.schedule import Schedule, Span
@@ -177,7 +164,7 @@ class Document:
             _ensure_applied(model, wanted)
             slots = slots_for(manifest.shape, manifest.tokens, room, bound, device)
             pool, cache, together = prepare(model, manifest.shape, manifest.tokens + room, slots)
-            tokens = _load(store, parts, cache, together)
+            tokens = take_up(store, parts, cache, together)
         warming.finish(device, model.dtype)
         if tier == "disk":
             pool.fetch = store.read_pages
@@ -217,20 +204,23 @@ class Document:
         ids = encode(self.tokenizer, text)
         if not ids:
             raise DocumentError("there is nothing to go on from; give at least one token of text")
-        produced = self.continue_from(
-            ids, (Span(len(self.tokens) + len(ids), self._question_block, self._lookahead),), **options
-        )
+        produced = self.continue_from(ids, (self.question(len(ids)),), **options)
         return str(self.tokenizer.decode(produced, skip_special_tokens=True))
 
     def chat(self) -> Chat:
         """A talk of several questions, each of which sees what was said before."""
         return Chat(self)
 
+    def question(self, stop: int) -> Span:
+        """How a question is read that ends `stop` tokens after the texts."""
+        settings = self.manifest.settings
+        return Span(len(self.tokens) + stop, settings.question_block, settings.lookahead)
+
     def start(self, ids: int) -> PyramidCache:
         """The cache after the texts, ready for a question of `ids` tokens; for those who call the model themselves."""
         self._owner = None
         self._ready()
-        self._rewind((Span(len(self.tokens) + ids, self._question_block, self._lookahead),))
+        self._rewind((self.question(ids),))
         return self.cache
 
     def look(self, question: str, count: int = 3) -> tuple[Record, Passages] | None:
@@ -303,14 +293,6 @@ class Document:
         """Closes the digest's files."""
         self.store.close()
 
-    @property
-    def _question_block(self) -> int:
-        return self.manifest.settings.question_block
-
-    @property
-    def _lookahead(self) -> Literal["none", "block"]:
-        return self.manifest.settings.lookahead
-
     def _ready(self) -> Applied:
         """Sets the model to this document's settings again, where others were applied since."""
         return _ensure_applied(self.model, self.settings)
@@ -328,104 +310,6 @@ class Document:
         self._schedule(spans)
 
 
-@dataclass
-class Chat:
-    """A talk about a document."""
-
-    document: Document
-    ids: list[int] = field(default_factory=list)
-    """Tokens of all that was said, after the texts."""
-    spans: tuple[Span, ...] = ()
-
-    def say(
-        self,
-        question: str,
-        *,
-        max_new_tokens: int = 64,
-        on_text: Callable[[str], None] | None = None,
-        evidence_count: int = 3,
-    ) -> Answer:
-        """Answers the next question."""
-        document = self.document
-        model, tokenizer = document.model, document.tokenizer
-        frame = Frame.of(tokenizer)
-        begin = time.perf_counter()
-        looked = None if self.ids else document.look(question, evidence_count)
-        if looked is not None:
-            return self._say_at_second_sight(question, *looked, max_new_tokens, on_text, begin)
-        asked = frame.next_question(tokenizer, question) if self.ids else frame.question(tokenizer, question)
-        border = len(document.tokens) + len(self.ids)
-        ids = [*self.ids, *asked]
-        spans = (*self.spans, Span(border + len(asked), document._question_block, document._lookahead))
-        record = Record(evidence_from=border)
-        document.cache.watch(record)
-        streamer, watch = Streamer(tokenizer, on_text), Watch()
-        try:
-            new = document.continue_from(
-                ids, spans, owner=self, max_new_tokens=max_new_tokens, streamer=streamer,
-                logits_processor=watch.as_list(),
-            )  # fmt: skip
-        finally:
-            document.cache.watch(None)
-        sure = confidence(model, tokenizer, question, torch.tensor(new, device=model.device), watch)
-        done = time.perf_counter()
-        self._remember(ids, spans, new)
-        applied = applied_to(model)
-        return Answer(
-            answer=tokenizer.decode(new, skip_special_tokens=True).strip(),
-            evidence=find_evidence(
-                record, Places(document.tokens, document.sources), applied.reading.levels, evidence_count
-            ),
-            entries_per_level=per_level(record, applied),
-            tokens={"document": len(document.tokens), "question": len(asked), "answer": len(new)},
-            seconds={
-                "to the first token": round((streamer.first or done) - begin, 3),
-                "answering": round(done - begin, 3),
-            },
-            peak_memory_bytes=peak_memory_bytes(),
-            settings=settings_of(model, applied),
-            confidence=sure,
-            found=is_found(sure),
-        )
-
-    def _say_at_second_sight(
-        self,
-        question: str,
-        seen: Record,
-        chosen: Passages,
-        max_new_tokens: int,
-        on_text: Callable[[str], None] | None,
-        begin: float,
-    ) -> Answer:
-        """The first answer of a talk, from passages alone; later ones see it after the whole texts."""
-        document = self.document
-        tokenizer, border = document.tokenizer, len(document.tokens)
-        asked = Frame.of(tokenizer).question(tokenizer, question)
-        looked = time.perf_counter()
-        answer = at_second_sight(document.model, tokenizer, chosen, question, seen, len(asked), max_new_tokens, on_text)
-        done = time.perf_counter()
-        said = encode(tokenizer, answer.answer) if answer.answer else []
-        self.ids = [*asked, *said]
-        spans = (Span(border + len(asked), document._question_block, document._lookahead),)
-        self.spans = (*spans, Span(border + len(self.ids), 1)) if said else spans
-        return replace(
-            answer,
-            tokens={**answer.tokens, "document": border},
-            seconds={
-                "to the first token": round(looked - begin + first_token(answer), 3),
-                "answering": round(done - begin, 3),
-            },
-        )
-
-    def _remember(self, ids: list[int], spans: tuple[Span, ...], new: list[int]) -> None:
-        ends = self.document.model.generation_config.eos_token_id
-        ending = ends if isinstance(ends, list) else [ends]
-        said = new[:-1] if new and new[-1] in ending else new  # the template brings its own ending
-        self.ids = [*ids, *said]
-        stop = len(self.document.tokens) + len(self.ids)
-        self.spans = (*spans, Span(stop, 1)) if said else spans
-
-
 def _ensure_applied(model: Any, settings: Settings) -> Applied:
     """Makes a model read by these settings, which tell `dense_until`, if it does not yet.
 
@@ -436,28 +320,3 @@ def _ensure_applied(model: Any, settings: Settings) -> Applied:
     if there is None or there.settings.with_(dense_until=there.reading.dense_until) != settings:
         apply(model, settings)
     return applied_to(model)
-
-
-def _load(store: Store, parts: Iterator[tuple[Segment, Resident]], cache: PyramidCache, together: Layers) -> Tokens:
-    """Takes up all that stays in memory; returns the tokens."""
-    shape, layers = store.manifest.shape, cache.pyramids
-    numbers: list[tuple[Any, Any, Any]] = []
-    recent: dict[int, Tensor | None] = dict.fromkeys(layers)
-    for part, found in parts:
-        numbers.append((found.numbers("ids"), found.numbers("texts"), found.numbers("offsets")))
-        together.load(part, found)
-        done = part.first + part.tokens
-        for number, layer in layers.items():
-            if done % shape.levels.chunk:
-                rest = found[f"layers.{number}.rest"]
-                layer.pyramid.put(slice(None), done // shape.levels.chunk * shape.levels.chunk, rest[:1], rest[1:])
-            if shape.recent:
-                new, old = found[f"layers.{number}.recent"][None], recent[number]
-                recent[number] = (new if old is None else torch.cat((old, new), 2))[:, :, -shape.recent :].clone()
-            layer.columns = done
-    for number, layer in layers.items():
-        set_recent(layer, recent[number])
-    ids, texts, offsets = (np.concatenate(columns) for columns in zip(*numbers, strict=True))
-    if ((texts >= len(store.manifest.texts)) | (texts < -1)).any():
-        raise DigestError(f"{store.folder} cannot be right: it has tokens of texts that it does not hold")
-    return Tokens(ids, texts, offsets)

@@ -1,11 +1,13 @@
-"""Taking up what a digest holds: summaries and search keys of all layers, voters of one."""
+"""Taking up what stays in memory of a digest: tokens, summaries and search keys of all layers, voters of one."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+import numpy as np
+import torch
 from torch import Tensor
 
 from mgam.documents.paged import PagedPyramid
@@ -13,6 +15,9 @@ from mgam.documents.pool import Pool
 from mgam.documents.store.layout import Shape
 from mgam.documents.store.manifest import Segment
 from mgam.documents.store.segment import Resident
+from mgam.documents.store.store import Store
+from mgam.documents.tokens import Tokens
+from mgam.errors import DigestError
 from mgam.integrations.transformers.cache import PyramidCache
 from mgam.integrations.transformers.pyramid_layer import PyramidLayer
 from mgam.integrations.transformers.tail import Tail
@@ -83,3 +88,28 @@ def set_recent(layer: PyramidLayer, queries: Tensor | None) -> None:
     if queries is not None:
         votes.keep([queries], [queries.shape[2]], queries.shape[2])
     layer._votes = votes
+
+
+def take_up(store: Store, parts: Iterator[tuple[Segment, Resident]], cache: PyramidCache, together: Layers) -> Tokens:
+    """Takes up all that stays in memory; returns the tokens."""
+    shape, layers = store.manifest.shape, cache.pyramids
+    numbers: list[tuple[Any, Any, Any]] = []
+    recent: dict[int, Tensor | None] = dict.fromkeys(layers)
+    for part, found in parts:
+        numbers.append((found.numbers("ids"), found.numbers("texts"), found.numbers("offsets")))
+        together.load(part, found)
+        done = part.first + part.tokens
+        for number, layer in layers.items():
+            if done % shape.levels.chunk:
+                rest = found[f"layers.{number}.rest"]
+                layer.pyramid.put(slice(None), done // shape.levels.chunk * shape.levels.chunk, rest[:1], rest[1:])
+            if shape.recent:
+                new, old = found[f"layers.{number}.recent"][None], recent[number]
+                recent[number] = (new if old is None else torch.cat((old, new), 2))[:, :, -shape.recent :].clone()
+            layer.columns = done
+    for number, layer in layers.items():
+        set_recent(layer, recent[number])
+    ids, texts, offsets = (np.concatenate(columns) for columns in zip(*numbers, strict=True))
+    if ((texts >= len(store.manifest.texts)) | (texts < -1)).any():
+        raise DigestError(f"{store.folder} cannot be right: it has tokens of texts that it does not hold")
+    return Tokens(ids, texts, offsets)

@@ -16,7 +16,7 @@ from torch import Tensor
 
 from mgam.errors import SettingError
 from mgam.lasting import lasting
-from mgam.policies.learned import PARTS, SearchWeights
+from mgam.policies.learned_search import PARTS, SearchWeights
 
 WEIGHTS, CONFIG = "policy.safetensors", "policy.json"
 FORMAT, VERSION = "mgam policy", 4

@@ -14,7 +14,8 @@ from mgam.cover import window_start
 from mgam.levels import Levels
 from mgam.policies import Policy, Scored, Voters
 from mgam.policies.compact import Compact
-from mgam.policies.learned import FEWEST, Learned, SearchWeights
+from mgam.policies.learned import FEWEST, Learned
+from mgam.policies.learned_search import SearchWeights
 from mgam.pyramid import Pyramid
 from mgam.schedule import Blocks, Lookahead, Schedule
 from mgam.training.teacher import Seen, chunk_masses, watching

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from mgam.policies.learned import SearchWeights, best_logits, distances
+from mgam.policies.learned_search import SearchWeights, best_logits, distances
 
 TINY = 1e-6
 FADE = 0.5

@@ -29,7 +29,8 @@ from mgam.integrations.transformers.fitted import shape_of
 from mgam.integrations.transformers.low_rank import FOLDER
 from mgam.levels import Levels
 from mgam.policies.files import FittedPolicy, resolve
-from mgam.policies.learned import Learned, LearnedLayers, best_logits
+from mgam.policies.learned import Learned, LearnedLayers
+from mgam.policies.learned_search import best_logits
 from mgam.schedule import Schedule, Span
 from mgam.training.adapting import Adapting, Pupil, save_adapter, train, with_adapters
 from mgam.training.fit import Say
