@@ -19,6 +19,7 @@ from mgam.documents.prompt import Prompt, build
 from mgam.documents.second_look import NEUTRAL, Passages, passages, preference, shares
 from mgam.documents.sources import Source
 from mgam.documents.tokens import Frame
+from mgam.documents.words import matches
 from mgam.engine import Record
 from mgam.errors import DocumentError
 from mgam.integrations.memory import peak_memory_bytes
@@ -253,7 +254,8 @@ class _Memory:
             assert neutral is not None
             read_question(model, cache, asked, prompt.document)
             self.neutral = shares(neutral)
-        chosen = chosen_again(applied, seen, self.neutral, prompt, prompt.sources, tokenizer, prompt.document, count)
+        places, sources, border = prompt, prompt.sources, prompt.document
+        chosen = chosen_again(applied, seen, self.neutral, prompt.asked, places, sources, tokenizer, border, count)
         return None if chosen is None else (seen, chosen)
 
 
@@ -269,6 +271,7 @@ def chosen_again(
     applied: Applied,
     seen: Record,
     neutral: Tensor,
+    question: str,
     places: Places,
     sources: Sequence[Source],
     tokenizer: Any,
@@ -282,8 +285,9 @@ def chosen_again(
     settings = applied.settings
     chunk = settings.pyramid_levels.chunk
     recent = max(0, border - settings.window) // chunk * chunk, border
+    words = matches(question, places, sources, border // chunk, chunk)
     return passages(
-        score, places, sources, tokenizer, chunk=chunk, tokens=settings.reread, recent=recent, count=count
+        score, places, sources, tokenizer, chunk=chunk, tokens=settings.reread, recent=recent, words=words, count=count
     )  # fmt: skip
 
 

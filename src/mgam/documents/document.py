@@ -234,7 +234,9 @@ class Document:
             return None
         places = Places(self.tokens, self.sources)
         border = len(self.tokens)
-        chosen = chosen_again(applied, seen, self.neutral(), places, self.sources, self.tokenizer, border, count)
+        chosen = chosen_again(
+            applied, seen, self.neutral(), question, places, self.sources, self.tokenizer, border, count
+        )
         return None if chosen is None else (seen, chosen)
 
     def neutral(self, *, keep: bool = False) -> Tensor:

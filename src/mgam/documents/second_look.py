@@ -1,10 +1,13 @@
-"""A second look: the passages that a question attended to most are read once more, by themselves, and answer it.
+"""A second look: the passages that a question attended to most, and those that hold its words, are read once more, by
+themselves, and answer it.
 
 Among hundreds of like passages a model rarely answers from the right one at first sight, but it attends to it: more
 than to others, and more than a question that asks for nothing does. So what a question attends to is set against what
-that one attends to, and the few passages in which they differ most are read in full, as a short text. Heads that look
-things up stand in the middle layers, so these alone are asked. (Attention as a retriever: compare Ye et al. 2025, arXiv
-2502.12962, which sums the last layer; setting it against another question is ours.)
+that one attends to, and the few passages in which they differ most are read in full, as a short text, under the
+headings of their sections. Heads that look things up stand in the middle layers, so these alone are asked. (Attention
+as a retriever: compare Ye et al. 2025, arXiv 2502.12962, which sums the last layer; setting it against another question
+is ours.) Names and numbers are told apart better by words than by attention, so passages are taken by turns from both
+(`mgam.documents.words`).
 """
 
 from __future__ import annotations
@@ -12,6 +15,7 @@ from __future__ import annotations
 import re
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from itertools import zip_longest
 from typing import Any
 
 import torch
@@ -19,6 +23,7 @@ from torch import Tensor
 from torch.nn.functional import pad
 
 from mgam.documents.evidence import Evidence, Places
+from mgam.documents.headings import heading
 from mgam.documents.sources import Source
 from mgam.engine import Record
 
@@ -84,12 +89,15 @@ def passages(
     chunk: int,
     tokens: int,
     recent: tuple[int, int],
+    words: Tensor | None = None,
     count: int = 3,
 ) -> Passages:
-    """The passages of the best chunks, whole sentences of about `tokens` tokens in all, and the end of the texts.
+    """The passages of the best chunks by attention and by words, by turns; whole sentences of about `tokens` tokens in
+    all, headings of their sections included, and the end of the texts.
 
     Args:
         score: of each chunk (C,), by `preference`.
+        words: of each chunk (C,), by `mgam.documents.words.matches`.
         sources: the texts that `places` tells of.
         chunk: tokens of a chunk.
         recent: first and last token (exclusive) of what the question reads in full anyway; it is read again as well.
@@ -100,8 +108,8 @@ def passages(
         taken.add(places.place(first, min(first + chunk, recent[1])))
     room, whole = taken.tokens + tokens, float(score.sum())
     best: list[Evidence] = []
-    for number in score.argsort(descending=True, stable=True).tolist():
-        if taken.tokens >= room or score[number] <= 0:
+    for number in _by_turns([score] if words is None else [score, words]):
+        if taken.tokens >= room:
             break
         found = taken.add(places.place(number * chunk, (number + 1) * chunk))
         if found is not None and len(best) < count:
@@ -109,6 +117,15 @@ def passages(
             share = round(float(score[number]) / whole, 4)
             best.append(Evidence(source.name, start, end, source.text[start:end], share))
     return Passages(list(taken.texts(sources)), best)
+
+
+def _by_turns(scores: Sequence[Tensor]) -> Iterator[int]:
+    """Chunks, the best of each score, then the next best of each; none that has no score, none twice."""
+    orders = []
+    for score in scores:
+        order = score.argsort(descending=True, stable=True)
+        orders.append(order[score[order] > 0].tolist())
+    yield from dict.fromkeys(number for some in zip_longest(*orders) for number in some if number is not None)
 
 
 class _Taken:
@@ -125,19 +142,32 @@ class _Taken:
         if place is None:
             return None
         source, (start, end) = place[0], _sentences(place[0].text, *place[1:])
-        spans = self._spans.setdefault(id(source), [])
-        if any(first <= start and end <= last for first, last in spans):
+        if not self._take(source, start, end):
             return None
-        spans[:] = _merged([*spans, (start, end)])
-        self.tokens += len(self._tokenizer(source.text[start:end], add_special_tokens=False).input_ids)
+        named = heading(source.text, start)
+        if named is not None:
+            self._take(source, *named)
         return source, start, end
 
+    def _take(self, source: Source, start: int, end: int) -> bool:
+        spans = self._spans.setdefault(id(source), [])
+        if any(first <= start and end <= last for first, last in spans):
+            return False
+        spans[:] = _merged([*spans, (start, end)])
+        self.tokens += len(self._tokenizer(source.text[start:end], add_special_tokens=False).input_ids)
+        return True
+
     def texts(self, sources: Sequence[Source]) -> Iterator[Source]:
-        """What was taken, in the order of the texts."""
+        """What was taken, in the order of the texts, with an empty line between sections."""
         for source in sources:
-            spans = self._spans.get(id(source), [])
-            if spans:
-                yield Source(source.name, "\n\n".join(source.text[start:end].strip() for start, end in spans))
+            text, before = "", None
+            for start, end in self._spans.get(id(source), []):
+                named = heading(source.text, start)
+                together = text and named is not None and named == before
+                text += ("\n" if together else "\n\n") + source.text[start:end].strip()
+                before = heading(source.text, end - 1)
+            if text:
+                yield Source(source.name, text.strip())
 
 
 def _sentences(text: str, start: int, end: int) -> tuple[int, int]:
