@@ -117,11 +117,37 @@ class Scored:
         parts, kind = self._kinds(blocks, device)
         if not parts:
             return self._scores(voters, blocks, pyramid, levels, chunks, kind)
+        if kernels.serve(voters.queries):
+            return self._scores_apart(parts, voters, pyramid, levels, chunks)
         some = [(place, self._scores(voters[place], part, pyramid, levels, chunks, how)) for place, part, how in parts]
         wide = torch.float64 if any(part.dtype == torch.float64 for _, part in some) else torch.float32
         found = torch.empty(len(blocks), pyramid.keys[0].shape[1], chunks, dtype=wide, device=device)
         for place, scores in some:
             found[place] = scores.to(wide)
+        return found
+
+    def _scores_apart(
+        self,
+        parts: list[tuple[slice | Tensor, Blocks, int]],
+        voters: Voters,
+        pyramid: Pyramid,
+        levels: Levels,
+        chunks: int,
+    ) -> Tensor:
+        """Scores of blocks that search in different ways, by kernels: each part where it stands, as far as it may
+        judge."""
+        from mgam.policies import search_triton
+
+        device = voters.queries.device
+        count, heads = sum(len(part) for _, part, _ in parts), pyramid.keys[0].shape[1]
+        found = torch.empty(count, heads, chunks, dtype=torch.float32, device=device)
+        for place, part, kind in parts:
+            asked = self._asked(voters[place], part, pyramid, levels, kind)
+            judged = part.once(("judged", levels), lambda part=part: int(part.decide.max()) // levels.chunk)
+            if isinstance(place, slice):
+                search_triton.scores(asked, judged, out=found[place])
+            else:
+                found[place] = search_triton.scores(asked, chunks)
         return found
 
     def _kinds(self, blocks: Blocks, device: torch.device) -> tuple[list[tuple[slice | Tensor, Blocks, int]], int]:

@@ -51,15 +51,20 @@ class SearchTiles:
     registers: int | None = None
 
 
-def scores(asked: Asked, chunks: int, tiles: SearchTiles | None = None) -> Tensor:
+def scores(asked: Asked, chunks: int, tiles: SearchTiles | None = None, *, out: Tensor | None = None) -> Tensor:
     """Mass (N, H, chunks) that the voters give each chunk, float32; 0 for chunks that may not be judged.
 
-    `chunks` are all that any voter may judge, or more.
+    `chunks` are all that any voter may judge, or more. `out` (N, H, C), contiguous, C at least `chunks`, is where it is
+    written, if given; then it is returned.
     """
     count, heads, voters, dim = asked.queries.shape
-    found = torch.empty(count, heads, chunks, dtype=torch.float32, device=asked.queries.device)
+    found = out
+    if found is None:
+        found = torch.empty(count, heads, chunks, dtype=torch.float32, device=asked.queries.device)
     if not found.numel():
         return found
+    if not chunks:
+        return found.zero_()
     tiles = tiles or tiles_for(asked.queries.element_size())
     places = asked.search.shape[2]
     live = _bytes(asked.live)
@@ -67,10 +72,13 @@ def scores(asked: Asked, chunks: int, tiles: SearchTiles | None = None) -> Tenso
         logits, parts = _logits(asked, chunks)
         cut = parts.shape[-1]
         few_kernel[(cut * count * heads,)](
-            logits, parts, live, found, count, heads, cut, chunks,
+            logits, parts, live, found, count, heads, cut, chunks, found.shape[2],
             M=voters, V=live.shape[1], BLOCK_M=16, BLOCK_C=64, BLOCK_T=64, num_warps=4,
         )  # fmt: skip
+        if found.shape[2] > chunks:
+            found[..., chunks:].zero_()
         return found
+    chunks = found.shape[2]
     asked = replace(asked, row=asked.row.contiguous(), visible=asked.visible.contiguous())
     steps = asked.search.stride()[:4]
     width = max(16, triton.next_power_of_2(dim))
