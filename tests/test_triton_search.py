@@ -63,7 +63,7 @@ def test_scores_equal_oracle(tokens: int, votes: int, dim: int, lookahead: str, 
 
 @pytest.mark.parametrize(("votes", "batch"), [(4, 1), (40, 2)])
 def test_scores_are_written_where_they_stand(votes: int, batch: int, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Blocks that search full keys and blocks that search compact ones fill one table, wider than the first may judge."""
+    """Blocks that search full keys and blocks that search compact ones fill one table."""
     levels, pyramid, blocks, voters = made(120, votes, 32, "block", batch=batch)
     assert pyramid.search is not None
     pyramid.search = pyramid.search.to(KEPT)

@@ -98,9 +98,31 @@ class Scored:
         if parts:
             return made(self.scores(voters, blocks, pyramid, levels)[..., :chunks], most)
         asked = self._asked(voters, blocks, pyramid, levels, kind)
-        judged = blocks.once(("judged", levels), lambda: int(blocks.decide.max()) // levels.chunk)
+        judged = _judged(blocks, levels)
         found = search_triton.cover_of(asked, judged, start, levels, most, rest=self.rest, mass=self.mass)
         return known(found, most)
+
+    def early(self, blocks: Blocks) -> int:
+        """How many blocks at the front of a text are chosen before compact keys have their basis; 0 where none are, or
+        all, or where blocks do not follow one another in one row."""
+        if self.compact is None or not self.budget:
+            return 0
+        calibrate = self.compact.calibrate
+
+        def find() -> int:
+            early = int((blocks.decide < calibrate).sum())
+            alike = bool((blocks.row == blocks.row[:1]).all()) and bool((blocks.decide[:early] < calibrate).all())
+            return early if alike and early < len(blocks) else 0
+
+        return blocks.once(("early", calibrate), find)
+
+    def ahead(self, blocks: Blocks, pyramid: Pyramid, levels: Levels) -> CompactKeys | None:
+        """Begins to make compact keys, on a device, while `early` blocks are searched and read without them."""
+        if self.compact is None or not pyramid.in_memory or not kernels.serve(pyramid.keys[0]):
+            return None
+        if self.budget >= pyramid.tokens:  # all is opened: nobody searches
+            return None
+        return CompactKeys.ahead(pyramid, levels, self.compact) if self.early(blocks) else None
 
     def read_at_most(self, tokens: int, levels: Levels) -> int:
         """Sink, budget, and the summaries around what is opened."""
@@ -143,7 +165,7 @@ class Scored:
         found = torch.empty(count, heads, chunks, dtype=torch.float32, device=device)
         for place, part, kind in parts:
             asked = self._asked(voters[place], part, pyramid, levels, kind)
-            judged = part.once(("judged", levels), lambda part=part: int(part.decide.max()) // levels.chunk)
+            judged = _judged(part, levels)
             if isinstance(place, slice):
                 search_triton.scores(asked, judged, out=found[place])
             else:
@@ -189,6 +211,11 @@ class Scored:
         masked = (logits.to(wide) * scale).masked_fill(~visible[:, None, None], -torch.inf)
         mass = torch.softmax(masked, -1).nan_to_num(0.0)
         return (mass * live[:, None, :, None].repeat(1, 1, mass.shape[2] // live.shape[1], 1)).sum(2)
+
+
+def _judged(blocks: Blocks, levels: Levels) -> int:
+    """Complete chunks before the last decision."""
+    return blocks.once(("judged", levels), lambda: int(blocks.decide.max()) // levels.chunk)
 
 
 def highest(scores: Tensor, most: int) -> Tensor:
