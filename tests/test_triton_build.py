@@ -76,3 +76,27 @@ def test_what_is_appended_is_kept(cuts: list[int], monkeypatch: pytest.MonkeyPat
     assert torch.equal(pyramid.keys[0][:, :, :203], states[0])
     assert torch.equal(pyramid.values[0][:, :, :203], states[1])
     assert torch.allclose(pyramid.search[:, :, :, :25].double(), want.search[:, :, :, :25], atol=2e-2)
+
+
+@pytest.mark.parametrize("pulled", ["all", "some", "tokens"])
+@pytest.mark.parametrize("tokens", [203, 5])
+def test_gradients_of_levels_come_back_to_tokens(tokens: int, pulled: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As they do through plain means, whichever levels were read."""
+    levels = Levels((1, 8, 32), 4)
+    states = torch.randn(2, 2, tokens, 2, 48, device=DEVICE).to(DTYPES[-1])
+    found = {}
+    for served, dtype in ((False, torch.float64), (True, DTYPES[-1])):
+        monkeypatch.setattr(kernels, "serve", lambda states, served=served: served)
+        leaves = [one.to(dtype).requires_grad_() for one in states]
+        pyramid = Pyramid.of(*(leaf.transpose(1, 2) for leaf in leaves), levels)
+        made = list(zip(pyramid.keys, pyramid.values, strict=True))
+        read = {"all": sum(made, ()), "some": (made[0][0], *made[1]), "tokens": made[0]}[pulled]
+        torch.manual_seed(1)
+        total = sum((level * torch.randn(level.shape, device=DEVICE)).sum() for level in read)
+        assert isinstance(total, torch.Tensor)
+        total.backward()
+        found[served] = [leaf.grad if leaf.grad is not None else torch.zeros_like(leaf) for leaf in leaves]
+        assert pyramid.search is not None
+        assert not pyramid.search.requires_grad
+    for got, want in zip(found[True], found[False], strict=True):
+        assert torch.allclose(got.double(), want, atol=1e-5 if got.dtype == torch.float32 else 2e-2)

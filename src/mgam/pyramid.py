@@ -78,6 +78,12 @@ class Pyramid:
         pyramid = cls(levels)
         batch, _, tokens, _ = keys.shape
         pyramid.lengths = [tokens] * batch if lengths is None else list(lengths)
+        if kernels.serve(keys) and keys.dtype == values.dtype and keys.stride(3) == values.stride(3) == 1:
+            from mgam.pyramid_triton import summarised
+
+            found = summarised(keys, values, levels, search_dtype(keys.dtype))
+            pyramid.keys, pyramid.values, pyramid.search = found
+            return pyramid
         pyramid.keys, pyramid.values = [keys], [values]
         for level in range(1, levels.top + 1):
             pyramid.keys.append(_means(pyramid.keys[-1], levels.ratio(level)))
