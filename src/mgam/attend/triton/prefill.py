@@ -128,7 +128,7 @@ def pieces(
         placed, lowest = keys[0], 0
         if turn.pairs:
             assert part.where is not None
-            lowest, highest = int(part.where[1].min()), int(part.where[0].max()) + size
+            lowest, highest = part.where.lowest, part.where.highest + size
             placed = _turned(keys[0], turn, far, entries, lowest, highest)
         key_desc = described(placed, entries, dim)
         gathered = (described(made, entries, dim) if made.numel() else key_desc for made in (far_keys, far_values))
