@@ -236,8 +236,8 @@ class Pyramid:
         """Starts empty rows with the heads, number format and device of states (B, H, n, D)."""
         batch, heads, _, dim = like.shape
         self.lengths = [0] * batch
-        self.keys = [like.new_empty(batch, heads, 0, dim) for _ in self.levels.sizes]
-        self.values = [like.new_empty(batch, heads, 0, dim) for _ in self.levels.sizes]
+        none = like.new_empty(batch, heads, 0, dim)
+        self.keys, self.values = ([none] * len(self.levels.sizes) for _ in range(2))
         self.search = like.new_empty(batch, heads, self.levels.search_per_chunk, 0, dim, dtype=search_dtype(like.dtype))
 
     def grow(self, tokens: int) -> None:

@@ -15,6 +15,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from mgam.kernels import cdiv, power_of_2
 from mgam.levels import Levels
 
 
@@ -93,8 +94,8 @@ def build(
         keys, values, key_means, value_means, search, heads, chunks,
         keys.stride()[:3], values.stride()[:3], key_means.stride()[:3], value_means.stride()[:3], search.stride()[:4],
         *into, into[0].stride()[:3], into[1].stride()[:3], KEEP=kept is not None,
-        S=places, P=inside, D=dim, BLOCK_S=triton.next_power_of_2(places), BLOCK_P=triton.next_power_of_2(inside),
-        BLOCK_D=triton.next_power_of_2(dim), num_warps=4,
+        S=places, P=inside, D=dim, BLOCK_S=power_of_2(places), BLOCK_P=power_of_2(inside),
+        BLOCK_D=power_of_2(dim), num_warps=4,
     )  # fmt: skip
 
 
@@ -196,9 +197,9 @@ def _spread(
     counts = tuple(pair[0].shape[2] for pair in grads)
     for_keys, for_values = (tuple(pair[number] for pair in grads) for number in range(2))
     steps = (tuple(grad.stride()[:3] for grad in some) for some in (for_keys, for_values))
-    spread_kernel[(triton.cdiv(tokens, 32), batch * heads)](
+    spread_kernel[(cdiv(tokens, 32), batch * heads)](
         dk, dv, for_keys, for_values, *steps, counts, heads, tokens,
-        SIZES=levels.sizes, LEVELS=len(levels.sizes), D=dim, BLOCK_D=triton.next_power_of_2(dim), BLOCK=32, num_warps=4,
+        SIZES=levels.sizes, LEVELS=len(levels.sizes), D=dim, BLOCK_D=power_of_2(dim), BLOCK=32, num_warps=4,
     )  # fmt: skip
 
 

@@ -6,7 +6,6 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
-import triton
 from torch import Tensor
 
 from mgam.attend.triton.backward import bucket_kernel, delta_kernel, entry_grad_kernel, query_grad_kernel
@@ -15,6 +14,7 @@ from mgam.attend.triton.prefill import WholeTiles, fits, pieces
 from mgam.attend.triton.tables import STEP, Turn, biases, block, copyable, described, precision, strides
 from mgam.attend.triton.whole_backward import whole_query_grad_kernel
 from mgam.attend.triton.whole_entries import turn_queries_kernel, whole_entry_grad_kernel
+from mgam.kernels import cdiv, power_of_2
 from mgam.merge import Part
 
 WHOLE = WholeTiles(rows=128, entries=64, warps=8, stages=3, registers=None)
@@ -55,7 +55,7 @@ def readers(lists: Lists, turn: Turn, rows: int, counts: Sequence[int], tile: in
     blocks, heads = lists.counts.shape[:2]
     reach = _reach(lists)
     widths = tuple(part.shape[-1] for part in lists.index)
-    units = tuple(triton.cdiv(count, chunk if level == 0 else tile) for level, count in enumerate(counts))
+    units = tuple(cdiv(count, chunk if level == 0 else tile) for level, count in enumerate(counts))
     places = [blocks * heads * width for width in (widths[0] + reach, *widths[1:])]
     buckets = [rows * heads * count for count in units]
     found = torch.empty(sum(places), dtype=torch.int32, device=device)
@@ -106,7 +106,7 @@ def gradients(
     grad = grad.contiguous()
     count, query_heads, size, dim = queries.shape
     delta = torch.empty(count, query_heads, size, dtype=torch.float32, device=queries.device)
-    delta_kernel[(triton.cdiv(delta.numel(), 32),)](
+    delta_kernel[(cdiv(delta.numel(), 32),)](
         grad, part.out, delta, delta.numel(), query_heads, size, *part.out.stride()[:3], D=dim, BLOCK_D=block(dim),
         BLOCK_M=32, num_warps=4,
     )  # fmt: skip
@@ -173,7 +173,7 @@ def _query_grads(
             )  # fmt: skip
         return dq
     tile = _row_tile(group * size, dim)
-    tiles = triton.cdiv(group * size, tile)
+    tiles = cdiv(group * size, tile)
     query_grad_kernel[(tiles * count * heads,)](
         queries, grad, lse, delta, dq, lists.blocks, lists.counts, tuple(keys), tuple(values), strides(keys),
         strides(values),
@@ -210,10 +210,10 @@ def _entry_grads(
     rows, heads, count, _ = keys.shape
     group, units = query_heads // heads, reads.units
     made = torch.empty(2, *keys.shape, dtype=keys.dtype, device=keys.device)
-    across = max(16, min(64 if dim <= 128 else 32, triton.next_power_of_2(reads.size)))
+    across = max(16, min(64 if dim <= 128 else 32, power_of_2(reads.size)))
     if far is not None:
         across = WHOLE.entries
-    subs = triton.cdiv(reads.size, across)
+    subs = cdiv(reads.size, across)
     relative = level == 0 and turn.rotary is not None and turn.rotary.compose(queries.device)
 
     def launch(first: int, last: int, splits: int) -> None:
@@ -260,4 +260,4 @@ def _entry_grads(
 
 
 def _row_tile(rows: int, dim: int, most: int = 128) -> int:
-    return max(16, min(most if dim <= 128 else 64, triton.next_power_of_2(rows)))
+    return max(16, min(most if dim <= 128 else 64, power_of_2(rows)))

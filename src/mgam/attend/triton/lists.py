@@ -13,6 +13,7 @@ from torch import Tensor
 
 from mgam.cover import Cover
 from mgam.errors import SettingError
+from mgam.kernels import cdiv
 from mgam.levels import Levels
 from mgam.positions import Positions
 from mgam.schedule import Blocks
@@ -210,7 +211,7 @@ def now(lengths: Tensor, window: int, levels: Levels) -> tuple[Tensor, Tensor]:
     be judged (5, B) int64; and ones (B, 1) uint8, for who votes."""
     table = torch.empty(5, lengths.shape[0], dtype=torch.int64, device=lengths.device)
     live = torch.empty(lengths.shape[0], 1, dtype=torch.uint8, device=lengths.device)
-    now_kernel[(triton.cdiv(lengths.shape[0], 64),)](
+    now_kernel[(cdiv(lengths.shape[0], 64),)](
         lengths.contiguous(), table, live, lengths.shape[0], WINDOW=window, CHUNK=levels.chunk, BLOCK=64, num_warps=1
     )
     return table, live
