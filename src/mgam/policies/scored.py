@@ -261,7 +261,8 @@ def _heard(voters: Voters, blocks: Blocks, every: int) -> tuple[Tensor, Tensor]:
         return voters.queries[:, :, :most], voters.live[:, :most]
     if least == most:
         some = slice((most - 1) % every, most, every)
-        return voters.queries[:, :, some], voters.live[:, some]
+        alive = blocks.once_with(("alive", every), voters.live, lambda: voters.live[:, some].contiguous())
+        return voters.queries[:, :, some], alive
     device = voters.live.device
 
     def find() -> tuple[Tensor, Tensor]:
