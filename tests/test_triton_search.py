@@ -7,6 +7,7 @@ from dataclasses import replace
 import pytest
 import torch
 
+from mgam import kernels
 from mgam.cover import cover_of, window_start
 from mgam.levels import Levels
 from mgam.policies import Scored, Voters
@@ -58,6 +59,23 @@ def test_scores_equal_oracle(tokens: int, votes: int, dim: int, lookahead: str, 
     )  # fmt: skip
     got = search_triton.scores(asked, chunks)
     assert torch.allclose(got.cpu().double(), want.double(), atol=2e-4, rtol=2e-3)
+
+
+@pytest.mark.parametrize(("votes", "batch"), [(4, 1), (40, 2)])
+def test_scores_are_written_where_they_stand(votes: int, batch: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Blocks that search full keys and blocks that search compact ones fill one table."""
+    levels, pyramid, blocks, voters = made(120, votes, 32, "block", batch=batch)
+    assert pyramid.search is not None
+    pyramid.search = pyramid.search.to(KEPT)
+    policy = Scored(compact=Compact(dims=16, bits=16, calibrate=64))
+    want = policy.scores(voters, blocks, pyramid, levels)
+    pyramid.search, pyramid.derived = pyramid.search.to(DEVICE), {}
+    pyramid.keys = [level.to(DEVICE) for level in pyramid.keys]
+    monkeypatch.setattr(kernels, "serve", lambda states: True)
+    there = Voters(voters.queries.to(DEVICE), voters.live.to(DEVICE))
+    got = policy.scores(there, blocks, pyramid, levels)
+    assert got.shape == want.shape
+    assert torch.allclose(got.cpu(), want.float(), atol=2e-3, rtol=2e-2)
 
 
 @pytest.mark.parametrize("bits", [8, 16])

@@ -29,6 +29,7 @@ from mgam.schedule import Blocks, Piece, Schedule
 from mgam.segments import Segment, follow, padded
 
 if TYPE_CHECKING:
+    from mgam.policies.compact import CompactKeys
     from mgam.step import Stepped
 
 CPU_ELEMENTS = 1 << 22
@@ -243,6 +244,26 @@ def read(
             assert plan.newest is not None
             record.add(layer, plan.newest, stepped.cover, stepped.mass)
         return stepped.out
+    ahead = _ahead(pyramid, plan, reading)
+    try:
+        return _read(queries, pyramid, plan, reading, scale, softcap, recent, record, layer)
+    finally:
+        for keys in ahead:
+            keys.wait()
+
+
+def _read(
+    queries: Tensor,
+    pyramid: Pyramid,
+    plan: Plan,
+    reading: Reading,
+    scale: float,
+    softcap: float | None,
+    recent: Tensor | None,
+    record: Record | None,
+    layer: int,
+) -> Tensor:
+    """`read`, block by block."""
     observe, evict = getattr(reading.policy, "observe", None), getattr(reading.policy, "evict", None)
     if observe or evict:
         places = plan.first.tolist(), plan.before.tolist(), plan.dense_to.tolist()
@@ -280,6 +301,19 @@ def read(
             with torch.no_grad():
                 reading.policy.count(heard, stage.read_to, pyramid)  # type: ignore[attr-defined]
     return torch.zeros_like(queries) if out is None else out
+
+
+def _ahead(pyramid: Pyramid, plan: Plan, reading: Reading) -> list[CompactKeys]:
+    """What is made beside the first blocks of a call for those after them."""
+    if hasattr(reading.policy, "evict") or any(pyramid.gone):
+        return []
+    found = []
+    with torch.no_grad():
+        for dense, blocks in plan.groups:
+            policy = reading.policy_of(blocks)
+            keys = policy.ahead(blocks, pyramid, reading.levels) if isinstance(policy, Scored) and not dense else None
+            found += [] if keys is None else [keys]
+    return found
 
 
 @cache
@@ -368,7 +402,9 @@ def _segments(
     heads = queries.shape[1] if per_head else pyramid.keys[0].shape[1]
     by_kernels = serving(queries, pyramid, reading.backend) == "triton"
     in_place = by_kernels and pyramid.in_memory
-    sized = blocks.once("padded", lambda: padded(blocks)) if by_kernels and _compiled(queries) else blocks
+    compiled, policy = by_kernels and _compiled(queries), reading.policy_of(blocks)
+    sized = blocks.once("padded", lambda: padded(blocks)) if compiled else blocks
+    early = policy.early(sized) if compiled and isinstance(policy, Scored) and not dense else 0
 
     tokens = sized.once("tokens", lambda: int(sized.stop.max()) if len(sized) else 0)
     if in_place:
@@ -380,11 +416,19 @@ def _segments(
     step = max(1, limit // max(per_block, 1))
 
     def cut() -> list[Segment]:
-        each = -(-len(sized) // max(1, -(-len(sized) // step)))
-        parts = [sized[first : first + each] for first in range(0, len(sized), max(1, each))]
+        halves = (
+            [sized[:early], sized[early:]] if early else [sized]
+        )  # the first are read while the rest's keys are made
+        parts = [part for half in halves for part in _evenly(half, step)]
         return [Segment.of(dense, part, plan.first, plan.before, plan.columns, device) for part in parts]
 
-    return sized.once(("segments", step, device), cut)
+    return sized.once(("segments", step, early, device), cut)
+
+
+def _evenly(blocks: Blocks, most: int) -> list[Blocks]:
+    """Blocks in parts of like size, at most so many in each."""
+    each = -(-len(blocks) // max(1, -(-len(blocks) // most)))
+    return [blocks[first : first + each] for first in range(0, len(blocks), max(1, each))]
 
 
 def _compiled(queries: Tensor) -> bool:

@@ -32,6 +32,16 @@ def installed() -> bool:
     return importlib.util.find_spec("triton") is not None
 
 
+def cdiv(count: int, size: int) -> int:
+    """Parts of `size` that hold `count`. (Triton's own takes the host ten times as long, and launches need many.)"""
+    return -(-count // size)
+
+
+def power_of_2(count: int) -> int:
+    """The least power of two that is not below `count`."""
+    return 1 << max(count - 1, 0).bit_length()
+
+
 def at_once(count: int, most: int, programs: int, places: int, device: torch.device) -> int:
     """How many of `count` blocks, of so many programs each, are launched at a time.
 

@@ -79,20 +79,22 @@ class Rotary:
                 self._turns[key] = (angles.cos().float(), angles.sin().float())
         return self._turns[key]
 
-    @lasting()
     def compose(self, device: torch.device) -> bool:
         """Whether turning by a and then by b turns by a + b, up to one length for all positions, as every rotary
         embedding with fixed frequencies does. Waits for the device at the first call."""
         if self._speed is None:
-            cos, sin = self.table(device, torch.float32)
-            length = cos[0].double().mean()
-            speed = torch.atan2(sin[1].double(), cos[1].double())
-            angles = torch.arange(cos.shape[0], dtype=torch.float64, device=device)[:, None] * speed
-            apart = torch.maximum(
-                (angles.cos() * length - cos).abs().amax(), (angles.sin() * length - sin).abs().amax()
-            )
-            self._speed = (speed, float(torch.where(apart < 0.01 * length, length, 0.0)))
+            self._speed = self._found_speed(device)
         return self._speed[1] > 0
+
+    @lasting()
+    def _found_speed(self, device: torch.device) -> tuple[Tensor, float]:
+        """Angles of one step, and the length of a turn; 0 where turns do not compose."""
+        cos, sin = self.table(device, torch.float32)
+        length = cos[0].double().mean()
+        speed = torch.atan2(sin[1].double(), cos[1].double())
+        angles = torch.arange(cos.shape[0], dtype=torch.float64, device=device)[:, None] * speed
+        apart = torch.maximum((angles.cos() * length - cos).abs().amax(), (angles.sin() * length - sin).abs().amax())
+        return speed, float(torch.where(apart < 0.01 * length, length, 0.0))
 
     def half_table(self, device: torch.device, limit: int) -> tuple[Tensor, Tensor]:
         """The same, worked out in float32 and kept in float16, for kernels that rotate half-precision states."""

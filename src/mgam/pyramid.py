@@ -78,6 +78,12 @@ class Pyramid:
         pyramid = cls(levels)
         batch, _, tokens, _ = keys.shape
         pyramid.lengths = [tokens] * batch if lengths is None else list(lengths)
+        if kernels.serve(keys) and keys.dtype == values.dtype and keys.stride(3) == values.stride(3) == 1:
+            from mgam.pyramid_triton import summarised
+
+            found = summarised(keys, values, levels, search_dtype(keys.dtype))
+            pyramid.keys, pyramid.values, pyramid.search = found
+            return pyramid
         pyramid.keys, pyramid.values = [keys], [values]
         for level in range(1, levels.top + 1):
             pyramid.keys.append(_means(pyramid.keys[-1], levels.ratio(level)))
@@ -230,8 +236,8 @@ class Pyramid:
         """Starts empty rows with the heads, number format and device of states (B, H, n, D)."""
         batch, heads, _, dim = like.shape
         self.lengths = [0] * batch
-        self.keys = [like.new_empty(batch, heads, 0, dim) for _ in self.levels.sizes]
-        self.values = [like.new_empty(batch, heads, 0, dim) for _ in self.levels.sizes]
+        none = like.new_empty(batch, heads, 0, dim)
+        self.keys, self.values = ([none] * len(self.levels.sizes) for _ in range(2))
         self.search = like.new_empty(batch, heads, self.levels.search_per_chunk, 0, dim, dtype=search_dtype(like.dtype))
 
     def grow(self, tokens: int) -> None:
@@ -267,10 +273,22 @@ class Pyramid:
 
     def _write(self, rows: slice, before: int, keys: Tensor, values: Tensor) -> None:
         after = before + keys.shape[2]
-        self.put(rows, before, keys, values)
+        whole = self._whole(before, keys, values)
+        if whole < keys.shape[2]:
+            self.put(rows, before + whole, keys[:, :, whole:], values[:, :, whole:])
         for row in range(*rows.indices(len(self.lengths))):
             self.lengths[row] = after + (self.gone[row] if self.gone else 0)
-        self._summarise(rows, before, after)
+        self._summarise(rows, before, after, (keys[:, :, :whole], values[:, :, :whole]) if whole else None)
+
+    def _whole(self, before: int, keys: Tensor, values: Tensor) -> int:
+        """How many of these new states (B, H, n, D) are copied while their chunks are summarised: whole chunks, by a
+        kernel."""
+        chunk, kept = self.levels.chunk, self.keys[0]
+        if keys.shape[2] < chunk or before % chunk or not self.in_memory or not kernels.serve(keys):
+            return 0
+        plain = not (torch.is_grad_enabled() and (keys.requires_grad or values.requires_grad))
+        alike = keys.dtype == values.dtype == kept.dtype and keys.stride(3) == values.stride(3) == 1
+        return keys.shape[2] // chunk * chunk if plain and alike else 0
 
     def _write_each(self, before: Sequence[int], keys: Tensor, values: Tensor) -> None:
         """One new token (B, H, 1, D) for every row, which stand at different places."""
@@ -282,14 +300,15 @@ class Pyramid:
             if not (old + 1) % self.levels.chunk:
                 self._summarise(slice(number, number + 1), old, old + 1)
 
-    def _summarise(self, rows: slice, before: int, after: int) -> None:
-        """Summaries and search keys of chunks that tokens [before, after) complete."""
+    def _summarise(self, rows: slice, before: int, after: int, new: tuple[Tensor, Tensor] | None = None) -> None:
+        """Summaries and search keys of chunks that tokens [before, after) complete; `new`: keys and values of these
+        chunks, where they are yet to be written."""
         for level in range(1, self.levels.top + 1):
             first, last = before // self.levels.sizes[level], after // self.levels.sizes[level]
             if last <= first:
                 return
             if level == 1:
-                self._build(rows, first, last)
+                self._build(rows, first, last, new)
                 continue
             ratio = self.levels.ratio(level)
             for states in (self.keys, self.values):
@@ -300,16 +319,17 @@ class Pyramid:
                 else:
                     torch.mean(finer, 3, out=coarser)
 
-    def _build(self, rows: slice, first: int, last: int) -> None:
-        """Level 1 and search keys of chunks [first, last)."""
+    def _build(self, rows: slice, first: int, last: int, new: tuple[Tensor, Tensor] | None) -> None:
+        """Level 1 and search keys of chunks [first, last), of which the tokens `new` are written besides."""
         assert self.search is not None
-        keys, values = self.complete(rows, first, last)
+        kept = self.complete(rows, first, last)
+        keys, values = new or kept
         made = self.keys[1][rows, :, first:last], self.values[1][rows, :, first:last]
         search = self.search[rows, :, :, first:last]
         if kernels.serve(keys):
             from mgam.pyramid_triton import build
 
-            build(keys, values, *made, search, self.levels)
+            build(keys, values, *made, search, self.levels, kept if new else None)
             return
         made[0].copy_(_means(keys, self.levels.chunk))
         made[1].copy_(_means(values, self.levels.chunk))

@@ -8,9 +8,12 @@ import torch
 from battery.cases import CASES
 from battery.oracle import blocks_of, reads
 from battery.trial import GROUP, HEADS, SCALE, Trial
+from mgam import engine
 from mgam.engine import Plan, Reading, Record, read
+from mgam.errors import SettingError
 from mgam.levels import Levels
 from mgam.policies import Scored
+from mgam.policies.compact import Compact, CompactKeys
 from mgam.pyramid import Pyramid
 from mgam.schedule import Schedule
 
@@ -90,3 +93,39 @@ def test_questions_and_answers_have_a_policy_of_their_own(calls: list[int]) -> N
     assert torch.equal(both[:, :, :60], once[:, :, :60])
     assert torch.equal(both[:, :, 60:], twice[:, :, 60:])
     assert not torch.allclose(once[:, :, 60:], twice[:, :, 60:])
+
+
+@pytest.mark.parametrize("tokens", [80, 240])
+def test_blocks_before_the_basis_of_compact_keys_are_read_by_themselves(
+    tokens: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """On a device the rest's keys are made meanwhile: what is read is the same, and is waited for whatever happens."""
+    torch.manual_seed(tokens)
+    levels = Levels((1, 8, 32), 4)
+    queries, keys, values = (torch.randn(1, heads, tokens, 32) for heads in (4, 2, 2))
+    policy = Scored(16, 16, compact=Compact(dims=16, bits=16, calibrate=96))
+    plan = Plan.of([Schedule.uniform(16, "block")], [0], [tokens], tokens, 0)
+    want = read(queries, Pyramid.of(keys, values, levels), plan, Reading(policy, levels), 32**-0.5)
+    monkeypatch.setattr(engine, "serving", lambda *given: "triton")
+    monkeypatch.setattr(engine, "_compiled", lambda states: True)
+    waited: list[int] = []
+    monkeypatch.setattr(CompactKeys, "wait", lambda keys: waited.append(max(keys.chunks)))
+    monkeypatch.setattr(
+        Scored, "ahead", lambda policy, blocks, pyramid, levels: CompactKeys.ahead(pyramid, levels, policy.compact)
+    )
+    plan = Plan.of([Schedule.uniform(16, "block")], [0], [tokens], tokens, 0)
+    pyramid = Pyramid.of(keys, values, levels)
+    got = read(queries, pyramid, plan, Reading(policy, levels), 32**-0.5)
+    torch.testing.assert_close(got, want)
+    (parts,) = (found for key, found in blocks_known(plan).items() if key[0] == "segments")
+    assert [len(part.blocks) for part in parts] == ([5] if tokens == 80 else [6, 9])
+    assert waited[-1] == (0 if tokens == 80 else tokens // 8)
+    with pytest.raises((RuntimeError, SettingError)):
+        read(queries[..., :16], Pyramid.of(keys, values, levels), plan, Reading(policy, levels), 1.0)
+    assert waited[-1] == (0 if tokens == 80 else tokens // 8)
+
+
+def blocks_known(plan: Plan) -> dict:
+    """What was worked out of the blocks of a plan of one group."""
+    ((_, blocks),) = plan.groups
+    return {key: found for key, found in blocks._known["padded"]._known.items() if isinstance(key, tuple)}

@@ -124,13 +124,14 @@ def attend(
     """
     if _gathers(cover, pyramid, backend):
         return blockwise.attend(queries, blocks, cover, pyramid, positions, scale, softcap)
-    chosen, given = choose(queries, backend), (pyramid, positions, scale, softcap)
+    name, given = serving(queries, pyramid, backend), (pyramid, positions, scale, softcap)
+    run = BACKENDS[name].run
     group = cover.opened.shape[1] // pyramid.keys[0].shape[1]
-    if group == 1 or chosen.backend != "triton":
-        return chosen.run(queries, blocks, cover, *given, out=out)
+    if group == 1 or name != "triton":
+        return run(queries, blocks, cover, *given, out=out)
     # A kernel loads each KV head once for all that share a cover: here for one query head of each group.
     parts = [
-        chosen.run(queries[:, member::group], blocks, _of_heads(cover, slice(member, None, group)), *given, out=None)
+        run(queries[:, member::group], blocks, _of_heads(cover, slice(member, None, group)), *given, out=None)
         for member in range(group)
     ]
     return torch.stack(parts, 2).flatten(1, 2)

@@ -150,7 +150,7 @@ def chosen(cut: Tensor, blocks: Blocks, pyramid: Pyramid, policy: Scored) -> Cov
 
 def in_blocks(queries: Tensor, block: int) -> Tensor:
     """Queries (1, Hq, T, D) as blocks (N, Hq, Q, D), a view."""
-    return queries[0].unflatten(1, (-1, block)).transpose(0, 1)
+    return queries.squeeze(0).unflatten(1, (-1, block)).transpose(0, 1)
 
 
 def guarded(what: str, make: Callable[[], Iterator[Row]]) -> Iterator[Row]:

@@ -7,6 +7,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from mgam.kernels import cdiv, power_of_2
+
 
 @triton.jit
 def place_pages_kernel(
@@ -39,8 +41,8 @@ def place_pages(pages: Tensor, index: Tensor, slots: Tensor, keys: Tensor, value
         raise ValueError(f"pages of {pages.shape[1]} bytes do not fit slots of two times {half}")
     table = torch.cat((index, slots)).to(keys.device)
     words = half // 8
-    block = min(1024, triton.next_power_of_2(words))
-    place_pages_kernel[(count, triton.cdiv(words, block))](
+    block = min(1024, power_of_2(words))
+    place_pages_kernel[(count, cdiv(words, block))](
         pages.view(torch.int64), table, keys.view(torch.int64), values.view(torch.int64), count,
         WORDS=words, BLOCK=block, num_warps=4,
     )  # fmt: skip

@@ -9,6 +9,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from mgam.kernels import cdiv, power_of_2
+
 TILE = 64
 """Queries, and keys, of a tile."""
 
@@ -26,8 +28,8 @@ def masses(queries: Tensor, first: int, keys: Tensor, scale: float) -> Tensor:
     given = (queries, keys, level, found, first, count, places, scale * math.log2(math.e))
     precision = "ieee" if queries.dtype == torch.float32 else "tf32"
     for kernel, length in ((level_kernel, count), (mass_kernel, places)):
-        kernel[(triton.cdiv(length, TILE), rows * query_heads)](
-            *given, G=query_heads // heads, D=dim, TILE=TILE, BLOCK_D=max(16, triton.next_power_of_2(dim)),
+        kernel[(cdiv(length, TILE), rows * query_heads)](
+            *given, G=query_heads // heads, D=dim, TILE=TILE, BLOCK_D=max(16, power_of_2(dim)),
             PRECISION=precision, num_warps=4,
         )  # fmt: skip
     return found.unflatten(1, (heads, -1)).sum(2)

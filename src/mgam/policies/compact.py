@@ -18,6 +18,7 @@ from mgam.errors import SettingError
 from mgam.kernels import FLOAT8, capability, installed, serve
 from mgam.levels import Levels
 from mgam.policies.asked import Asked
+from mgam.policies.beside import begun
 from mgam.pyramid import Pyramid
 
 PEAK = 224.0
@@ -57,22 +58,59 @@ class CompactKeys:
     step: Tensor
     chunks: list[int]
     """Chunks of each row that were shortened; 0 before the row holds the tokens that give its basis."""
+    _end: torch.cuda.Event | None = None
+    """Where all this is made beside other work: the end of that."""
 
     @classmethod
     def of(cls, pyramid: Pyramid, levels: Levels, compact: Compact) -> CompactKeys:
         """The compact keys of all complete chunks; kept with the pyramid and extended as it grows."""
+        kept, targets = cls._room(pyramid, levels, compact)
+        kept.wait()
+        if kept.chunks != targets:
+            kept._make(pyramid, targets, compact.calibrate // levels.chunk)
+        return kept
+
+    @classmethod
+    def ahead(cls, pyramid: Pyramid, levels: Levels, compact: Compact) -> CompactKeys:
+        """The same, made beside what the device is asked next: `wait` for them before they or the pyramid are freed.
+        `of` waits too."""
+        kept, targets = cls._room(pyramid, levels, compact)
+        kept.wait()
+        if kept.chunks != targets:
+            first = compact.calibrate // levels.chunk
+            kept._end = begun(lambda: kept._make(pyramid, targets, first), kept.basis.device)
+        return kept
+
+    def wait(self) -> None:
+        """Lets what the device is asked next wait for these keys."""
+        if self._end is not None:
+            torch.cuda.current_stream(self.basis.device).wait_event(self._end)
+            self._end = None
+
+    @classmethod
+    def _room(cls, pyramid: Pyramid, levels: Levels, compact: Compact) -> tuple[CompactKeys, list[int]]:
+        """What the pyramid keeps, with room for what is to be kept, and the chunks of each row that this is."""
+        assert pyramid.search is not None
         kept = pyramid.derived.get(compact)
         if not isinstance(kept, CompactKeys):
             kept = _empty(pyramid, compact)
             pyramid.derived[compact] = kept
         targets = [length // levels.chunk if length >= compact.calibrate else 0 for length in pyramid.lengths]
-        if kept.chunks == targets:
-            return kept
+        if max(targets) > kept.search.shape[3]:
+            kept.wait()
+            room = max(pyramid.search.shape[3], max(targets))
+            wider = kept.search.new_empty(*kept.search.shape[:3], room, kept.search.shape[4])
+            if any(kept.chunks):
+                wider[:, :, :, : kept.search.shape[3]] = kept.search
+            kept.search = wider
+        return kept, targets
+
+    def _make(self, pyramid: Pyramid, targets: list[int], first: int) -> None:
+        """Bases of rows that have none yet, from their first chunks, and the keys of new chunks."""
         for row, target in enumerate(targets):
-            if target and not kept.chunks[row]:
-                kept._calibrate(pyramid, row, compact.calibrate // levels.chunk)
-        kept._extend(pyramid, targets)
-        return kept
+            if target and not self.chunks[row]:
+                self._calibrate(pyramid, row, first)
+        self._extend(pyramid, targets)
 
     def _calibrate(self, pyramid: Pyramid, row: int, first: int) -> None:
         """Sets a row's basis from its first chunks: the same however far the row has grown since."""
@@ -91,11 +129,6 @@ class CompactKeys:
 
     def _extend(self, pyramid: Pyramid, targets: list[int]) -> None:
         assert pyramid.search is not None
-        if max(targets) > self.search.shape[3]:
-            room = max(pyramid.search.shape[3], max(targets))
-            wider = self.search.new_empty(*self.search.shape[:3], room, self.search.shape[4])
-            wider[:, :, :, : self.search.shape[3]] = self.search
-            self.search = wider
         together = len({*zip(self.chunks, targets, strict=True)}) == 1
         for row in range(1 if together else len(targets)):
             rows = slice(None) if together else slice(row, row + 1)

@@ -98,9 +98,31 @@ class Scored:
         if parts:
             return made(self.scores(voters, blocks, pyramid, levels)[..., :chunks], most)
         asked = self._asked(voters, blocks, pyramid, levels, kind)
-        judged = blocks.once(("judged", levels), lambda: int(blocks.decide.max()) // levels.chunk)
+        judged = _judged(blocks, levels)
         found = search_triton.cover_of(asked, judged, start, levels, most, rest=self.rest, mass=self.mass)
         return known(found, most)
+
+    def early(self, blocks: Blocks) -> int:
+        """How many blocks at the front of a text are chosen before compact keys have their basis; 0 where none are, or
+        all, or where blocks do not follow one another in one row."""
+        if self.compact is None or not self.budget:
+            return 0
+        calibrate = self.compact.calibrate
+
+        def find() -> int:
+            early = int((blocks.decide < calibrate).sum())
+            alike = bool((blocks.row == blocks.row[:1]).all()) and bool((blocks.decide[:early] < calibrate).all())
+            return early if alike and early < len(blocks) else 0
+
+        return blocks.once(("early", calibrate), find)
+
+    def ahead(self, blocks: Blocks, pyramid: Pyramid, levels: Levels) -> CompactKeys | None:
+        """Begins to make compact keys, on a device, while `early` blocks are searched and read without them."""
+        if self.compact is None or not pyramid.in_memory or not kernels.serve(pyramid.keys[0]):
+            return None
+        if self.budget >= pyramid.tokens:  # all is opened: nobody searches
+            return None
+        return CompactKeys.ahead(pyramid, levels, self.compact) if self.early(blocks) else None
 
     def read_at_most(self, tokens: int, levels: Levels) -> int:
         """Sink, budget, and the summaries around what is opened."""
@@ -117,11 +139,37 @@ class Scored:
         parts, kind = self._kinds(blocks, device)
         if not parts:
             return self._scores(voters, blocks, pyramid, levels, chunks, kind)
+        if kernels.serve(voters.queries):
+            return self._scores_apart(parts, voters, pyramid, levels, chunks)
         some = [(place, self._scores(voters[place], part, pyramid, levels, chunks, how)) for place, part, how in parts]
         wide = torch.float64 if any(part.dtype == torch.float64 for _, part in some) else torch.float32
         found = torch.empty(len(blocks), pyramid.keys[0].shape[1], chunks, dtype=wide, device=device)
         for place, scores in some:
             found[place] = scores.to(wide)
+        return found
+
+    def _scores_apart(
+        self,
+        parts: list[tuple[slice | Tensor, Blocks, int]],
+        voters: Voters,
+        pyramid: Pyramid,
+        levels: Levels,
+        chunks: int,
+    ) -> Tensor:
+        """Scores of blocks that search in different ways, by kernels: each part where it stands, as far as it may
+        judge."""
+        from mgam.policies import search_triton
+
+        device = voters.queries.device
+        count, heads = sum(len(part) for _, part, _ in parts), pyramid.keys[0].shape[1]
+        found = torch.empty(count, heads, chunks, dtype=torch.float32, device=device)
+        for place, part, kind in parts:
+            asked = self._asked(voters[place], part, pyramid, levels, kind)
+            judged = _judged(part, levels)
+            if isinstance(place, slice):
+                search_triton.scores(asked, judged, out=found[place])
+            else:
+                found[place] = search_triton.scores(asked, chunks)
         return found
 
     def _kinds(self, blocks: Blocks, device: torch.device) -> tuple[list[tuple[slice | Tensor, Blocks, int]], int]:
@@ -163,6 +211,11 @@ class Scored:
         masked = (logits.to(wide) * scale).masked_fill(~visible[:, None, None], -torch.inf)
         mass = torch.softmax(masked, -1).nan_to_num(0.0)
         return (mass * live[:, None, :, None].repeat(1, 1, mass.shape[2] // live.shape[1], 1)).sum(2)
+
+
+def _judged(blocks: Blocks, levels: Levels) -> int:
+    """Complete chunks before the last decision."""
+    return blocks.once(("judged", levels), lambda: int(blocks.decide.max()) // levels.chunk)
 
 
 def highest(scores: Tensor, most: int) -> Tensor:
@@ -208,7 +261,8 @@ def _heard(voters: Voters, blocks: Blocks, every: int) -> tuple[Tensor, Tensor]:
         return voters.queries[:, :, :most], voters.live[:, :most]
     if least == most:
         some = slice((most - 1) % every, most, every)
-        return voters.queries[:, :, some], voters.live[:, some]
+        alive = blocks.once_with(("alive", every), voters.live, lambda: voters.live[:, some].contiguous())
+        return voters.queries[:, :, some], alive
     device = voters.live.device
 
     def find() -> tuple[Tensor, Tensor]:

@@ -194,12 +194,15 @@ def logits_kernel(
     tl.store(part_ptr + size + place_mt, total, mask=m < M)
 
 
-@triton.jit(do_not_specialize=["blocks", "heads", "tiles", "chunks"], do_not_specialize_on_alignment=["live_ptr"])
+@triton.jit(
+    do_not_specialize=["blocks", "heads", "tiles", "chunks", "width"], do_not_specialize_on_alignment=["live_ptr"]
+)
 def few_kernel(
-    logit_ptr, part_ptr, live_ptr, score_ptr, blocks, heads, tiles, chunks,
+    logit_ptr, part_ptr, live_ptr, score_ptr, blocks, heads, tiles, chunks, width,
     M: tl.constexpr, V: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_C: tl.constexpr, BLOCK_T: tl.constexpr,
 ):  # fmt: skip
-    """After `logits_kernel`: mass of one tile of chunks. live (N, V) uint8; score (N, H, C) float32."""
+    """After `logits_kernel`: mass of one tile of chunks. live (N, V) uint8; score (N, H, width) float32, of
+    which the first C are written."""
     pid = tl.program_id(0)
     pair = (pid // tiles).to(tl.int64)
     m = tl.arange(0, BLOCK_M)
@@ -221,7 +224,7 @@ def few_kernel(
     place = (pair * M + m)[:, None] * chunks + chunk[None, :]
     logits = tl.load(logit_ptr + place, mask=(m < M)[:, None] & (chunk < chunks)[None, :], other=-float("inf"))
     score = tl.sum(tl.exp2(logits - peak[:, None]) * share[:, None], 0)
-    tl.store(score_ptr + pair * chunks + chunk, score, mask=chunk < chunks)
+    tl.store(score_ptr + pair * width + chunk, score, mask=chunk < chunks)
 
 
 @triton.jit(do_not_specialize=["heads", "tiles", "M"], do_not_specialize_on_alignment=["row_ptr"])

@@ -9,12 +9,11 @@ from dataclasses import dataclass, replace
 from itertools import accumulate
 
 import torch
-import triton
 from torch import Tensor
 from triton.tools.tensor_descriptor import TensorDescriptor
 
 from mgam.cover import Cover, summaries_at_most
-from mgam.kernels import at_once
+from mgam.kernels import at_once, cdiv, power_of_2
 from mgam.levels import Levels
 from mgam.policies.asked import Asked
 from mgam.policies.cover_kernels import cover_kernel
@@ -51,15 +50,20 @@ class SearchTiles:
     registers: int | None = None
 
 
-def scores(asked: Asked, chunks: int, tiles: SearchTiles | None = None) -> Tensor:
+def scores(asked: Asked, chunks: int, tiles: SearchTiles | None = None, *, out: Tensor | None = None) -> Tensor:
     """Mass (N, H, chunks) that the voters give each chunk, float32; 0 for chunks that may not be judged.
 
-    `chunks` are all that any voter may judge, or more.
+    `chunks` are all that any voter may judge, or more. `out` (N, H, C), contiguous, C at least `chunks`, is where it is
+    written, if given; then it is returned.
     """
     count, heads, voters, dim = asked.queries.shape
-    found = torch.empty(count, heads, chunks, dtype=torch.float32, device=asked.queries.device)
+    found = out
+    if found is None:
+        found = torch.empty(count, heads, chunks, dtype=torch.float32, device=asked.queries.device)
     if not found.numel():
         return found
+    if not chunks:
+        return found.zero_()
     tiles = tiles or tiles_for(asked.queries.element_size())
     places = asked.search.shape[2]
     live = _bytes(asked.live)
@@ -67,13 +71,16 @@ def scores(asked: Asked, chunks: int, tiles: SearchTiles | None = None) -> Tenso
         logits, parts = _logits(asked, chunks)
         cut = parts.shape[-1]
         few_kernel[(cut * count * heads,)](
-            logits, parts, live, found, count, heads, cut, chunks,
+            logits, parts, live, found, count, heads, cut, chunks, found.shape[2],
             M=voters, V=live.shape[1], BLOCK_M=16, BLOCK_C=64, BLOCK_T=64, num_warps=4,
         )  # fmt: skip
+        if found.shape[2] > chunks:
+            found[..., chunks:].zero_()
         return found
+    chunks = found.shape[2]
     asked = replace(asked, row=asked.row.contiguous(), visible=asked.visible.contiguous())
     steps = asked.search.stride()[:4]
-    width = max(16, triton.next_power_of_2(dim))
+    width = max(16, power_of_2(dim))
     copies = tiles.copies and _copyable(asked.search) and dim == width
     desc: Tensor | TensorDescriptor = asked.search
     if copies:
@@ -81,22 +88,22 @@ def scores(asked: Asked, chunks: int, tiles: SearchTiles | None = None) -> Tenso
         desc = TensorDescriptor(asked.search, list(asked.search.shape), list(asked.search.stride()), shape)
     # Blocks of one row share a tile; in a batch they stand in turn, a row each.
     together = max(1, tiles.rows // voters) if asked.search.shape[0] == 1 else 1
-    row_tiles, cuts = triton.cdiv(together * voters, tiles.rows), triton.cdiv(chunks, tiles.chunks)
+    row_tiles, cuts = cdiv(together * voters, tiles.rows), cdiv(chunks, tiles.chunks)
     most = max(1, POWERS // (heads * voters * chunks * together))
-    step = together * at_once(triton.cdiv(count, together), most, heads * row_tiles, 2, found.device)
+    step = together * at_once(cdiv(count, together), most, heads * row_tiles, 2, found.device)
     powers = torch.empty(step, heads, voters, cuts * tiles.chunks, dtype=torch.float16, device=found.device)
     shares = torch.empty(step, heads, voters, cuts, dtype=torch.float32, device=found.device)
     for first in range(0, count, step):
         some = slice(first, min(first + step, count))
         blocks = some.stop - first
         visible = asked.visible[some]
-        ask_kernel[(row_tiles * triton.cdiv(blocks, together) * heads,)](
+        ask_kernel[(row_tiles * cdiv(blocks, together) * heads,)](
             asked.queries[some], asked.factor[some], powers, shares, asked.search, asked.row[some], visible, live[some],
             blocks, heads, row_tiles, chunks, cuts, *steps, desc,
             TOGETHER=together, M=voters, V=live.shape[1], S=places, D=dim, BLOCK_M=tiles.rows, BLOCK_C=tiles.chunks,
             BLOCK_D=width, COPY=copies, num_warps=tiles.warps, num_stages=tiles.stages, maxnreg=tiles.registers,
         )  # fmt: skip
-        wide = triton.cdiv(chunks, 512)
+        wide = cdiv(chunks, 512)
         mass_kernel[(wide * blocks * heads,)](
             powers, shares, visible, found[some], heads, wide, chunks, cuts,
             M=voters, BLOCK_M=2, BLOCK_C=512, CUT=tiles.chunks, num_warps=4,
@@ -118,7 +125,7 @@ def _logits(asked: Asked, chunks: int) -> tuple[Tensor, Tensor]:
     count, heads, voters, dim = asked.queries.shape
     device = asked.queries.device
     logits = torch.empty(count, heads, voters, chunks, dtype=torch.float32, device=device)
-    cut = triton.cdiv(chunks, 64)
+    cut = cdiv(chunks, 64)
     parts = torch.empty(2, count, heads, voters, cut, dtype=torch.float32, device=device)
     wide, short = (0, dim) if asked.basis is None else (dim, asked.search.shape[-1])
     basis = asked.search if asked.basis is None else asked.basis.contiguous()
@@ -139,7 +146,7 @@ def shorten_queries(queries: Tensor, row: Tensor, basis: Tensor, step: Tensor, s
     voters = query_heads // heads * votes
     short = torch.empty(count, heads, voters, width, dtype=torch.float8_e4m3fn, device=queries.device)
     factor = torch.empty(count, heads, voters, dtype=torch.float32, device=queries.device)
-    tiles = triton.cdiv(voters, 128)
+    tiles = cdiv(voters, 128)
     if count:
         project_kernel[(tiles * count * heads,)](
             queries, basis.contiguous(), basis, step.contiguous(), short, factor, row.contiguous(), heads, tiles, scale,
@@ -158,7 +165,7 @@ def shorten_keys(keys: Tensor, basis: Tensor, mean: Tensor, step: Tensor, short:
     if short is None:
         short = torch.empty(*keys.shape[:4], width, dtype=torch.float8_e4m3fn, device=keys.device)
     offset = (mean[..., None, :] @ basis)[..., 0, :].contiguous()
-    tiles = triton.cdiv(count, 128)
+    tiles = cdiv(count, 128)
     if count:
         project_kernel[(tiles * batch * places * heads,)](
             keys, basis.contiguous(), offset, step.contiguous(), short, short, offset, heads, tiles, 1.0,
@@ -170,7 +177,7 @@ def shorten_keys(keys: Tensor, basis: Tensor, mean: Tensor, step: Tensor, short:
 
 
 def _block(width: int) -> int:
-    return max(16, triton.next_power_of_2(width))
+    return max(16, power_of_2(width))
 
 
 def tiles_for(bytes_each: int) -> SearchTiles:
@@ -244,15 +251,15 @@ def _at_once(
     counts = torch.empty(count, heads, 1 + levels.top, dtype=torch.int32, device=found.device)
     ratios = tuple(size // levels.chunk for size in levels.sizes[1:])
     fields = (0, *accumulate(room.bit_length() for room in rooms))
-    size = max(64, ratios[-1], triton.next_power_of_2(chunks))
+    size = max(64, ratios[-1], power_of_2(chunks))
     parts, live = voters or (found, found)
     tiles = parts.shape[-1] if voters else 1
     cover_kernel[(count * heads,)](
         found, parts, live, start.contiguous(), lists, ranks, counts, count * heads, heads, chunks, width, most,
         tuple(rooms), tiles,
-        M=found.shape[2] if voters else 0, V=live.shape[1], BLOCK_T=max(16, triton.next_power_of_2(tiles)),
+        M=found.shape[2] if voters else 0, V=live.shape[1], BLOCK_T=max(16, power_of_2(tiles)),
         CHUNK=levels.chunk, TOP=levels.top, RATIOS=ratios, FIELDS=fields, WIDE=fields[-1] > 31, REST=whole, BLOCK=size,
-        BLOCK_K=triton.next_power_of_2(max(rooms)), num_warps=max(1, min(16, size // 256)),
+        BLOCK_K=power_of_2(max(rooms)), num_warps=max(1, min(16, size // 256)),
     )  # fmt: skip
     return Cover(levels, start, lists[0], lists[1:], mass, placed=(counts, ranks))
 
@@ -274,7 +281,7 @@ def summaries(
     found = tuple(torch.empty(count, heads, room, dtype=torch.int64, device=opened.device) for room in rooms)
     split_kernel[(count * heads, levels.top)](
         opened, start.contiguous(), found, heads, width, tuple(rooms), levels.sizes[1:], CHUNK=levels.chunk,
-        TOP=levels.top, BLOCK_K=max(2, triton.next_power_of_2(width)), BLOCK=128, num_warps=4,
+        TOP=levels.top, BLOCK_K=max(2, power_of_2(width)), BLOCK=128, num_warps=4,
     )  # fmt: skip
     return found
 

@@ -109,7 +109,7 @@ def _called(
         if positions.kind == "granular":
             positions.check(cover.most, cover.reach(blocks))
     keys, values, tokens = pyramid.keys, pyramid.values, pyramid.tokens
-    if isinstance(pyramid, Elsewhere):
+    if not pyramid.in_memory and isinstance(pyramid, Elsewhere):
         near = pyramid.near(cover, blocks)
         lists, tokens = lists.near(blocks), near[0].shape[2]
         keys, values = (

@@ -180,6 +180,57 @@ def _store_parts(
             _store_columns(base, offset, live, d2, 2 * R, D - 2 * R, BLOCK_P)
 
 
+@triton.jit(
+    do_not_specialize=["none", "blocks", "heads", "rows", "reach"], do_not_specialize_on_alignment=["block_ptr"]
+)
+def bucket_kernel(
+    block_ptr, lists, rank_ptr, bucket_ptr, token_rank_ptr, widths, units, none, blocks, heads, rows, reach,
+    CHUNK: tl.constexpr, TILE: tl.constexpr, TOP: tl.constexpr, RANKS: tl.constexpr, BLOCK: tl.constexpr,
+):  # fmt: skip
+    """One program: which unit each place in the lists of one block and head reads.
+
+    Places stand level by level (N, H, width): first opened chunks with `reach` chunks of the window after them, then
+    summaries. bucket_ptr gets, for each, the number of its unit among those of all levels, row and KV head by row and
+    KV head, or `none`: units are chunks on level 0, and TILE summaries above it, which count at the first place alone.
+    token_rank_ptr (N, H, widths[0] + reach): ranks of the first level's places, from rank_ptr for opened chunks.
+    """
+    pair = tl.program_id(0).to(tl.int64)
+    block = pair // heads
+    line = tl.load(block_ptr + block) * heads + pair % heads
+    start = tl.load(block_ptr + blocks + block)
+    length = tl.load(block_ptr + 2 * blocks + block)
+    window = tl.load(block_ptr + 3 * blocks + block)
+    last = (start + length - 1) // CHUNK
+    width = widths[0] + reach
+    for begin in tl.range(0, width, BLOCK):
+        slot = begin + tl.arange(0, BLOCK)
+        opened = slot < widths[0]
+        near = window // CHUNK + slot - widths[0]
+        unit = tl.load(lists[0] + pair * widths[0] + slot, mask=opened, other=-1)
+        unit = tl.where(opened, unit, tl.where((near <= last) & (length > 0), near, -1))
+        own = tl.where(unit < 0, none, line * units[0] + unit)
+        tl.store(bucket_ptr + pair * width + slot, own.to(tl.int32), mask=slot < width)
+        if RANKS:
+            rank = tl.load(rank_ptr + pair * widths[0] + slot, mask=opened, other=0)
+            rank = tl.where(opened, rank, near * CHUNK - window)
+            tl.store(token_rank_ptr + pair * width + slot, rank, mask=slot < width)
+    lines = (blocks * heads).to(tl.int64)
+    places = lines * width
+    first = rows.to(tl.int64) * heads * units[0]
+    for level in tl.static_range(1, TOP + 1):
+        for begin in tl.range(0, widths[level], BLOCK):
+            slot = begin + tl.arange(0, BLOCK)
+            there = slot < widths[level]
+            place = pair * widths[level] + slot
+            index = tl.load(lists[level] + place, mask=there, other=-1)
+            before = tl.load(lists[level] + place - 1, mask=there & (slot > 0), other=-1)
+            again = (before >= 0) & (before // TILE == index // TILE)
+            own = tl.where((index < 0) | again, none, first + line * units[level] + index // TILE)
+            tl.store(bucket_ptr + places + place, own.to(tl.int32), mask=there)
+        places += lines * widths[level]
+        first += rows.to(tl.int64) * heads * units[level]
+
+
 @triton.jit
 def readers_of(
     begin_ptr, end_ptr, heads, pairs, units, first_unit,
@@ -205,11 +256,15 @@ def readers_of(
     return part, row_head, row, head, begin, end, inside, index
 
 
-@triton.jit
+@triton.jit(
+    do_not_specialize=["units", "first_unit", "count", "kept", "origin", "width", "shift"],
+    do_not_specialize_on_alignment=["block_ptr", "begin_ptr", "end_ptr", "order_ptr"],
+)
 def entry_grad_kernel(
     q_ptr, grad_ptr, lse_ptr, delta_ptr, key_ptr, value_ptr, dk_ptr, dv_ptr, block_ptr, begin_ptr, end_ptr, order_ptr,
     list_ptr, rank_ptr, cos_ptr, sin_ptr, limit, anchor, scale, cap, bias, blocks, heads, pairs, units, first_unit,
-    count, kept, origin, width, key_row, key_head, key_step, value_row, value_head, value_step, q_block, q_head, q_row,
+    count, kept, origin, width, shift, key_row, key_head, key_step, value_row, value_head, value_step, q_block, q_head,
+    q_row,
     G: tl.constexpr, Q: tl.constexpr, KIND: tl.constexpr, OPENED_WIDTH: tl.constexpr, UNIT: tl.constexpr,
     SUBS: tl.constexpr, SPLITS: tl.constexpr,
     D: tl.constexpr, R: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr,
@@ -219,13 +274,12 @@ def entry_grad_kernel(
     """Gradients of keys and values of one level, one program per (unit, row and KV head, part of its readers, part of
     the unit).
 
-    A unit is UNIT neighbours: a chunk of tokens (KIND OPENED) or a tile of summaries (KIND SUMMARIES). order_ptr[p]
-    names a
-    place (block, head, slot) in a list (N, H, width) that reads the unit, for p in [begin, end) of the unit. Slots
-    of an
-    opened list from OPENED_WIDTH on are window chunks. rank_ptr, of the list's shape, gives the rank of each slot's
-    first entry. dk and dv (SPLITS, pairs, kept, D) hold entries from `origin` on, of the `count` that each of `pairs`
-    rows and heads has; the readers of a unit are divided among SPLITS programs, whose results are summed afterwards.
+    A unit is UNIT neighbours: a chunk of tokens (KIND OPENED) or a tile of summaries (KIND SUMMARIES). order_ptr[p],
+    less `shift`, names a place (block, head, slot) in a list (N, H, width) that reads the unit, for p in [begin, end)
+    of the unit. Slots of an opened list from OPENED_WIDTH on are window chunks. rank_ptr, of the list's shape, gives
+    the rank of each slot's first entry. dk and dv (SPLITS, pairs, kept, D) hold entries from `origin` on, of the
+    `count` that each of `pairs` rows and heads has, zeros where nobody reads them; the readers of a unit are divided
+    among SPLITS programs, whose results are summed afterwards.
     RELATIVE, for tokens: keys are turned by their place in the chunk alone, and queries by their distance
     to its first token, so that keys are turned once, and gradients turned back once.
     """
@@ -246,7 +300,7 @@ def entry_grad_kernel(
                 key_ptr, key_offset, live, inside, cos_ptr, sin_ptr, D, R, BLOCK_D, BLOCK_R, BLOCK_P, True
             )
         for p in tl.range(begin, end):
-            spot = tl.load(order_ptr + p)
+            spot = tl.load(order_ptr + p) - shift
             slot = spot % width
             block = spot // width // heads
             start = tl.load(block_ptr + blocks + block)
@@ -331,3 +385,8 @@ def entry_grad_kernel(
             _store_columns(dk_ptr, offset, live, d1, R, R, BLOCK_R)
             if 2 * R < D:
                 _store_columns(dk_ptr, offset, live, d2, 2 * R, D - 2 * R, BLOCK_P)
+    else:
+        offset = ((part * pairs + row_head).to(tl.int64) * kept + index - origin) * D
+        none = tl.zeros((BLOCK_N, BLOCK_D), tl.float32)
+        _store_columns(dv_ptr, offset, live, none, 0, D, BLOCK_D)
+        _store_columns(dk_ptr, offset, live, none, 0, D, BLOCK_D)

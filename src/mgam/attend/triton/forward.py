@@ -6,13 +6,13 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
-import triton
 from torch import Tensor
 
 from mgam.attend.triton.lists import Lists
 from mgam.attend.triton.prefill import WholeTiles, fits, read_whole
 from mgam.attend.triton.read import merge_kernel, read_kernel
 from mgam.attend.triton.tables import Turn, biases, block, copyable, described, precision, strides
+from mgam.kernels import cdiv, power_of_2
 from mgam.merge import Part
 
 MANY = 1 << 13
@@ -88,7 +88,7 @@ def read(
     if tiles.splits > 1:
         part_out = torch.empty(tiles.splits, *out.shape, dtype=torch.float32, device=out.device)
         part_lse = torch.empty(tiles.splits, *lse.shape, dtype=torch.float32, device=out.device)
-    row_tiles = triton.cdiv(group * size, tiles.rows)
+    row_tiles = cdiv(group * size, tiles.rows)
     rest = dim - 2 * turn.pairs
     key_desc, value_desc = keys[0], values[0]
     if copies:
@@ -110,7 +110,7 @@ def read(
         lines = count * query_heads * size
         merge_kernel[(lines,)](
             part_out, part_lse, merged, lse, lines, D=dim, BLOCK_D=block(dim), SPLITS=tiles.splits,
-            BLOCK_S=triton.next_power_of_2(tiles.splits), num_warps=4 if tiles.splits > 8 else 1,
+            BLOCK_S=power_of_2(tiles.splits), num_warps=4 if tiles.splits > 8 else 1,
         )  # fmt: skip
         if merged is not out:
             out.copy_(merged)

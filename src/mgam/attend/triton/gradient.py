@@ -6,15 +6,15 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
-import triton
 from torch import Tensor
 
-from mgam.attend.triton.backward import delta_kernel, entry_grad_kernel, query_grad_kernel
+from mgam.attend.triton.backward import bucket_kernel, delta_kernel, entry_grad_kernel, query_grad_kernel
 from mgam.attend.triton.lists import Lists
 from mgam.attend.triton.prefill import WholeTiles, fits, pieces
 from mgam.attend.triton.tables import STEP, Turn, biases, block, copyable, described, precision, strides
 from mgam.attend.triton.whole_backward import whole_query_grad_kernel
 from mgam.attend.triton.whole_entries import turn_queries_kernel, whole_entry_grad_kernel
+from mgam.kernels import cdiv, power_of_2
 from mgam.merge import Part
 
 WHOLE = WholeTiles(rows=128, entries=64, warps=8, stages=3, registers=None)
@@ -29,28 +29,65 @@ ENTRY_ROWS = (64, 32, 16)
 
 
 @dataclass(frozen=True)
-class Inverse:
-    """Who reads what: for unit u of (row, head), `order[begin:end]` are the places in a list (N, H, width) that read
-    it.
+class Readers:
+    """Who reads what of one level: for unit u of (row, head), `order[begin:end]`, less `shift`, are the places in a
+    list (N, H, width) that read it, in their order, so that sums have a fixed one."""
 
-    Shapes: begin, end (B*H*units,), order (N*H*width,), sorted by unit and then by place, so that sums have a fixed
-    order.
-    """
-
+    size: int
+    """Entries of a unit: the tokens of a chunk, or neighbouring summaries."""
+    units: int
+    width: int
+    shift: int
     begin: Tensor
     end: Tensor
     order: Tensor
-    units: int
+    index: Tensor
+    ranks: Tensor
 
-    @classmethod
-    def of(cls, unit: Tensor, row: Tensor, rows: int, units: int) -> Inverse:
-        """Inverts unit (N, H, W), -1 where a place reads nothing; row (N,)."""
-        heads = unit.shape[1]
-        pair = row[:, None] * heads + torch.arange(heads, device=unit.device)
-        bucket = torch.where(unit < 0, rows * heads * units, pair[..., None] * units + unit).flatten()
-        ordered, order = bucket.sort(stable=True)
-        every = torch.arange(rows * heads * units, device=unit.device)
-        return cls(torch.searchsorted(ordered, every), torch.searchsorted(ordered, every, right=True), order, units)
+
+def readers(lists: Lists, turn: Turn, rows: int, counts: Sequence[int], tile: int) -> list[Readers | None]:
+    """The readers of each level of `counts[l]` entries a row and KV head: of chunks on level 0, those of the window
+    among them, and of `tile` neighbours above. None where nobody reads.
+
+    All places of all levels are sorted at once. Waits for the device only where nobody knows how far windows reach.
+    """
+    device, chunk = lists.counts.device, lists.levels.chunk
+    blocks, heads = lists.counts.shape[:2]
+    reach = _reach(lists)
+    widths = tuple(part.shape[-1] for part in lists.index)
+    units = tuple(cdiv(count, chunk if level == 0 else tile) for level, count in enumerate(counts))
+    places = [blocks * heads * width for width in (widths[0] + reach, *widths[1:])]
+    buckets = [rows * heads * count for count in units]
+    found = torch.empty(sum(places), dtype=torch.int32, device=device)
+    if not found.numel():
+        return [None] * len(counts)
+    ranks = lists.index[0]
+    if turn.pairs:
+        ranks = torch.empty(blocks, heads, widths[0] + reach, dtype=torch.int64, device=device)
+    bucket_kernel[(blocks * heads,)](
+        lists.blocks, lists.index, lists.ranks[0], found, ranks, widths, units, sum(buckets), blocks, heads, rows,
+        reach, CHUNK=chunk, TILE=tile, TOP=lists.levels.top, RANKS=turn.pairs > 0, BLOCK=64, num_warps=1,
+    )  # fmt: skip
+    ordered, order = found.sort(stable=True)
+    edges = torch.searchsorted(ordered, torch.arange(sum(buckets) + 1, dtype=torch.int32, device=device))
+    levels: list[Readers | None] = []
+    for level in range(len(counts)):
+        first, shift = sum(buckets[:level]), sum(places[:level])
+        begin, end = edges[first:], edges[first + 1 :]
+        own = lists.index[level], ranks if level == 0 else lists.ranks[level]
+        size, width = (chunk, widths[0] + reach) if level == 0 else (tile, widths[level])
+        there = width > 0 and units[level] > 0
+        levels.append(Readers(size, units[level], width, shift, begin, end, order, *own) if there else None)
+    return levels
+
+
+def _reach(lists: Lists) -> int:
+    """Chunks that a window and its block touch at most."""
+    if lists.where is not None:
+        return max(0, lists.where.touched)
+    _, start, length, window = lists.blocks
+    chunk = lists.levels.chunk
+    return max(0, int(((start + length - 1) // chunk - window // chunk).max()) + 1)
 
 
 def gradients(
@@ -69,7 +106,7 @@ def gradients(
     grad = grad.contiguous()
     count, query_heads, size, dim = queries.shape
     delta = torch.empty(count, query_heads, size, dtype=torch.float32, device=queries.device)
-    delta_kernel[(triton.cdiv(delta.numel(), 32),)](
+    delta_kernel[(cdiv(delta.numel(), 32),)](
         grad, part.out, delta, delta.numel(), query_heads, size, *part.out.stride()[:3], D=dim, BLOCK_D=block(dim),
         BLOCK_M=32, num_warps=4,
     )  # fmt: skip
@@ -77,30 +114,18 @@ def gradients(
     whole = fits(queries, lists, keys, values, turn, WHOLE) and lists.levels.chunk % WHOLE.entries == 0
     far = (turn.far(keys[0].shape[2]) if turn.pairs else (turn.cos, turn.sin)) if whole else None
     turned = queries if far is None else _turned(queries, lists, turn, far)
-    dks = [torch.zeros(level.shape, dtype=level.dtype, device=level.device) for level in keys]
-    dvs = [torch.zeros(level.shape, dtype=level.dtype, device=level.device) for level in values]
-    for level in range(len(keys)):
-        tile = WHOLE.entries if whole else TILE
-        reads = _token_reads(lists, turn) if level == 0 else _summary_reads(lists, level, tile)
-        if reads is not None:
-            _entry_grads(
-                level,
-                reads,
-                grad,
-                delta,
-                part.lse,
-                turned,
-                lists,
-                keys[level],
-                values[level],
-                dks[level],
-                dvs[level],
-                scale,
-                turn,
-                softcap,
-                far,
-            )
-    return dq, dks, dvs
+    counts = [level.shape[2] for level in keys]
+    found = readers(lists, turn, keys[0].shape[0], counts, WHOLE.entries if whole else TILE)
+    made = []
+    for level, reads in enumerate(found):
+        if reads is None:
+            made.append(torch.zeros(2, *keys[level].shape, dtype=keys[level].dtype, device=keys[level].device))
+            continue
+        states = keys[level], values[level]
+        made.append(
+            _entry_grads(level, reads, grad, delta, part.lse, turned, lists, *states, scale, turn, softcap, far)
+        )
+    return dq, [both[0] for both in made], [both[1] for both in made]
 
 
 def _turned(queries: Tensor, lists: Lists, turn: Turn, far: tuple[Tensor, Tensor]) -> Tensor:
@@ -114,45 +139,6 @@ def _turned(queries: Tensor, lists: Lists, turn: Turn, far: tuple[Tensor, Tensor
         *queries.stride()[:3], Q=size, R=turn.pairs, STEP=STEP, BLOCK_M=WHOLE.entries, num_warps=4,
     )  # fmt: skip
     return turned
-
-
-@dataclass(frozen=True)
-class _Reads:
-    """Places (N, H, W) that read units of `size` entries, with the rank of each place's first entry."""
-
-    unit: Tensor
-    index: Tensor
-    ranks: Tensor
-    size: int
-
-
-def _token_reads(lists: Lists, turn: Turn) -> _Reads | None:
-    """Opened chunks, then the chunks of the window."""
-    chunk = lists.levels.chunk
-    _, start, length, window = lists.blocks
-    first, last = window // chunk, (start + length - 1) // chunk
-    reach = int((last - first).max()) + 1
-    if reach <= 0:
-        return None
-    near = first[:, None] + torch.arange(reach, device=first.device)
-    near = near.masked_fill((near > last[:, None]) | (length <= 0)[:, None], -1)[:, None]
-    near = near.expand(-1, lists.counts.shape[1], -1)
-    unit = torch.cat((lists.index[0], near), -1)
-    ranks = unit
-    if turn.pairs:
-        ranks = torch.cat((lists.ranks[0], near * chunk - window[:, None, None]), -1)
-    return _Reads(unit, unit, ranks.contiguous(), chunk)
-
-
-def _summary_reads(lists: Lists, level: int, size: int) -> _Reads | None:
-    """The first place of each tile of `size` summaries that a block reads; its neighbours follow it in the list."""
-    index = lists.index[level]
-    if not index.shape[-1]:
-        return None
-    tile = torch.div(index, size, rounding_mode="floor")
-    again = torch.zeros_like(index, dtype=torch.bool)
-    again[..., 1:] = tile[..., 1:] == tile[..., :-1]
-    return _Reads(tile.masked_fill((index < 0) | again, -1), index, lists.ranks[level], size)
 
 
 def _query_grads(
@@ -187,7 +173,7 @@ def _query_grads(
             )  # fmt: skip
         return dq
     tile = _row_tile(group * size, dim)
-    tiles = triton.cdiv(group * size, tile)
+    tiles = cdiv(group * size, tile)
     query_grad_kernel[(tiles * count * heads,)](
         queries, grad, lse, delta, dq, lists.blocks, lists.counts, tuple(keys), tuple(values), strides(keys),
         strides(values),
@@ -205,7 +191,7 @@ def _query_grads(
 
 def _entry_grads(
     level: int,
-    reads: _Reads,
+    reads: Readers,
     grad: Tensor,
     delta: Tensor,
     lse: Tensor,
@@ -213,44 +199,38 @@ def _entry_grads(
     lists: Lists,
     keys: Tensor,
     values: Tensor,
-    dk: Tensor,
-    dv: Tensor,
     scale: float,
     turn: Turn,
     softcap: float | None,
     far: tuple[Tensor, Tensor] | None,
-) -> None:
-    """Gradients of one level. `far`: turns by whole steps, where the call is made of whole tiles."""
+) -> Tensor:
+    """Gradients of one level's keys and values (2, B, H, n, D). `far`: turns by whole steps, where the call is made of
+    whole tiles."""
     _, query_heads, size, dim = queries.shape
     rows, heads, count, _ = keys.shape
-    group = query_heads // heads
-    units = triton.cdiv(count, reads.size)
-    if not units:
-        return
-    inverse = Inverse.of(reads.unit, lists.blocks[0], rows, units)
-    across = max(16, min(64 if dim <= 128 else 32, triton.next_power_of_2(reads.size)))
+    group, units = query_heads // heads, reads.units
+    made = torch.empty(2, *keys.shape, dtype=keys.dtype, device=keys.device)
+    across = max(16, min(64 if dim <= 128 else 32, power_of_2(reads.size)))
     if far is not None:
         across = WHOLE.entries
-    subs = triton.cdiv(reads.size, across)
+    subs = cdiv(reads.size, across)
     relative = level == 0 and turn.rotary is not None and turn.rotary.compose(queries.device)
 
     def launch(first: int, last: int, splits: int) -> None:
         """Units `first` to `last`, each by so many programs."""
         span = slice(first * reads.size, min(last * reads.size, count))
         kept, origin = (count, 0) if splits == 1 else (span.stop - span.start, span.start)
-        into_k, into_v = dk, dv
+        into = made
         if splits > 1:
-            into_k, into_v = (
-                torch.zeros(splits, rows, heads, kept, dim, dtype=torch.float32, device=dk.device) for _ in range(2)
-            )
-        tables = lists.blocks, inverse.begin, inverse.end, inverse.order, reads.index, reads.ranks, turn.cos, turn.sin
-        sizes = rows * heads, units, first, count, kept, origin, reads.unit.shape[-1]
+            into = torch.empty(2, splits, rows, heads, kept, dim, dtype=torch.float32, device=made.device)
+        tables = lists.blocks, reads.begin, reads.end, reads.order, reads.index, reads.ranks, turn.cos, turn.sin
+        sizes = rows * heads, units, first, count, kept, origin, reads.width, reads.shift
         grid = (subs * splits * rows * heads * (last - first),)
         if far is not None:
             below = next(most for most in ENTRY_ROWS if size % most == 0)
             whole_entry_grad_kernel[grid](
-                described(queries, below, dim // 2), described(grad, below, dim), lse, delta, keys, values, into_k,
-                into_v, *tables, *far, scale, softcap or 1.0, biases(lists)[level], lists.blocks.shape[1], heads,
+                described(queries, below, dim // 2), described(grad, below, dim), lse, delta, keys, values, *into,
+                *tables, *far, scale, softcap or 1.0, biases(lists)[level], lists.blocks.shape[1], heads,
                 *sizes, *keys.stride()[:3], *values.stride()[:3],
                 G=group, Q=size, KIND=0 if level == 0 else 1, OPENED_WIDTH=lists.index[0].shape[-1], UNIT=reads.size,
                 SUBS=subs, SPLITS=splits, D=dim, R=turn.pairs, STEP=STEP, BLOCK_M=below, BLOCK_N=across,
@@ -258,7 +238,7 @@ def _entry_grads(
             )  # fmt: skip
         else:
             entry_grad_kernel[grid](
-                queries, grad, lse, delta, keys, values, into_k, into_v, *tables, turn.cos.shape[0] - 1, turn.anchor,
+                queries, grad, lse, delta, keys, values, *into, *tables, turn.cos.shape[0] - 1, turn.anchor,
                 scale, softcap or 1.0, biases(lists)[level], lists.blocks.shape[1], heads, *sizes,
                 *keys.stride()[:3], *values.stride()[:3], *queries.stride()[:3],
                 G=group, Q=size, KIND=0 if level == 0 else 1, OPENED_WIDTH=lists.index[0].shape[-1], UNIT=reads.size,
@@ -268,8 +248,7 @@ def _entry_grads(
                 num_warps=8 if across == 64 else 4, num_stages=2,
             )  # fmt: skip
         if splits > 1:
-            dk[:, :, span] = into_k.sum(0).to(dk.dtype)
-            dv[:, :, span] = into_v.sum(0).to(dv.dtype)
+            made[:, :, :, span] = into.sum(1)
 
     if level == 0:  # every block opens the first chunk: alone it would take longer than all others together
         launch(0, 1, SINK_PARTS)
@@ -277,7 +256,8 @@ def _entry_grads(
             launch(1, units, 1)
     else:
         launch(0, units, max(1, min(SUMMARY_PARTS, PROGRAMS // (rows * heads * units))))
+    return made
 
 
 def _row_tile(rows: int, dim: int, most: int = 128) -> int:
-    return max(16, min(most if dim <= 128 else 64, triton.next_power_of_2(rows)))
+    return max(16, min(most if dim <= 128 else 64, power_of_2(rows)))

@@ -13,6 +13,7 @@ from torch import Tensor
 
 from mgam.cover import Cover
 from mgam.errors import SettingError
+from mgam.kernels import cdiv
 from mgam.levels import Levels
 from mgam.positions import Positions
 from mgam.schedule import Blocks
@@ -37,8 +38,8 @@ class Lists:
     mass: float = 1.0
     even: int = 1
     """Tokens that divide where blocks and windows begin, and how long blocks are, as far as that is known."""
-    where: Tensor | None = None
-    """(2, N) on the CPU: start and window start of blocks, where that is known without asking the device."""
+    where: Where | None = None
+    """Where blocks and windows stand, as far as that is known without asking the device."""
 
     @classmethod
     def of(cls, cover: Cover, blocks: Blocks, device: torch.device, positions: Positions | None = None) -> Lists:
@@ -56,7 +57,7 @@ class Lists:
 
     def __getitem__(self, part: slice) -> Lists:
         index, ranks = (tuple(level[part] for level in levels) for levels in (self.index, self.ranks))
-        where = None if self.where is None else self.where[:, part]
+        where = None if self.where is None else Where.of(self.where.table[:, part], self.size, self.levels.chunk)
         blocks = self.blocks[:, part].contiguous()
         return replace(self, blocks=blocks, index=index, counts=self.counts[part], ranks=ranks, where=where)
 
@@ -85,19 +86,43 @@ class Lists:
         return [self.levels.chunk, *self.levels.sizes[1:]]
 
 
-def _even(blocks: Blocks, cover: Cover) -> tuple[int, Tensor | None]:
+@dataclass(frozen=True)
+class Where:
+    """Where blocks and their windows stand."""
+
+    table: Tensor
+    """(2, N) on the CPU: start and window start of blocks."""
+    lowest: int
+    """First token of any window."""
+    highest: int
+    """First token of the last block."""
+    touched: int
+    """Chunks that a window and its block touch at most."""
+
+    @classmethod
+    def of(cls, table: Tensor, size: int, chunk: int) -> Where:
+        """What follows for blocks of at most `size` tokens."""
+        if not table.shape[1]:
+            return cls(table, 0, 0, 0)
+        start, window = table
+        touched = int(((start + size - 1) // chunk - window // chunk).max()) + 1
+        return cls(table, int(window.min()), int(start.max()), touched)
+
+
+def _even(blocks: Blocks, cover: Cover) -> tuple[int, Where | None]:
     """What divides the starts of blocks and windows (1 where blocks are shorter than their room), and these; 1 and
     nothing where they are not known."""
     if cover.known is None:
         return 1, None
     begin = cover.known.start
 
-    def find() -> tuple[int, Tensor]:
+    def find() -> tuple[int, Where]:
         full = bool((blocks.length == blocks.size).all())
-        where = torch.stack((blocks.start, begin))
-        return math.gcd(blocks.size, *where.unique().tolist()) if full else 1, where
+        table = torch.stack((blocks.start, begin))
+        where = Where.of(table, blocks.size, cover.levels.chunk)
+        return math.gcd(blocks.size, *table.unique().tolist()) if full else 1, where
 
-    return blocks.once_with("even", begin, find)
+    return blocks.once_with(("even", cover.levels.chunk), begin, find)
 
 
 def _table(blocks: Blocks, there: Blocks, window: Tensor) -> Tensor:
@@ -186,7 +211,7 @@ def now(lengths: Tensor, window: int, levels: Levels) -> tuple[Tensor, Tensor]:
     be judged (5, B) int64; and ones (B, 1) uint8, for who votes."""
     table = torch.empty(5, lengths.shape[0], dtype=torch.int64, device=lengths.device)
     live = torch.empty(lengths.shape[0], 1, dtype=torch.uint8, device=lengths.device)
-    now_kernel[(triton.cdiv(lengths.shape[0], 64),)](
+    now_kernel[(cdiv(lengths.shape[0], 64),)](
         lengths.contiguous(), table, live, lengths.shape[0], WINDOW=window, CHUNK=levels.chunk, BLOCK=64, num_warps=1
     )
     return table, live

@@ -6,14 +6,13 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 import torch
-import triton
 from torch import Tensor
 from triton.tools.tensor_descriptor import TensorDescriptor
 
 from mgam.attend.triton.lists import Lists
 from mgam.attend.triton.tables import STEP, Turn, biases, copyable, described, precision, strides
 from mgam.attend.triton.whole import gather_kernel, open_kernel, turn_kernel, whole_kernel
-from mgam.kernels import at_once
+from mgam.kernels import at_once, cdiv
 from mgam.merge import Part
 
 FAR_BYTES = 1 << 30
@@ -112,7 +111,7 @@ def pieces(
     far = turn.far(keys[0].shape[2]) if turn.pairs else (turn.cos, turn.sin)
     opened = lists.index[0].shape[-1] * lists.levels.chunk
     few = opened if turn.pairs else 0
-    room = triton.cdiv(sum(part.shape[-1] for part in lists.index[1:]), entries) * entries
+    room = cdiv(sum(part.shape[-1] for part in lists.index[1:]), entries) * entries
     each = heads * (few + 2 * room) * dim * queries.element_size()
     programs = query_heads * size // tiles.rows
     step = at_once(count, max(1, FAR_BYTES // each), programs, 2, queries.device) if each else count
@@ -128,7 +127,7 @@ def pieces(
         placed, lowest = keys[0], 0
         if turn.pairs:
             assert part.where is not None
-            lowest, highest = int(part.where[1].min()), int(part.where[0].max()) + size
+            lowest, highest = part.where.lowest, part.where.highest + size
             placed = _turned(keys[0], turn, far, entries, lowest, highest)
         key_desc = described(placed, entries, dim)
         gathered = (described(made, entries, dim) if made.numel() else key_desc for made in (far_keys, far_values))

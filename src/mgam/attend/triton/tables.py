@@ -7,11 +7,11 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
-import triton
 from torch import Tensor
 from triton.tools.tensor_descriptor import TensorDescriptor
 
 from mgam.attend.triton.lists import Lists
+from mgam.kernels import power_of_2
 from mgam.positions import Positions, Rotary
 
 STEP = 64
@@ -86,7 +86,7 @@ def biases(lists: Lists) -> tuple[float, ...]:
 
 def block(width: int) -> int:
     """Columns of a tile that holds `width` of them: a power of two, at least 16."""
-    return max(16, triton.next_power_of_2(width))
+    return max(16, power_of_2(width))
 
 
 def precision(dtype: torch.dtype) -> str:

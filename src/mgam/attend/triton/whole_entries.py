@@ -36,13 +36,13 @@ def turn_queries_kernel(
 
 
 @triton.jit(
-    do_not_specialize=["blocks", "heads", "pairs", "units", "first_unit", "count", "kept", "origin", "width"],
+    do_not_specialize=["blocks", "heads", "pairs", "units", "first_unit", "count", "kept", "origin", "width", "shift"],
     do_not_specialize_on_alignment=["block_ptr", "begin_ptr", "end_ptr", "order_ptr"],
 )
 def whole_entry_grad_kernel(
     q_desc, grad_desc, lse_ptr, delta_ptr, key_ptr, value_ptr, dk_ptr, dv_ptr, block_ptr, begin_ptr, end_ptr, order_ptr,
     list_ptr, rank_ptr, cos_ptr, sin_ptr, far_cos_ptr, far_sin_ptr, scale, cap, bias, blocks, heads, pairs, units,
-    first_unit, count, kept, origin, width, key_row, key_head, key_step, value_row, value_head, value_step,
+    first_unit, count, kept, origin, width, shift, key_row, key_head, key_step, value_row, value_head, value_step,
     G: tl.constexpr, Q: tl.constexpr, KIND: tl.constexpr, OPENED_WIDTH: tl.constexpr, UNIT: tl.constexpr,
     SUBS: tl.constexpr, SPLITS: tl.constexpr, D: tl.constexpr, R: tl.constexpr, STEP: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, CAP: tl.constexpr, PRECISION: tl.constexpr,
@@ -62,7 +62,7 @@ def whole_entry_grad_kernel(
         dk1 = tl.zeros((BLOCK_N, HALF), tl.float32)
         dv = tl.zeros((BLOCK_N, D), tl.float32)
         for p in tl.range(begin, end):
-            spot = tl.load(order_ptr + p)
+            spot = tl.load(order_ptr + p) - shift
             slot = spot % width
             pair = spot // width
             block = pair // heads
@@ -135,3 +135,9 @@ def whole_entry_grad_kernel(
         tl.store(dk_ptr + target[:, None] + (HALF + half)[None, :], dk1.to(dk_ptr.dtype.element_ty), mask=live[:, None])
         column = tl.arange(0, D)
         tl.store(dv_ptr + target[:, None] + column[None, :], dv.to(dv_ptr.dtype.element_ty), mask=live[:, None])
+    else:
+        target = ((part * pairs + row_head).to(tl.int64) * kept + index - origin) * D
+        column = tl.arange(0, D)
+        none = tl.zeros((BLOCK_N, D), dk_ptr.dtype.element_ty)
+        tl.store(dk_ptr + target[:, None] + column[None, :], none, mask=live[:, None])
+        tl.store(dv_ptr + target[:, None] + column[None, :], none, mask=live[:, None])

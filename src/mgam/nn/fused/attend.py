@@ -8,10 +8,10 @@ from functools import cached_property, lru_cache
 from typing import Any
 
 import torch
-import triton
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
+from mgam.kernels import cdiv, power_of_2
 from mgam.lasting import lasting
 from mgam.levels import Levels
 from mgam.nn.chosen import Chooser, Chosen
@@ -216,7 +216,7 @@ def judged(plan: Plan, searched: Searched, heads: int, begin: int, blocks: int) 
     rows, dims = len(ask), find.shape[2] // heads
     score = torch.empty(rows, heads, blocks, plan.chunks, dtype=torch.float32, device=ask.device)
     near = torch.empty(rows, heads, blocks, dtype=torch.float32, device=ask.device)
-    score_kernel[(triton.cdiv(blocks, BN), triton.cdiv(plan.chunks, BC), rows * heads)](
+    score_kernel[(cdiv(blocks, BN), cdiv(plan.chunks, BC), rows * heads)](
         ask, find, searched.prior, score, near, heads, begin, blocks, plan.chunks, ask.shape[1], dims**-0.5 * LOG2E,
         R=dims, PRECISION=precision(ask.dtype), num_warps=4, **plan.voters,
     )  # fmt: skip
@@ -226,7 +226,7 @@ def judged(plan: Plan, searched: Searched, heads: int, begin: int, blocks: int) 
 def choose(plan: Plan, lists: Lists, score: Tensor, near: Tensor | None, begin: int) -> None:
     """Writes the covers of the blocks that scores (B, H, n, C) belong to."""
     rows, heads, blocks, chunks = score.shape
-    wide = max(triton.next_power_of_2(chunks), plan.spans[-1] if plan.top else 1)
+    wide = max(power_of_2(chunks), plan.spans[-1] if plan.top else 1)
     widths = tuple(wide // span for span in plan.spans)
     ratios = tuple(plan.levels.ratio(level) for level in range(2, plan.top + 1))
     choose_kernel[(blocks, rows * heads)](
@@ -313,7 +313,7 @@ class Reading(torch.autograd.Function):
             torch.empty(rows, tokens, heads, dim, dtype=part.dtype, device=q.device).transpose(1, 2) for part in (k, v)
         )
         block = 64
-        spread_mean_kernel[(triton.cdiv(tokens, block), pairs)](
+        spread_mean_kernel[(cdiv(tokens, block), pairs)](
             token_sums, mean_sums, dk, *dk.stride()[:3], dv, *dv.stride()[:3], heads, tokens, lines, pairs, plan.firsts,
             SIZES=plan.levels.sizes[1:], LEVELS=plan.top, D=dim, BLOCK=block, num_warps=4,
         )  # fmt: skip
@@ -344,9 +344,9 @@ def _score_grads(
         gate_kernel[(blocks, rows * heads)](
             lists.fine, lists.list, lists.count, fine_grad, list_grad, grad, near, begin, blocks, plan.blocks,
             plan.chunks, fines, list_grad.shape[-1], plan.firsts,
-            G=group, TOP=plan.top, SPANS=plan.spans, BF=triton.next_power_of_2(fines), BM=64, num_warps=2,
+            G=group, TOP=plan.top, SPANS=plan.spans, BF=power_of_2(fines), BM=64, num_warps=2,
         )  # fmt: skip
-        score_grad_kernel[(triton.cdiv(blocks, BN), triton.cdiv(plan.chunks, BC), rows * heads)](
+        score_grad_kernel[(cdiv(blocks, BN), cdiv(plan.chunks, BC), rows * heads)](
             ask, find, grad, near, dask, dfind, dprior, heads, begin, blocks, plan.chunks, ask.shape[1],
             dims**-0.5 * LOG2E, dims**-0.5,
             R=dims, PRECISION=precision(ask.dtype), num_warps=4, **plan.voters,

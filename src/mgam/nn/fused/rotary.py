@@ -10,6 +10,8 @@ import triton.language as tl
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
+from mgam.kernels import cdiv
+
 BLOCK = 64
 
 
@@ -68,7 +70,7 @@ class Rotation(torch.autograd.Function):
 def _turned(states: Tensor, cos: Tensor, sin: Tensor, back: bool) -> Tensor:
     rows, heads, tokens, dim = states.shape
     out = torch.empty(rows, tokens, heads, dim, dtype=states.dtype, device=states.device)
-    rotate_kernel[(triton.cdiv(tokens, BLOCK), rows * heads)](
+    rotate_kernel[(cdiv(tokens, BLOCK), rows * heads)](
         states, *states.stride()[:3], cos, sin, out, heads, tokens,
         D=dim, R=cos.shape[1], BACK=back, BLOCK=BLOCK, num_warps=4,
     )  # fmt: skip
