@@ -29,6 +29,8 @@ from mgam.policies.search_kernels import (
 
 SELECT_AT_MOST = 1 << 15
 """Chunks that one program can rank."""
+RANKED = 128, 256
+"""Chunks that a warp ranks: of few blocks, and of many."""
 LISTS = 4
 """Lists that one program can fill at once."""
 POWERS = 1 << 29
@@ -237,24 +239,27 @@ def _at_once(
     whole = rest != "drop"
     limits = summaries_at_most(chunks, _wide(1 + most), levels) if whole else [0] * levels.top
     rooms = [_wide(1 + most), *map(_wide, limits)]
-    lists, ranks = (
-        tuple(torch.empty(count, heads, room, dtype=torch.int64, device=found.device) for room in rooms)
-        for _ in range(2)
-    )
+    sizes = [count * heads * room for room in rooms]
+    lists, ranks = torch.empty(2, sum(sizes), dtype=torch.int64, device=found.device)
     counts = torch.empty(count, heads, 1 + levels.top, dtype=torch.int32, device=found.device)
     ratios = tuple(size // levels.chunk for size in levels.sizes[1:])
     fields = (0, *accumulate(room.bit_length() for room in rooms))
     size = max(64, ratios[-1], triton.next_power_of_2(chunks))
     parts, live = voters or (found, found)
-    tiles = parts.shape[-1] if voters else 1
+    tiles, m = (parts.shape[-1], found.shape[2]) if voters else (1, 0)
     cover_kernel[(count * heads,)](
         found, parts, live, start.contiguous(), lists, ranks, counts, count * heads, heads, chunks, width, most,
         tuple(rooms), tiles,
-        M=found.shape[2] if voters else 0, V=live.shape[1], BLOCK_T=max(16, triton.next_power_of_2(tiles)),
-        CHUNK=levels.chunk, TOP=levels.top, RATIOS=ratios, FIELDS=fields, WIDE=fields[-1] > 31, REST=whole, BLOCK=size,
-        BLOCK_K=triton.next_power_of_2(max(rooms)), num_warps=max(1, min(16, size // 256)),
+        M=m, V=live.shape[1], BLOCK_T=max(16, triton.next_power_of_2(tiles)), BLOCK_M=min(4, triton.next_power_of_2(m)),
+        CHUNK=levels.chunk, TOP=levels.top, RATIOS=ratios, FIELDS=fields, WIDE=fields[-1] > 31,
+        FAR=sum(sizes) >= 1 << 31, REST=whole, BLOCK=size, BLOCK_K=triton.next_power_of_2(max(rooms)),
+        num_warps=max(1, min(16, size // RANKED[voters is None])),
     )  # fmt: skip
-    return Cover(levels, start, lists[0], lists[1:], mass, placed=(counts, ranks))
+    index, places = (
+        tuple(part.view(count, heads, room) for part, room in zip(whole.split(sizes), rooms, strict=True))
+        for whole in (lists, ranks)
+    )
+    return Cover(levels, start, index[0], index[1:], mass, placed=(counts, places))
 
 
 def most_entries(chunks: int, most: int, levels: Levels, rest: str = "summaries") -> int:
