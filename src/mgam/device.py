@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+import torch
 from torch import Tensor
 
 from mgam.attend.triton.forward import read
@@ -61,7 +62,10 @@ def decode(
     counts, ranks = chosen.placed or places(index, levels, positions.kind == "granular")
     lists = Lists(levels, blocks[:4], 1, index, counts, ranks, chosen.mass)
     turn = Turn.of(positions, lists, chunks * levels.chunk, queries.device, queries.dtype)
-    part = read(queries, lists, pyramid.keys, pyramid.values, scale, turn=turn, softcap=softcap)
+    part = read(
+        queries, lists, pyramid.keys, pyramid.values, scale, turn=turn, softcap=softcap,
+        tickets=queries.new_zeros(queries.shape[0], 8, dtype=torch.int32),
+    )
     mass = None
     if watched:
         mass = masses(queries, lists, pyramid.keys[0], part.lse, scale, turn=turn, softcap=softcap)
