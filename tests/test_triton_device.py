@@ -91,6 +91,41 @@ def test_decode_equals_engine(compact: Compact | None) -> None:
     assert error < (1e-3 if got.dtype == torch.float32 else 2e-2)
 
 
+@pytest.mark.parametrize("compact", [None, Compact(dims=64, bits=16, calibrate=40)])
+def test_tables_are_written_by_the_search_or_before_it(
+    compact: Compact | None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Alike, and parts of a cover are merged alike by the last of them and by a launch after them."""
+    from mgam import device
+    from mgam.attend.triton import forward
+    from mgam.policies.now_triton import Now
+
+    policy = replace(Scored(budget=24, window=16), compact=compact)
+    queries, keys, values = made(150, 3, DTYPES[0])
+    lengths = torch.tensor([150, 97, 41], device=DEVICE)
+    pyramid = pyramid_of(keys, values, lengths.tolist())
+    tables = []
+    plain_of, plain_read = Now.of, forward.read
+    monkeypatch.setattr(Now, "of", lambda *args: tables.append(plain_of(*args)) or tables[-1])
+
+    def call() -> device.Decoded:
+        return device.decode(queries[:, :, :1], lengths, pyramid, policy, Positions(), 0.125, chunks=18, watched=True)
+
+    got = call()
+    monkeypatch.setattr(device, "few", lambda *_: False)
+    monkeypatch.setattr(device, "read", lambda *args, tickets, **more: plain_read(*args, **more))
+    want = call()
+    assert torch.equal(tables[0].table, tables[1].table)
+    assert tables[0].table.tolist() == [[0, 1, 2], [149, 96, 40], [1, 1, 1], [128, 80, 24], [18, 12, 5]]
+    assert torch.equal(tables[0].live, tables[1].live)
+    assert not tables[1].tickets.any()
+    assert torch.equal(got.cover.opened, want.cover.opened)
+    assert got.mass is not None
+    assert want.mass is not None
+    torch.testing.assert_close(got.mass, want.mass)
+    torch.testing.assert_close(got.out, want.out, rtol=2e-3, atol=1e-5 if got.out.dtype == torch.float32 else 4e-3)
+
+
 @pytest.mark.parametrize(
     ("rows", "kind", "compact"),
     [(1, "granular", None), (3, "absolute", None), (2, "granular", Compact(dims=64, bits=16, calibrate=40))],

@@ -128,9 +128,9 @@ def test_parts_that_the_last_program_merges(name: str, splits: int, monkeypatch:
     lists = Lists.of(made.cover, made.blocks, made.queries.device, made.positions)
     turn = Turn.of(made.positions, lists, made.pyramid.tokens, made.queries.device, made.queries.dtype)
     call = made.queries, lists, made.pyramid.keys, made.pyramid.values, made.scale
-    for together in (None, 2):
-        if together:
-            monkeypatch.setattr(forward, "_together", lambda *_: together)
+    for few in (False, True):
+        if few:
+            monkeypatch.setattr(forward, "_together", lambda *_: 2)
         tickets = torch.zeros(*lists.counts.shape[:2], dtype=torch.int32, device=DEVICE)
         tiles = forward.Tiles(16, 16, 4, 2, splits)
         got = forward.read(*call, turn=turn, tiles=tiles, tickets=tickets)

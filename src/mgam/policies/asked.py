@@ -5,11 +5,15 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass
 from functools import lru_cache
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
 
 from mgam.lasting import lasting
+
+if TYPE_CHECKING:
+    from mgam.policies.now_triton import Now
 
 
 @dataclass(frozen=True)
@@ -33,6 +37,9 @@ class Asked:
     scale: float = 1.0
     """Few voters come whole, in the dimensions D of their head, for a kernel that shortens them as it asks: by a basis
     (B, H, D, d) and the step of the keys (B, H); then `factor` is `scale` times that step and the voter's own."""
+    now: Now | None = None
+    """One new token per row: tables that this search writes before anything else reads them, `live`, `row` and
+    `visible` among them."""
 
 
 def flat(queries: Tensor, live: Tensor, search: Tensor, row: Tensor, visible: Tensor, scale: float) -> Asked:

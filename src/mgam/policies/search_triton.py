@@ -53,6 +53,22 @@ class SearchTiles:
     registers: int | None = None
 
 
+@dataclass(frozen=True)
+class FewTiles:
+    """Chunks of a tile, warps and pipeline stages where few voters are heard."""
+
+    chunks: int = 64
+    warps: int = 4
+    stages: int = 4
+    early: int = 4
+    """Places of search keys that are loaded before voters are shortened, where there are at most `short` programs: with
+    more of them others are at work in the meantime, and a program's registers count."""
+    short: int = 1024
+
+
+FEW_TILES = FewTiles()
+
+
 def scores(asked: Asked, chunks: int, tiles: SearchTiles | None = None) -> Tensor:
     """Mass (N, H, chunks) that the voters give each chunk, float32; 0 for chunks that may not be judged.
 
@@ -70,7 +86,7 @@ def scores(asked: Asked, chunks: int, tiles: SearchTiles | None = None) -> Tenso
         cut = parts.shape[-1]
         few_kernel[(cut * count * heads,)](
             logits, parts, live, found, count, heads, cut, chunks,
-            M=voters, V=live.shape[1], BLOCK_M=16, BLOCK_C=64, BLOCK_T=64, num_warps=4,
+            M=voters, V=live.shape[1], BLOCK_M=16, BLOCK_C=FEW_TILES.chunks, BLOCK_T=64, num_warps=4,
         )  # fmt: skip
         return found
     asked = replace(asked, row=asked.row.contiguous(), visible=asked.visible.contiguous())
@@ -116,19 +132,26 @@ def _bytes(live: Tensor) -> Tensor:
 
 
 def _logits(asked: Asked, chunks: int) -> tuple[Tensor, Tensor]:
-    """Logits (N, H, M, chunks) of few voters, and the parts of their normalisers (2, N, H, M, tiles)."""
+    """Logits (N, H, M, chunks) of few voters, and the parts of their normalisers (2, N, H, M, tiles). The first kernel
+    of a search of one new token per row, whose tables it writes."""
     count, heads, voters, dim = asked.queries.shape
     device = asked.queries.device
     logits = torch.empty(count, heads, voters, chunks, dtype=torch.float32, device=device)
-    cut = triton.cdiv(chunks, 64)
+    tiles, places = FEW_TILES, asked.search.shape[2]
+    cut = triton.cdiv(chunks, tiles.chunks)
     parts = torch.empty(2, count, heads, voters, cut, dtype=torch.float32, device=device)
     wide, short = (0, dim) if asked.basis is None else (dim, asked.search.shape[-1])
     basis = asked.search if asked.basis is None else asked.basis.contiguous()
+    early = min(tiles.early, places) if wide and cut * count * heads <= tiles.short else 0
+    now = asked.now
+    tables = (parts, parts, parts, parts) if now is None else (now.lengths, now.table, now.live, now.tickets)
     logits_kernel[(cut * count * heads,)](
         asked.queries.contiguous(), asked.factor.contiguous(), logits, parts, asked.search, asked.row.contiguous(),
         asked.visible.contiguous(), basis, count, heads, cut, chunks, *asked.search.stride()[:4], asked.scale,
-        M=voters, S=asked.search.shape[2], D=short, BLOCK_M=16, BLOCK_C=64, BLOCK_D=_block(short), WIDE=wide,
-        BLOCK_W=_block(dim), MOST=224.0, num_warps=4, num_stages=4,
+        *tables, M=voters, S=places, D=short, BLOCK_M=16, BLOCK_C=tiles.chunks, BLOCK_D=_block(short), WIDE=wide,
+        BLOCK_W=_block(dim), MOST=224.0, NOW=now is not None, WINDOW=now.window if now else 0,
+        CHUNK=now.levels.chunk if now else 1, EARLY=early, num_warps=tiles.warps,
+        num_stages=tiles.stages,
     )  # fmt: skip
     return logits, parts
 

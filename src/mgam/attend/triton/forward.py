@@ -100,8 +100,8 @@ def read(
         key_desc = described(keys[0], tiles.entries, block(turn.pairs or dim))
         value_desc = described(values[0], tiles.entries, block(dim))
     read_kernel[(row_tiles * count * heads, tiles.splits)](
-        queries, part_out, part_lse, lse if tickets is None else tickets, out, lse, lists.blocks, lists.counts, key_desc,
-        value_desc, tuple(keys), tuple(values), strides(keys), strides(values),
+        queries, part_out, part_lse, lse if tickets is None else tickets, out, lse,
+        lists.blocks, lists.counts, key_desc, value_desc, tuple(keys), tuple(values), strides(keys), strides(values),
         lists.index, lists.ranks, tuple(part.shape[-1] for part in lists.index),
         turn.cos, turn.sin, turn.cos.shape[0] - 1, turn.anchor, scale, softcap or 1.0, biases(lists),
         count, heads, row_tiles, queries.stride(0), queries.stride(1), queries.stride(2), *part_out.stride()[:4],

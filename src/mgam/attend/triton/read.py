@@ -157,9 +157,10 @@ def read_kernel(
     length = tl.load(block_ptr + 2 * blocks + block)
     window = tl.load(block_ptr + 3 * blocks + block)
     pair = block.to(tl.int64) * heads + head
-    counts = ()  # loaded before queries are, so that nothing waits for both in turn
-    for level in tl.static_range(TOP + 1):
-        counts += (tl.load(count_ptr + pair * (TOP + 1) + level) * (CHUNK if level == 0 else 1),)
+    # Loaded before queries are, so that nothing waits for both in turn.
+    counts = (tl.load(count_ptr + pair * (TOP + 1)) * CHUNK,)
+    for level in tl.static_range(TOP):
+        counts += (tl.load(count_ptr + pair * (TOP + 1) + level + 1),)  # type: ignore[assignment]
 
     m = tile * BLOCK_M + tl.arange(0, BLOCK_M)
     query = m % Q
@@ -256,8 +257,8 @@ def _merge(
         place = part.to(tl.int64)[:, None] * count + line[None, :]
         lse = tl.load(part_lse_ptr + place, mask=there, other=-float("inf"), cache_modifier=".cg")
         value = tl.load(
-            part_ptr + place[:, :, None] * D + column[None, None, :], mask=there[:, :, None] & (column < D)[None, None, :],
-            other=0.0, cache_modifier=".cg",
+            part_ptr + place[:, :, None] * D + column[None, None, :],
+            mask=there[:, :, None] & (column < D)[None, None, :], other=0.0, cache_modifier=".cg",
         )  # fmt: skip
         highest = tl.maximum(peak, tl.max(lse, 0))
         weight = tl.exp(lse - highest[None, :])
