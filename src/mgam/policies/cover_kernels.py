@@ -9,6 +9,8 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
+from mgam.chain_triton import chain
+
 
 @triton.jit
 def _best(bits, held, most):
@@ -99,7 +101,7 @@ def cover_kernel(
     tiles,
     M: tl.constexpr, V: tl.constexpr, BLOCK_T: tl.constexpr, BLOCK_M: tl.constexpr, CHUNK: tl.constexpr,
     TOP: tl.constexpr, RATIOS: tl.constexpr, FIELDS: tl.constexpr, WIDE: tl.constexpr, FAR: tl.constexpr,
-    REST: tl.constexpr, BLOCK: tl.constexpr, BLOCK_K: tl.constexpr,
+    REST: tl.constexpr, BLOCK: tl.constexpr, BLOCK_K: tl.constexpr, CHAINED: tl.constexpr,
 ):  # fmt: skip
     """The sink and the `most` best chunks between sink and window, and the summaries that complete a partition.
 
@@ -110,6 +112,8 @@ def cover_kernel(
     win. RATIOS[l]: chunks of level 1 in one of level l + 1, powers of two that divide BLOCK. FIELDS[l]: first of the
     bits that count entries of list l, in numbers of 32 bits, or of 64 where WIDE.
     """
+    if CHAINED:
+        chain()
     pair = tl.program_id(0).to(tl.int64)
     window = (tl.load(window_ptr + pair // heads) // CHUNK).to(tl.int32)
     index = tl.arange(0, BLOCK)

@@ -11,6 +11,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
+from mgam.chain_triton import chain
 from mgam.policies.now_triton import tell
 
 FLOOR = tl.constexpr(-3.3e38)
@@ -155,7 +156,7 @@ def logits_kernel(
     step_row, step_head, step_place, step_chunk, scale, length_ptr, table_ptr, live_ptr, ticket_ptr,
     M: tl.constexpr, S: tl.constexpr, D: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_C: tl.constexpr,
     BLOCK_D: tl.constexpr, WIDE: tl.constexpr, BLOCK_W: tl.constexpr, MOST: tl.constexpr, NOW: tl.constexpr,
-    WINDOW: tl.constexpr, CHUNK: tl.constexpr, EARLY: tl.constexpr,
+    WINDOW: tl.constexpr, CHUNK: tl.constexpr, EARLY: tl.constexpr, CHAINED: tl.constexpr,
 ):  # fmt: skip
     """For few voters (decode): logits in base 2 (N, H, M, C), -inf where a chunk may not be judged. M <= BLOCK_M.
 
@@ -164,6 +165,8 @@ def logits_kernel(
     factor_ptr (B, H) is then the step of the keys. NOW: block n is the new token of row n, the last of length_ptr (N,),
     and the tables of `Now` are written here; row_ptr and visible_ptr are not read.
     """
+    if CHAINED:
+        chain()
     pid = tl.program_id(0)
     first = pid % tiles * BLOCK_C
     block = pid // tiles % blocks

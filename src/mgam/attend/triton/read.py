@@ -24,6 +24,7 @@ from mgam.attend.triton.tiles import (
     rows,
     states,
 )
+from mgam.chain_triton import chain
 
 
 @triton.jit
@@ -137,7 +138,7 @@ def read_kernel(
     G: tl.constexpr, Q: tl.constexpr, CHUNK: tl.constexpr, TOP: tl.constexpr, D: tl.constexpr, R: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_R: tl.constexpr, BLOCK_P: tl.constexpr,
     CAP: tl.constexpr, BARE: tl.constexpr, SPLITS: tl.constexpr, PRECISION: tl.constexpr, COPY: tl.constexpr,
-    MERGED: tl.constexpr, ROWS: tl.constexpr,
+    MERGED: tl.constexpr, ROWS: tl.constexpr, CHAINED: tl.constexpr,
 ):  # fmt: skip
     """One program: BLOCK_M rows (query heads of one group x queries of one block) over one part of the block's cover.
 
@@ -147,6 +148,8 @@ def read_kernel(
     MERGED: ticket_ptr (N, H) int32 counts the parts that are done, from 0 on, and the last one merges them, MERGED of
     them at a time, into merged_ptr (N, H*G, Q, D) and merged_lse_ptr (N, H*G, Q); ROWS: a power of two of at least G*Q.
     """
+    if CHAINED:
+        chain()
     pid = tl.program_id(0)
     part = tl.program_id(1)
     tile = pid % tiles
