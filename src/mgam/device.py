@@ -85,7 +85,7 @@ def choose(queries: Tensor, now: Now, pyramid: Pyramid, policy: Scored, chunks: 
     if not first:
         now.write()
     if keys is None:
-        asked = flat(queries, now.live, pyramid.search, row, visible, scale)
+        asked = flat(queries, now.live, pyramid.search, row, visible, scale, alike=first)
     else:
         asked = keys.asked(queries, now.live, row, visible, scale)
     asked = replace(asked, now=now if first else None)

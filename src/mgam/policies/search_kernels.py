@@ -156,7 +156,8 @@ def logits_kernel(
     step_row, step_head, step_place, step_chunk, scale, length_ptr, table_ptr, live_ptr, ticket_ptr,
     M: tl.constexpr, S: tl.constexpr, D: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_C: tl.constexpr,
     BLOCK_D: tl.constexpr, WIDE: tl.constexpr, BLOCK_W: tl.constexpr, MOST: tl.constexpr, NOW: tl.constexpr,
-    WINDOW: tl.constexpr, CHUNK: tl.constexpr, EARLY: tl.constexpr, CHAINED: tl.constexpr,
+    WINDOW: tl.constexpr, CHUNK: tl.constexpr, EARLY: tl.constexpr, ALIKE: tl.constexpr,
+    CHAINED: tl.constexpr,
 ):  # fmt: skip
     """For few voters (decode): logits in base 2 (N, H, M, C), -inf where a chunk may not be judged. M <= BLOCK_M.
 
@@ -164,6 +165,7 @@ def logits_kernel(
     WIDE > 0: voters (N, H, M, WIDE) are shortened here by basis_ptr (B, H, WIDE, D), as `project_kernel` does it;
     factor_ptr (B, H) is then the step of the keys. NOW: block n is the new token of row n, the last of length_ptr (N,),
     and the tables of `Now` are written here; row_ptr and visible_ptr are not read.
+    ALIKE: the factor of all voters is `scale`, and factor_ptr is not read.
     """
     if CHAINED:
         chain()
@@ -197,7 +199,9 @@ def logits_kernel(
             factor = own * scale * tl.load(factor_ptr + row * heads + head)
         else:
             q = _queries(q_ptr + pair * M * D, m, m < M, D, BLOCK_D)
-            factor = tl.load(factor_ptr + pair * M + m, mask=m < M, other=0.0)
+            factor = tl.full((BLOCK_M,), 1.0, tl.float32) * scale
+            if not ALIKE:
+                factor = tl.load(factor_ptr + pair * M + m, mask=m < M, other=0.0)
         for place in tl.range(EARLY, S):
             k = _keys(base, place, first, step_place, step_chunk, chunks, D, BLOCK_C, BLOCK_D)
             best = tl.maximum(best, tl.dot(q, tl.trans(k), input_precision="ieee"))

@@ -65,6 +65,8 @@ class FewTiles:
     """Places of search keys that are loaded before voters are shortened, where there are at most `short` programs: with
     more of them others are at work in the meantime, and a program's registers count."""
     short: int = 1024
+    least: int = 128
+    """Programs below which tiles are made smaller."""
 
 
 FEW_TILES = FewTiles()
@@ -87,9 +89,11 @@ def scores(asked: Asked, chunks: int, tiles: SearchTiles | None = None) -> Tenso
         cut = parts.shape[-1]
         few_kernel[(cut * count * heads,)](
             logits, parts, live, found, count, heads, cut, chunks,
-            M=voters, V=live.shape[1], BLOCK_M=16, BLOCK_C=FEW_TILES.chunks, BLOCK_T=64, num_warps=4,
+            M=voters, V=live.shape[1], BLOCK_M=16, BLOCK_C=_few_chunks(chunks, count * heads), BLOCK_T=64, num_warps=4,
         )  # fmt: skip
         return found
+    factor = asked.factor
+    assert factor is not None
     asked = replace(asked, row=asked.row.contiguous(), visible=asked.visible.contiguous())
     steps = asked.search.stride()[:4]
     width = max(16, triton.next_power_of_2(dim))
@@ -110,7 +114,7 @@ def scores(asked: Asked, chunks: int, tiles: SearchTiles | None = None) -> Tenso
         blocks = some.stop - first
         visible = asked.visible[some]
         ask_kernel[(row_tiles * triton.cdiv(blocks, together) * heads,)](
-            asked.queries[some], asked.factor[some], powers, shares, asked.search, asked.row[some], visible, live[some],
+            asked.queries[some], factor[some], powers, shares, asked.search, asked.row[some], visible, live[some],
             blocks, heads, row_tiles, chunks, cuts, *steps, desc,
             TOGETHER=together, M=voters, V=live.shape[1], S=places, D=dim, BLOCK_M=tiles.rows, BLOCK_C=tiles.chunks,
             BLOCK_D=width, COPY=copies, num_warps=tiles.warps, num_stages=tiles.stages, maxnreg=tiles.registers,
@@ -128,6 +132,14 @@ def few(blocks: int, voters: int, rows: int) -> bool:
     return voters <= FEW and blocks <= max(rows, FEW_BLOCKS)
 
 
+def _few_chunks(chunks: int, pairs: int) -> int:
+    """Chunks of a tile for so many blocks and heads: fewer where that gives a multiprocessor something to do."""
+    each = FEW_TILES.chunks
+    while each > 16 and triton.cdiv(chunks, each) * pairs < FEW_TILES.least:
+        each //= 2
+    return each
+
+
 def _bytes(live: Tensor) -> Tensor:
     return (live if live.is_contiguous() else live.contiguous()).view(torch.uint8)
 
@@ -138,20 +150,21 @@ def _logits(asked: Asked, chunks: int) -> tuple[Tensor, Tensor]:
     count, heads, voters, dim = asked.queries.shape
     device = asked.queries.device
     logits = torch.empty(count, heads, voters, chunks, dtype=torch.float32, device=device)
-    tiles, places = FEW_TILES, asked.search.shape[2]
-    cut = triton.cdiv(chunks, tiles.chunks)
+    tiles, places, each = FEW_TILES, asked.search.shape[2], _few_chunks(chunks, count * heads)
+    cut = triton.cdiv(chunks, each)
     parts = torch.empty(2, count, heads, voters, cut, dtype=torch.float32, device=device)
     wide, short = (0, dim) if asked.basis is None else (dim, asked.search.shape[-1])
     basis = asked.search if asked.basis is None else asked.basis.contiguous()
+    factor = asked.queries if asked.factor is None else asked.factor
     early = min(tiles.early, places) if wide and cut * count * heads <= tiles.short else 0
     now = asked.now
     tables = (parts, parts, parts, parts) if now is None else (now.lengths, now.table, now.live, now.tickets)
     logits_kernel[(cut * count * heads,)](
-        asked.queries.contiguous(), asked.factor.contiguous(), logits, parts, asked.search, asked.row.contiguous(),
+        asked.queries.contiguous(), factor.contiguous(), logits, parts, asked.search, asked.row.contiguous(),
         asked.visible.contiguous(), basis, count, heads, cut, chunks, *asked.search.stride()[:4], asked.scale,
-        *tables, M=voters, S=places, D=short, BLOCK_M=16, BLOCK_C=tiles.chunks, BLOCK_D=_block(short), WIDE=wide,
+        *tables, M=voters, S=places, D=short, BLOCK_M=16, BLOCK_C=each, BLOCK_D=_block(short), WIDE=wide,
         BLOCK_W=_block(dim), MOST=224.0, NOW=now is not None, WINDOW=now.window if now else 0,
-        CHUNK=now.levels.chunk if now else 1, EARLY=early, num_warps=tiles.warps,
+        CHUNK=now.levels.chunk if now else 1, EARLY=early, ALIKE=asked.factor is None, num_warps=tiles.warps,
         num_stages=tiles.stages, **chained(now is not None),
     )  # fmt: skip
     return logits, parts
