@@ -13,13 +13,14 @@ from dataclasses import replace
 import torch
 
 from mgam.attend.triton.forward import Tiles, read
-from mgam.attend.triton.lists import Lists, now
+from mgam.attend.triton.lists import Lists
 from mgam.attend.triton.prefill import WholeTiles
 from mgam.attend.triton.tables import Turn
 from mgam.benchmarks.machine import graphed, here, timed
 from mgam.benchmarks.setting import Setting, blocks_of, built, in_blocks, states
 from mgam.cover import Known, window_start
 from mgam.policies.compact import CompactKeys
+from mgam.policies.now_triton import Now
 from mgam.policies.search_triton import SearchTiles, cover, most_entries, scores
 
 TOKENS = 131072
@@ -44,7 +45,7 @@ def decoding(batch: int) -> list[tuple[str, Callable[[], object], float]]:
     queries, keys, values = states(setting, tokens, batch, 1)
     pyramid = built(setting, keys, values)
     lengths = torch.full((batch,), tokens, device="cuda")
-    table, _ = now(lengths, setting.window, setting.levels)
+    table = Now.of(lengths, setting.window, setting.levels, setting.kv_heads).write().table
     chosen = cover(torch.rand(batch, 8, tokens // 64, device="cuda"), table[3], setting.levels, 32)
     assert chosen.placed is not None
     index = (chosen.opened, *chosen.summaries)

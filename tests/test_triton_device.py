@@ -66,11 +66,12 @@ def test_search_by_kernels_equals_search_in_torch(every: int, before: int, monke
     queries, keys, values = made(160, 1, torch.float32)
     schedule = Schedule.uniform(1) if before else Schedule.uniform(16, "block")
     plan = Plan.of([schedule], [before], [160 - before], 160 - before, 0)
+    pyramid = pyramid_of(keys, values)  # one for both: search keys of half precision may be rounded otherwise
     with torch.no_grad():
         reading = Reading(policy, LEVELS, Positions(), 0, "reference")
-        want = read(queries[:, :, before:], pyramid_of(keys, values), plan, reading, 0.125)
+        want = read(queries[:, :, before:], pyramid, plan, reading, 0.125)
         monkeypatch.setattr(kernels, "serve", lambda states: True)
-        got = read(queries[:, :, before:], pyramid_of(keys, values), plan, replace(reading, backend="triton"), 0.125)
+        got = read(queries[:, :, before:], pyramid, plan, replace(reading, backend="triton"), 0.125)
     assert (got - want).norm() / want.norm() < 1e-5
 
 
@@ -89,6 +90,41 @@ def test_decode_equals_engine(compact: Compact | None) -> None:
     want = read(asked.cpu().double(), wide, plan, Reading(policy, LEVELS, Positions(), 0, "reference"), 0.125)
     error = (got.cpu().double() - want).norm() / want.norm()
     assert error < (1e-3 if got.dtype == torch.float32 else 2e-2)
+
+
+@pytest.mark.parametrize("compact", [None, Compact(dims=64, bits=16, calibrate=40)])
+def test_tables_are_written_by_the_search_or_before_it(
+    compact: Compact | None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Alike, and parts of a cover are merged alike by the last of them and by a launch after them."""
+    from mgam import device
+    from mgam.attend.triton import forward
+    from mgam.policies.now_triton import Now
+
+    policy = replace(Scored(budget=24, window=16), compact=compact)
+    queries, keys, values = made(150, 3, DTYPES[0])
+    lengths = torch.tensor([150, 97, 41], device=DEVICE)
+    pyramid = pyramid_of(keys, values, lengths.tolist())
+    tables = []
+    plain_of, plain_read = Now.of, forward.read
+    monkeypatch.setattr(Now, "of", lambda *args: tables.append(plain_of(*args)) or tables[-1])
+
+    def call() -> device.Decoded:
+        return device.decode(queries[:, :, :1], lengths, pyramid, policy, Positions(), 0.125, chunks=18, watched=True)
+
+    got = call()
+    monkeypatch.setattr(device, "few", lambda *_: False)
+    monkeypatch.setattr(device, "read", lambda *args, tickets, **more: plain_read(*args, **more))
+    want = call()
+    assert torch.equal(tables[0].table, tables[1].table)
+    assert tables[0].table.tolist() == [[0, 1, 2], [149, 96, 40], [1, 1, 1], [128, 80, 24], [18, 12, 5]]
+    assert torch.equal(tables[0].live, tables[1].live)
+    assert not tables[1].tickets.any()
+    assert torch.equal(got.cover.opened, want.cover.opened)
+    assert got.mass is not None
+    assert want.mass is not None
+    torch.testing.assert_close(got.mass, want.mass)
+    torch.testing.assert_close(got.out, want.out, rtol=2e-3, atol=1e-5 if got.out.dtype == torch.float32 else 4e-3)
 
 
 @pytest.mark.parametrize(

@@ -115,6 +115,34 @@ def test_split_equals_oracle(name: str, splits: int) -> None:
     made.compare(got.out, want.out)
 
 
+@pytest.mark.parametrize("splits", [2, 5, 8])
+@pytest.mark.parametrize("name", ["one query", "one query, granular", "odd group", "head 96"])
+def test_parts_that_the_last_program_merges(name: str, splits: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """They equal the oracle, with all parts at once and a few at a time; counted from zeros, each call alike."""
+    from mgam.attend.triton import forward
+    from mgam.attend.triton.lists import Lists
+    from mgam.attend.triton.tables import Turn
+
+    made = replace(CASES[name], block=1, few=6).make(DTYPES[-1])
+    want = oracle(made)
+    lists = Lists.of(made.cover, made.blocks, made.queries.device, made.positions)
+    turn = Turn.of(made.positions, lists, made.pyramid.tokens, made.queries.device, made.queries.dtype)
+    call = made.queries, lists, made.pyramid.keys, made.pyramid.values, made.scale
+    for few in (False, True):
+        if few:
+            monkeypatch.setattr(forward, "_together", lambda *_: 2)
+        tickets = torch.zeros(*lists.counts.shape[:2], dtype=torch.int32, device=DEVICE)
+        tiles = forward.Tiles(16, 16, 4, 2, splits)
+        got = forward.read(*call, turn=turn, tiles=tiles, tickets=tickets)
+        assert (tickets == splits).all()
+        made.compare(got.out, want.out)
+        live = torch.isfinite(want.lse)
+        assert (got.lse.cpu().double() - want.lse)[live].abs().max() < made.tolerance
+        again = forward.read(*call, turn=turn, tiles=tiles, tickets=torch.zeros_like(tickets))
+        assert torch.equal(again.out, got.out)
+        assert torch.equal(again.lse, got.lse)
+
+
 WHOLE = {
     "absolute": Case(tokens=320, sizes=(1, 32, 64), block=32, window=40, opened=3),
     "granular": Case(tokens=320, sizes=(1, 32, 64), block=32, window=40, opened=3, granular=True),

@@ -216,6 +216,30 @@ def test_best_chunks(most: int) -> None:
         assert ours[ours >= 0].tolist() == sorted([0, *order[:most]])
 
 
+@pytest.mark.parametrize("chunks", [1, 2, 3, 17, 64, 100, 250])
+@pytest.mark.parametrize("window", ["start", "middle", "end"])
+def test_best_of_any_width(chunks: int, window: str) -> None:
+    """Whatever the width, how far the window lets it look, and how far scores lie from the highest: also where they are
+    too low for a first look, where the bar lies in the lowest bit, and where they all tie."""
+    from mgam.policies import search_triton
+
+    torch.manual_seed(chunks)
+    levels = Levels((1, 8, 32), 4)
+    low = torch.rand(chunks) * 2.0**-60
+    found = torch.stack((
+        torch.rand(chunks), low.index_fill(0, torch.tensor([chunks // 2]), 1.0), torch.full((chunks,), 0.25),
+        torch.zeros(chunks), 2.0 ** -torch.arange(chunks).float(), 1 + torch.randint(0, 3, (chunks,)) * 2.0**-23,
+        torch.randint(0, 2, (chunks,)).float() * 16,
+    ))[None]  # fmt: skip
+    stop = {"start": 0, "middle": chunks // 2, "end": chunks}[window]
+    start = torch.tensor([stop * levels.chunk])
+    for most in (1, 2, 16, 99):
+        got = search_triton.cover(found.to(DEVICE), start.to(DEVICE), levels, most)
+        for row, ours in zip(found[0], got.opened[0].cpu(), strict=True):
+            order = sorted(range(1, stop), key=lambda chunk: (-float(row[chunk]), chunk))
+            assert ours[ours >= 0].tolist() == sorted(([0] if stop else []) + order[:most])
+
+
 @pytest.mark.parametrize("case", ["decaying", "one direction", "nothing"])
 def test_principal_directions(case: str) -> None:
     """Orthonormal, and as much of the moments within as in the leading eigenvectors."""

@@ -6,19 +6,20 @@ lengths that it knows there; this call takes lengths from the device.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from torch import Tensor
 
 from mgam.attend.triton.forward import read
-from mgam.attend.triton.lists import Lists, now, places
+from mgam.attend.triton.lists import Lists, places
 from mgam.attend.triton.masses import masses
 from mgam.attend.triton.tables import Turn
 from mgam.cover import Cover
 from mgam.policies.asked import flat
 from mgam.policies.compact import CompactKeys
+from mgam.policies.now_triton import Now
 from mgam.policies.scored import Scored
-from mgam.policies.search_triton import cover_of
+from mgam.policies.search_triton import cover_of, few
 from mgam.positions import Positions
 from mgam.pyramid import Pyramid
 
@@ -55,28 +56,38 @@ def decode(
     basis.
     """
     levels = pyramid.levels
-    blocks, live = now(lengths, policy.window, levels)
-    chosen = choose(queries, (blocks, live), pyramid, policy, chunks)
+    now = Now.of(lengths, policy.window, levels, pyramid.keys[0].shape[1])
+    chosen = choose(queries, now, pyramid, policy, chunks)
     index = (chosen.opened, *chosen.summaries)
     counts, ranks = chosen.placed or places(index, levels, positions.kind == "granular")
-    lists = Lists(levels, blocks[:4], 1, index, counts, ranks, chosen.mass)
+    lists = Lists(levels, now.table[:4], 1, index, counts, ranks, chosen.mass)
     turn = Turn.of(positions, lists, chunks * levels.chunk, queries.device, queries.dtype)
-    part = read(queries, lists, pyramid.keys, pyramid.values, scale, turn=turn, softcap=softcap)
+    states = pyramid.keys, pyramid.values
+    part = read(queries, lists, *states, scale, turn=turn, softcap=softcap, tickets=now.tickets)
     mass = None
     if watched:
         mass = masses(queries, lists, pyramid.keys[0], part.lse, scale, turn=turn, softcap=softcap)
     return Decoded(part.out, chosen, turn, mass)
 
 
-def choose(queries: Tensor, when: tuple[Tensor, Tensor], pyramid: Pyramid, policy: Scored, chunks: int) -> Cover:
-    """Covers of one new token per row: queries (B, H*G, 1, D); `when` as `mgam.attend.triton.lists.now` gives it."""
-    (rows, _, _, start, visible), live = when
+def choose(queries: Tensor, now: Now, pyramid: Pyramid, policy: Scored, chunks: int) -> Cover:
+    """Covers of one new token per row: queries (B, H*G, 1, D). Writes the tables of `now`."""
+    row, _, _, start, visible = now.table
     scale = policy.scale if policy.scale is not None else queries.shape[-1] ** -0.5
+    assert pyramid.search is not None
+    rows, heads = pyramid.search.shape[:2]
+    keys = None
     if policy.compact is not None and min(pyramid.lengths) > policy.compact.calibrate:
         keys = CompactKeys.of(pyramid, pyramid.levels, policy.compact)
-        asked = keys.asked(queries, live, rows, visible, scale)
+    # The search writes the tables on its way where nothing is launched before its first kernel.
+    first = chunks > 0 and few(queries.shape[0], queries.shape[1] // heads, rows)
+    first = first and (keys is None or keys.on_device(queries))
+    if not first:
+        now.write()
+    if keys is None:
+        asked = flat(queries, now.live, pyramid.search, row, visible, scale, alike=first)
     else:
-        assert pyramid.search is not None
-        asked = flat(queries, live, pyramid.search, rows, visible, scale)
+        asked = keys.asked(queries, now.live, row, visible, scale)
+    asked = replace(asked, now=now if first else None)
     most = policy.budget // pyramid.levels.chunk
     return cover_of(asked, chunks, start, pyramid.levels, most, rest=policy.rest, mass=policy.mass)

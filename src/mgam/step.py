@@ -41,7 +41,8 @@ class Moment:
     """Complete chunks before the last token of any row."""
     full: bool
     """Whether every row searches full keys, for want of the tokens that give compact ones a basis."""
-    _entries: dict[tuple[Scored, Positions], int] = field(default_factory=dict)
+    _entries: dict[tuple[int, int], tuple[Scored, Positions, int]] = field(default_factory=dict)
+    """By which objects they are, which is found faster than what they hold; the objects are kept so that they last."""
 
     @classmethod
     def of(cls, blocks: Blocks, policy: Scored, pyramid: Pyramid) -> Moment | None:
@@ -60,14 +61,14 @@ class Moment:
         Raises:
             SettingError: when so many do not fit the positions.
         """
-        key = policy, positions
+        key = id(policy), id(positions)
         if key not in self._entries:
             chunks = int(self.begin.max()) // levels.chunk
             found = most_entries(chunks, policy.budget // levels.chunk, levels, policy.rest)
             if positions.kind == "granular":
                 positions.check(found)
-            self._entries[key] = found
-        return self._entries[key]
+            self._entries[key] = policy, positions, found
+        return self._entries[key][2]
 
 
 def moment(blocks: Blocks, policy: Scored, pyramid: Pyramid) -> Moment | None:
@@ -103,7 +104,7 @@ def read(
         read_from += [short.search, short.basis, short.step]
     # As many chunks as a power of two: the call stays the same while the text grows.
     bound = min(room, 1 << now.judged.bit_length())
-    places = tuple((states.data_ptr(), states.shape) for states in read_from)
+    places = [states.data_ptr() for states in read_from], [states.shape for states in read_from]
     same = (policy, positions, scale, softcap, watched, bound, places, queries.shape, queries.dtype, queries.device)
 
     def call(asked: Tensor, lengths: Tensor) -> Decoded:

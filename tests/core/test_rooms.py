@@ -10,7 +10,7 @@ import mgam
 SOURCE = Path(mgam.__file__).parent
 ROOMS = [
     ("errors",),
-    ("levels", "schedule", "positions", "merge", "kernels", "processes", "threads", "lasting", "words"),
+    ("levels", "schedule", "positions", "merge", "kernels", "processes", "threads", "lasting", "words", "chain_triton"),
     ("pyramid", "pyramid_triton", "cover"),
     ("attend", "policies"),
     ("settings", "segments", "engine", "device", "step"),

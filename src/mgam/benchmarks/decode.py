@@ -12,7 +12,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from mgam import engine
 from mgam.attend.triton.forward import read
-from mgam.attend.triton.lists import Lists, now
+from mgam.attend.triton.lists import Lists
 from mgam.attend.triton.tables import Turn
 from mgam.benchmarks.dense import PEERS
 from mgam.benchmarks.machine import Machine, graphed, timed
@@ -22,6 +22,7 @@ from mgam.device import choose, decode
 from mgam.engine import Plan
 from mgam.policies import Scored
 from mgam.policies.compact import CompactKeys
+from mgam.policies.now_triton import Now
 from mgam.positions import Positions
 from mgam.pyramid import Pyramid
 from mgam.schedule import Blocks, Schedule
@@ -103,4 +104,5 @@ def decode_rows(setting: Setting, machine: Machine, tokens: int, batch: int) -> 
 def _decode_cover(
     queries: Tensor, lengths: Tensor, blocks: Blocks, pyramid: Pyramid, policy: Scored, chunks: int
 ) -> Cover:
-    return choose(queries, now(lengths, policy.window, pyramid.levels), pyramid, policy, chunks)
+    now = Now.of(lengths, policy.window, pyramid.levels, pyramid.keys[0].shape[1])
+    return choose(queries, now, pyramid, policy, chunks)

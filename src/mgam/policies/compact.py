@@ -139,7 +139,7 @@ class CompactKeys:
 
     def _shorten(self, keys: Tensor, rows: slice, short: Tensor) -> None:
         """(B, H, S, n, D) into (B, H, S, n, d), rounded."""
-        if self._on_device(keys):
+        if self.on_device(keys):
             from mgam.policies.search_triton import shorten_keys
 
             shorten_keys(keys, self.basis[rows], self.mean[rows], self.step[rows], short)
@@ -150,7 +150,7 @@ class CompactKeys:
 
     def asked(self, queries: Tensor, live: Tensor, row: Tensor, visible: Tensor, scale: float) -> Asked:
         """The search over these keys. `queries` (N, H*G, V, D) as voters come."""
-        if self._on_device(queries):
+        if self.on_device(queries):
             from mgam.policies.search_triton import few, shorten_queries
 
             log2 = scale * math.log2(math.e)
@@ -165,7 +165,8 @@ class CompactKeys:
         turned, factor = self.ask(folded, row)
         return Asked(turned, factor * (scale * math.log2(math.e)), live, self.search, row, visible)
 
-    def _on_device(self, states: Tensor) -> bool:
+    def on_device(self, states: Tensor) -> bool:
+        """Whether kernels search these keys, and read all that tells blocks apart on the device."""
         half = states.dtype in (torch.float16, torch.bfloat16)
         return states.is_cuda and half and self.search.dtype == torch.float8_e4m3fn
 

@@ -11,6 +11,9 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
+from mgam.chain_triton import chain
+from mgam.policies.now_triton import tell
+
 FLOOR = tl.constexpr(-3.3e38)
 
 
@@ -145,32 +148,49 @@ def _short(q, basis_ptr, line, D: tl.constexpr, SHORT: tl.constexpr, BLOCK_D: tl
 
 
 @triton.jit(
-    do_not_specialize=["blocks", "heads", "tiles", "chunks"], do_not_specialize_on_alignment=["row_ptr", "visible_ptr"]
+    do_not_specialize=["blocks", "heads", "tiles", "chunks"],
+    do_not_specialize_on_alignment=["row_ptr", "visible_ptr", "length_ptr"],
 )
 def logits_kernel(
     q_ptr, factor_ptr, logit_ptr, part_ptr, search_ptr, row_ptr, visible_ptr, basis_ptr, blocks, heads, tiles, chunks,
-    step_row, step_head, step_place, step_chunk, scale,
+    step_row, step_head, step_place, step_chunk, scale, length_ptr, table_ptr, live_ptr, ticket_ptr,
     M: tl.constexpr, S: tl.constexpr, D: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_C: tl.constexpr,
-    BLOCK_D: tl.constexpr, WIDE: tl.constexpr, BLOCK_W: tl.constexpr, MOST: tl.constexpr,
+    BLOCK_D: tl.constexpr, WIDE: tl.constexpr, BLOCK_W: tl.constexpr, MOST: tl.constexpr, NOW: tl.constexpr,
+    WINDOW: tl.constexpr, CHUNK: tl.constexpr, EARLY: tl.constexpr, ALIKE: tl.constexpr,
+    CHAINED: tl.constexpr,
 ):  # fmt: skip
     """For few voters (decode): logits in base 2 (N, H, M, C), -inf where a chunk may not be judged. M <= BLOCK_M.
 
     Parts (2, N, H, M, tiles) float32: the highest logit of each tile of chunks, and its sum of powers relative to that.
     WIDE > 0: voters (N, H, M, WIDE) are shortened here by basis_ptr (B, H, WIDE, D), as `project_kernel` does it;
-    factor_ptr (B, H) is then the step of the keys.
+    factor_ptr (B, H) is then the step of the keys. NOW: block n is the new token of row n, the last of length_ptr (N,),
+    and the tables of `Now` are written here; row_ptr and visible_ptr are not read.
+    ALIKE: the factor of all voters is `scale`, and factor_ptr is not read.
     """
+    if CHAINED:
+        chain()
     pid = tl.program_id(0)
     first = pid % tiles * BLOCK_C
     block = pid // tiles % blocks
     head = pid // tiles // blocks
-    row = tl.load(row_ptr + block)
-    visible = tl.load(visible_ptr + block).to(tl.int32)
+    if NOW:
+        row = block.to(tl.int64)
+        visible = tell(
+            length_ptr, table_ptr, live_ptr, ticket_ptr, block, head, blocks, heads, pid % tiles == 0, WINDOW, CHUNK
+        )
+    else:
+        row = tl.load(row_ptr + block)
+        visible = tl.load(visible_ptr + block).to(tl.int32)
     pair = block.to(tl.int64) * heads + head
     m = tl.arange(0, BLOCK_M)
     chunk = first + tl.arange(0, BLOCK_C)
     best = tl.full((BLOCK_M, BLOCK_C), -float("inf"), tl.float32)
     if first < visible:
         base = search_ptr + row * step_row + head.to(tl.int64) * step_head
+        early = ()  # keys that are on their way while voters are shortened
+        for place in tl.static_range(EARLY):
+            keys = _keys(base, place, first, step_place, step_chunk, chunks, D, BLOCK_C, BLOCK_D)
+            early += (keys,)  # type: ignore[assignment]
         if WIDE > 0:
             whole = _queries(q_ptr + pair * M * WIDE, m, m < M, WIDE, BLOCK_W)
             short = _short(whole, basis_ptr, row * heads + head, WIDE, D, BLOCK_W, BLOCK_D)
@@ -179,10 +199,14 @@ def logits_kernel(
             factor = own * scale * tl.load(factor_ptr + row * heads + head)
         else:
             q = _queries(q_ptr + pair * M * D, m, m < M, D, BLOCK_D)
-            factor = tl.load(factor_ptr + pair * M + m, mask=m < M, other=0.0)
-        for place in tl.range(0, S):
+            factor = tl.full((BLOCK_M,), 1.0, tl.float32) * scale
+            if not ALIKE:
+                factor = tl.load(factor_ptr + pair * M + m, mask=m < M, other=0.0)
+        for place in tl.range(EARLY, S):
             k = _keys(base, place, first, step_place, step_chunk, chunks, D, BLOCK_C, BLOCK_D)
             best = tl.maximum(best, tl.dot(q, tl.trans(k), input_precision="ieee"))
+        for place in tl.static_range(EARLY):
+            best = tl.maximum(best, tl.dot(q, tl.trans(early[place]), input_precision="ieee"))
         best = tl.where((chunk < visible)[None, :], best * factor[:, None], -float("inf"))
     place_mc = (pair * M + m)[:, None] * chunks + chunk[None, :]
     tl.store(logit_ptr + place_mc, best, mask=(m < M)[:, None] & (chunk < chunks)[None, :])

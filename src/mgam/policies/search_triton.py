@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 from triton.tools.tensor_descriptor import TensorDescriptor
 
+from mgam.chain_triton import chained
 from mgam.cover import Cover, summaries_at_most
 from mgam.kernels import at_once, cdiv, power_of_2
 from mgam.levels import Levels
@@ -28,6 +29,8 @@ from mgam.policies.search_kernels import (
 
 SELECT_AT_MOST = 1 << 15
 """Chunks that one program can rank."""
+RANKED = 128, 256
+"""Chunks that a warp ranks: of few blocks, and of many."""
 LISTS = 4
 """Lists that one program can fill at once."""
 POWERS = 1 << 29
@@ -48,6 +51,24 @@ class SearchTiles:
     stages: int = 4
     copies: bool = True
     registers: int | None = None
+
+
+@dataclass(frozen=True)
+class FewTiles:
+    """Chunks of a tile, warps and pipeline stages where few voters are heard."""
+
+    chunks: int = 64
+    warps: int = 4
+    stages: int = 4
+    early: int = 4
+    """Places of search keys that are loaded before voters are shortened, where there are at most `short` programs: with
+    more of them others are at work in the meantime, and a program's registers count."""
+    short: int = 1024
+    least: int = 128
+    """Programs below which tiles are made smaller."""
+
+
+FEW_TILES = FewTiles()
 
 
 def scores(asked: Asked, chunks: int, tiles: SearchTiles | None = None, *, out: Tensor | None = None) -> Tensor:
@@ -72,12 +93,14 @@ def scores(asked: Asked, chunks: int, tiles: SearchTiles | None = None, *, out: 
         cut = parts.shape[-1]
         few_kernel[(cut * count * heads,)](
             logits, parts, live, found, count, heads, cut, chunks, found.shape[2],
-            M=voters, V=live.shape[1], BLOCK_M=16, BLOCK_C=64, BLOCK_T=64, num_warps=4,
+            M=voters, V=live.shape[1], BLOCK_M=16, BLOCK_C=_few_chunks(chunks, count * heads), BLOCK_T=64, num_warps=4,
         )  # fmt: skip
         if found.shape[2] > chunks:
             found[..., chunks:].zero_()
         return found
     chunks = found.shape[2]
+    factor = asked.factor
+    assert factor is not None
     asked = replace(asked, row=asked.row.contiguous(), visible=asked.visible.contiguous())
     steps = asked.search.stride()[:4]
     width = max(16, power_of_2(dim))
@@ -98,7 +121,7 @@ def scores(asked: Asked, chunks: int, tiles: SearchTiles | None = None, *, out: 
         blocks = some.stop - first
         visible = asked.visible[some]
         ask_kernel[(row_tiles * cdiv(blocks, together) * heads,)](
-            asked.queries[some], asked.factor[some], powers, shares, asked.search, asked.row[some], visible, live[some],
+            asked.queries[some], factor[some], powers, shares, asked.search, asked.row[some], visible, live[some],
             blocks, heads, row_tiles, chunks, cuts, *steps, desc,
             TOGETHER=together, M=voters, V=live.shape[1], S=places, D=dim, BLOCK_M=tiles.rows, BLOCK_C=tiles.chunks,
             BLOCK_D=width, COPY=copies, num_warps=tiles.warps, num_stages=tiles.stages, maxnreg=tiles.registers,
@@ -116,24 +139,40 @@ def few(blocks: int, voters: int, rows: int) -> bool:
     return voters <= FEW and blocks <= max(rows, FEW_BLOCKS)
 
 
+def _few_chunks(chunks: int, pairs: int) -> int:
+    """Chunks of a tile for so many blocks and heads: fewer where that gives a multiprocessor something to do."""
+    each = FEW_TILES.chunks
+    while each > 16 and cdiv(chunks, each) * pairs < FEW_TILES.least:
+        each //= 2
+    return each
+
+
 def _bytes(live: Tensor) -> Tensor:
     return (live if live.is_contiguous() else live.contiguous()).view(torch.uint8)
 
 
 def _logits(asked: Asked, chunks: int) -> tuple[Tensor, Tensor]:
-    """Logits (N, H, M, chunks) of few voters, and the parts of their normalisers (2, N, H, M, tiles)."""
+    """Logits (N, H, M, chunks) of few voters, and the parts of their normalisers (2, N, H, M, tiles). The first kernel
+    of a search of one new token per row, whose tables it writes."""
     count, heads, voters, dim = asked.queries.shape
     device = asked.queries.device
     logits = torch.empty(count, heads, voters, chunks, dtype=torch.float32, device=device)
-    cut = cdiv(chunks, 64)
+    tiles, places, each = FEW_TILES, asked.search.shape[2], _few_chunks(chunks, count * heads)
+    cut = cdiv(chunks, each)
     parts = torch.empty(2, count, heads, voters, cut, dtype=torch.float32, device=device)
     wide, short = (0, dim) if asked.basis is None else (dim, asked.search.shape[-1])
     basis = asked.search if asked.basis is None else asked.basis.contiguous()
+    factor = asked.queries if asked.factor is None else asked.factor
+    early = min(tiles.early, places) if wide and cut * count * heads <= tiles.short else 0
+    now = asked.now
+    tables = (parts, parts, parts, parts) if now is None else (now.lengths, now.table, now.live, now.tickets)
     logits_kernel[(cut * count * heads,)](
-        asked.queries.contiguous(), asked.factor.contiguous(), logits, parts, asked.search, asked.row.contiguous(),
+        asked.queries.contiguous(), factor.contiguous(), logits, parts, asked.search, asked.row.contiguous(),
         asked.visible.contiguous(), basis, count, heads, cut, chunks, *asked.search.stride()[:4], asked.scale,
-        M=voters, S=asked.search.shape[2], D=short, BLOCK_M=16, BLOCK_C=64, BLOCK_D=_block(short), WIDE=wide,
-        BLOCK_W=_block(dim), MOST=224.0, num_warps=4, num_stages=4,
+        *tables, M=voters, S=places, D=short, BLOCK_M=16, BLOCK_C=each, BLOCK_D=_block(short), WIDE=wide,
+        BLOCK_W=_block(dim), MOST=224.0, NOW=now is not None, WINDOW=now.window if now else 0,
+        CHUNK=now.levels.chunk if now else 1, EARLY=early, ALIKE=asked.factor is None, num_warps=tiles.warps,
+        num_stages=tiles.stages, **chained(now is not None),
     )  # fmt: skip
     return logits, parts
 
@@ -244,24 +283,27 @@ def _at_once(
     whole = rest != "drop"
     limits = summaries_at_most(chunks, _wide(1 + most), levels) if whole else [0] * levels.top
     rooms = [_wide(1 + most), *map(_wide, limits)]
-    lists, ranks = (
-        tuple(torch.empty(count, heads, room, dtype=torch.int64, device=found.device) for room in rooms)
-        for _ in range(2)
-    )
+    sizes = [count * heads * room for room in rooms]
+    lists, ranks = torch.empty(2, sum(sizes), dtype=torch.int64, device=found.device)
     counts = torch.empty(count, heads, 1 + levels.top, dtype=torch.int32, device=found.device)
     ratios = tuple(size // levels.chunk for size in levels.sizes[1:])
     fields = (0, *accumulate(room.bit_length() for room in rooms))
     size = max(64, ratios[-1], power_of_2(chunks))
     parts, live = voters or (found, found)
-    tiles = parts.shape[-1] if voters else 1
+    tiles, m = (parts.shape[-1], found.shape[2]) if voters else (1, 0)
     cover_kernel[(count * heads,)](
         found, parts, live, start.contiguous(), lists, ranks, counts, count * heads, heads, chunks, width, most,
         tuple(rooms), tiles,
-        M=found.shape[2] if voters else 0, V=live.shape[1], BLOCK_T=max(16, power_of_2(tiles)),
-        CHUNK=levels.chunk, TOP=levels.top, RATIOS=ratios, FIELDS=fields, WIDE=fields[-1] > 31, REST=whole, BLOCK=size,
-        BLOCK_K=power_of_2(max(rooms)), num_warps=max(1, min(16, size // 256)),
+        M=m, V=live.shape[1], BLOCK_T=max(16, power_of_2(tiles)), BLOCK_M=min(4, power_of_2(m)),
+        CHUNK=levels.chunk, TOP=levels.top, RATIOS=ratios, FIELDS=fields, WIDE=fields[-1] > 31,
+        FAR=sum(sizes) >= 1 << 31, REST=whole, BLOCK=size, BLOCK_K=power_of_2(max(rooms)),
+        num_warps=max(1, min(16, size // RANKED[voters is None])), **chained(voters is not None),
     )  # fmt: skip
-    return Cover(levels, start, lists[0], lists[1:], mass, placed=(counts, ranks))
+    index, places = (
+        tuple(part.view(count, heads, room) for part, room in zip(whole.split(sizes), rooms, strict=True))
+        for whole in (lists, ranks)
+    )
+    return Cover(levels, start, index[0], index[1:], mass, placed=(counts, places))
 
 
 def most_entries(chunks: int, most: int, levels: Levels, rest: str = "summaries") -> int:

@@ -12,6 +12,7 @@ from mgam.attend.triton.lists import Lists
 from mgam.attend.triton.prefill import WholeTiles, fits, read_whole
 from mgam.attend.triton.read import merge_kernel, read_kernel
 from mgam.attend.triton.tables import Turn, biases, block, copyable, described, precision, strides
+from mgam.chain_triton import chained
 from mgam.kernels import cdiv, power_of_2
 from mgam.merge import Part
 
@@ -58,13 +59,15 @@ def read(
     softcap: float | None = None,
     tiles: Tiles | WholeTiles | None = None,
     out: Tensor | None = None,
+    tickets: Tensor | None = None,
 ) -> Part:
     """One softmax over each block's cover, without any wait for the device.
 
     Shapes: queries (N, H*G, Q, D), rows beyond a block's length give zeros; keys[l], values[l] (B, H, n_l, D) with
     any strides
     but the last; out like queries (written where `out` says, if given, by its strides), lse (N, H*G, Q) float32,
-    -inf where nothing may be read.
+    -inf where nothing may be read. `tickets` (N, H) int32, zeros that this call may write: where several programs read
+    the cover of one block, the last one merges what they found, and no other launch does.
     """
     count, query_heads, size, dim = queries.shape
     heads = keys[0].shape[1]
@@ -89,23 +92,27 @@ def read(
         part_out = torch.empty(tiles.splits, *out.shape, dtype=torch.float32, device=out.device)
         part_lse = torch.empty(tiles.splits, *lse.shape, dtype=torch.float32, device=out.device)
     row_tiles = cdiv(group * size, tiles.rows)
+    together = 0
+    if tickets is not None and tiles.splits > 1 and row_tiles == 1 and out.is_contiguous():
+        together = _together(tiles, group * size, block(dim))
     rest = dim - 2 * turn.pairs
     key_desc, value_desc = keys[0], values[0]
     if copies:
         key_desc = described(keys[0], tiles.entries, block(turn.pairs or dim))
         value_desc = described(values[0], tiles.entries, block(dim))
     read_kernel[(row_tiles * count * heads, tiles.splits)](
-        queries, part_out, part_lse, lists.blocks, lists.counts, key_desc, value_desc,
-        tuple(keys), tuple(values), strides(keys), strides(values),
+        queries, part_out, part_lse, lse if tickets is None else tickets, out, lse,
+        lists.blocks, lists.counts, key_desc, value_desc, tuple(keys), tuple(values), strides(keys), strides(values),
         lists.index, lists.ranks, tuple(part.shape[-1] for part in lists.index),
         turn.cos, turn.sin, turn.cos.shape[0] - 1, turn.anchor, scale, softcap or 1.0, biases(lists),
         count, heads, row_tiles, queries.stride(0), queries.stride(1), queries.stride(2), *part_out.stride()[:4],
         G=group, Q=size, CHUNK=lists.levels.chunk, TOP=top, D=dim, R=turn.pairs,
         BLOCK_M=tiles.rows, BLOCK_N=tiles.entries, BLOCK_D=block(dim), BLOCK_R=block(turn.pairs), BLOCK_P=block(rest),
         CAP=softcap is not None, BARE=lists.bare, SPLITS=tiles.splits, PRECISION=precision(queries.dtype),
-        COPY=copies, num_warps=tiles.warps, num_stages=tiles.stages, maxnreg=tiles.registers,
+        COPY=copies, MERGED=together, ROWS=power_of_2(group * size) if together else 1,
+        num_warps=tiles.warps, num_stages=tiles.stages, maxnreg=tiles.registers, **chained(tickets is not None),
     )  # fmt: skip
-    if tiles.splits > 1:
+    if tiles.splits > 1 and not together:
         merged = out if out.is_contiguous() else torch.empty(out.shape, dtype=out.dtype, device=out.device)
         lines = count * query_heads * size
         merge_kernel[(lines,)](
@@ -115,3 +122,9 @@ def read(
         if merged is not out:
             out.copy_(merged)
     return Part(out, lse)
+
+
+def _together(tiles: Tiles, rows: int, columns: int) -> int:
+    """Parts that a program merges at a time: as many as leave each thread 128 numbers."""
+    each = power_of_2(rows) * columns
+    return max(1, min(power_of_2(tiles.splits), 4096 * tiles.warps // each))

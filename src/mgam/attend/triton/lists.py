@@ -13,7 +13,6 @@ from torch import Tensor
 
 from mgam.cover import Cover
 from mgam.errors import SettingError
-from mgam.kernels import cdiv
 from mgam.levels import Levels
 from mgam.positions import Positions
 from mgam.schedule import Blocks
@@ -204,32 +203,6 @@ def _earlier(list_ptr, width, start, step):
         low = tl.where((index >= 0) & (index * step < start), low + half, low)
         size = size // 2
     return low
-
-
-def now(lengths: Tensor, window: int, levels: Levels) -> tuple[Tensor, Tensor]:
-    """Blocks of one new token per row, the last of `lengths` (B,): row, start, length, window start and chunks that may
-    be judged (5, B) int64; and ones (B, 1) uint8, for who votes."""
-    table = torch.empty(5, lengths.shape[0], dtype=torch.int64, device=lengths.device)
-    live = torch.empty(lengths.shape[0], 1, dtype=torch.uint8, device=lengths.device)
-    now_kernel[(cdiv(lengths.shape[0], 64),)](
-        lengths.contiguous(), table, live, lengths.shape[0], WINDOW=window, CHUNK=levels.chunk, BLOCK=64, num_warps=1
-    )
-    return table, live
-
-
-@triton.jit(do_not_specialize=["count"])
-def now_kernel(length_ptr, table_ptr, live_ptr, count, WINDOW: tl.constexpr, CHUNK: tl.constexpr, BLOCK: tl.constexpr):
-    """The tables of `now`."""
-    row = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
-    there = row < count
-    last = tl.load(length_ptr + row, mask=there, other=1).to(tl.int64) - 1
-    one = row * 0 + 1
-    tl.store(table_ptr + row, row.to(tl.int64), mask=there)
-    tl.store(table_ptr + count + row, last, mask=there)
-    tl.store(table_ptr + 2 * count + row, one.to(tl.int64), mask=there)
-    tl.store(table_ptr + 3 * count + row, tl.maximum(last - WINDOW + 1, 0) // CHUNK * CHUNK, mask=there)
-    tl.store(table_ptr + 4 * count + row, last // CHUNK, mask=there)
-    tl.store(live_ptr + row, one.to(tl.uint8), mask=there)
 
 
 def check(lists: Lists, rows: int, tokens: int) -> None:

@@ -3,7 +3,7 @@
 The query heads of a KV head and the queries of a block form one tile of rows, so that an entry is loaded once for
 all of them.
 Entries come as opened chunks, summaries level by level, then the window. With `splits` above 1 the cover is divided
-among that many programs, whose parts are merged after (decode).
+among that many programs, whose parts are merged by the last of them, or after (decode).
 """
 
 from __future__ import annotations
@@ -24,6 +24,7 @@ from mgam.attend.triton.tiles import (
     rows,
     states,
 )
+from mgam.chain_triton import chain
 
 
 @triton.jit
@@ -87,8 +88,9 @@ def _run(
 ):  # fmt: skip
     """Entries [begin, end) of one list: whole tiles up to `safe` need no mask."""
     middle = begin + (tl.maximum(safe, begin) - begin) // BLOCK_N * BLOCK_N
-    # Tables of the window's tiles are left out of the pipeline, so that two programs fit a multiprocessor.
-    STAGES: tl.constexpr = 1 if KIND == WINDOW and R > 0 else None
+    # Tables of the window's tiles are left out of the pipeline where tiles have many rows, so that two programs fit a
+    # multiprocessor.
+    STAGES: tl.constexpr = 1 if KIND == WINDOW and R > 0 and acc.shape[0] > 32 else None
     for j in tl.range(begin, middle, BLOCK_N, num_stages=STAGES):
         acc, peak, total = _tile(
             acc, peak, total, q0, q1, q2, own, j, end, key_desc, value_desc, row, head, key_ptr, value_ptr, key_step,
@@ -128,20 +130,26 @@ def _share(count, before, tiles, part, SPLITS: tl.constexpr, STEP: tl.constexpr)
     do_not_specialize_on_alignment=["block_ptr", "count_ptr"],
 )
 def read_kernel(
-    q_ptr, out_ptr, lse_ptr, block_ptr, count_ptr, key_desc, value_desc, keys, values,
+    q_ptr, out_ptr, lse_ptr, ticket_ptr, merged_ptr, merged_lse_ptr, block_ptr, count_ptr, key_desc, value_desc, keys,
+    values,
     key_strides, value_strides, lists, ranks, widths,
     cos_ptr, sin_ptr, limit, anchor, scale, cap, biases, blocks, heads, tiles, q_block, q_head, q_row,
     out_part, out_block, out_head, out_row,
     G: tl.constexpr, Q: tl.constexpr, CHUNK: tl.constexpr, TOP: tl.constexpr, D: tl.constexpr, R: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_R: tl.constexpr, BLOCK_P: tl.constexpr,
     CAP: tl.constexpr, BARE: tl.constexpr, SPLITS: tl.constexpr, PRECISION: tl.constexpr, COPY: tl.constexpr,
+    MERGED: tl.constexpr, ROWS: tl.constexpr, CHAINED: tl.constexpr,
 ):  # fmt: skip
     """One program: BLOCK_M rows (query heads of one group x queries of one block) over one part of the block's cover.
 
     Shapes: queries (N, H*G, Q, D) and out (SPLITS, N, H*G, Q, D) by strides; lse (SPLITS, N, H*G, Q) contiguous;
     block_ptr
     (4, N): row, start, length, window start; count_ptr (N, H, 1+TOP); lists[l], ranks[l] (N, H, widths[l]).
+    MERGED: ticket_ptr (N, H) int32 counts the parts that are done, from 0 on, and the last one merges them, MERGED of
+    them at a time, into merged_ptr (N, H*G, Q, D) and merged_lse_ptr (N, H*G, Q); ROWS: a power of two of at least G*Q.
     """
+    if CHAINED:
+        chain()
     pid = tl.program_id(0)
     part = tl.program_id(1)
     tile = pid % tiles
@@ -151,6 +159,11 @@ def read_kernel(
     start = tl.load(block_ptr + blocks + block)
     length = tl.load(block_ptr + 2 * blocks + block)
     window = tl.load(block_ptr + 3 * blocks + block)
+    pair = block.to(tl.int64) * heads + head
+    # Loaded before queries are, so that nothing waits for both in turn.
+    counts = (tl.load(count_ptr + pair * (TOP + 1)) * CHUNK,)
+    for level in tl.static_range(TOP):
+        counts += (tl.load(count_ptr + pair * (TOP + 1) + level + 1),)  # type: ignore[assignment]
 
     m = tile * BLOCK_M + tl.arange(0, BLOCK_M)
     query = m % Q
@@ -168,19 +181,18 @@ def read_kernel(
     acc = tl.zeros((BLOCK_M, BLOCK_D), tl.float32)
     peak = tl.full((BLOCK_M,), FLOOR, tl.float32)
     total = tl.zeros((BLOCK_M,), tl.float32)
-    if tl.max(live.to(tl.int32), 0) > 0:
-        pair = block.to(tl.int64) * heads + head
+    some = length if Q == 1 else tl.max(live.to(tl.int32), 0)
+    if some > 0:
         near = (start + length - window).to(tl.int32)
         tiles_all = (near + BLOCK_N - 1) // BLOCK_N
         if SPLITS > 1:
             for level in tl.static_range(TOP + 1):
                 if widths[level] > 0:
-                    count = tl.load(count_ptr + pair * (TOP + 1) + level) * (CHUNK if level == 0 else 1)
-                    tiles_all += (count + BLOCK_N - 1) // BLOCK_N
+                    tiles_all += (counts[level] + BLOCK_N - 1) // BLOCK_N
         before = 0
         for level in tl.static_range(TOP + 1):
             if widths[level] > 0:
-                count = tl.load(count_ptr + pair * (TOP + 1) + level) * (CHUNK if level == 0 else 1)
+                count = counts[level]
                 begin, end = _share(count, before, tiles_all, part, SPLITS, BLOCK_N)
                 before += (count + BLOCK_N - 1) // BLOCK_N
                 acc, peak, total = _run(
@@ -206,9 +218,9 @@ def read_kernel(
             WINDOW, CHUNK, D, R, BLOCK_N, BLOCK_D, BLOCK_R, BLOCK_P, CAP, PRECISION, COPY,
         )  # fmt: skip
 
-    some = live & (total > 0)
-    out = tl.where(some[:, None], acc / tl.where(total > 0, total, 1.0)[:, None], 0.0)
-    lse = tl.where(some, (peak + tl.log2(tl.where(total > 0, total, 1.0))) * LN2, -float("inf"))
+    found = live & (total > 0)
+    out = tl.where(found[:, None], acc / tl.where(total > 0, total, 1.0)[:, None], 0.0)
+    lse = tl.where(found, (peak + tl.log2(tl.where(total > 0, total, 1.0))) * LN2, -float("inf"))
     slot = ((part * blocks + block).to(tl.int64) * heads + head) * (G * Q) + m
     column = tl.arange(0, BLOCK_D)
     place = part.to(tl.int64) * out_part + block.to(tl.int64) * out_block
@@ -219,6 +231,50 @@ def read_kernel(
         mask=there[:, None] & (column < D)[None, :],
     )
     tl.store(lse_ptr + slot, lse, mask=there)
+    if MERGED > 0:
+        tl.debug_barrier()  # all threads of this program have stored their part before its ticket is drawn
+        if tl.atomic_add(ticket_ptr + pair, 1, sem="acq_rel", scope="gpu") == SPLITS - 1:
+            tl.debug_barrier()
+            _merge(
+                out_ptr, lse_ptr, merged_ptr, merged_lse_ptr, pair * (G * Q), blocks.to(tl.int64) * heads * (G * Q),
+                G * Q, ROWS, D, BLOCK_D, SPLITS, MERGED,
+            )  # fmt: skip
+
+
+@triton.jit
+def _merge(
+    part_ptr, part_lse_ptr, out_ptr, lse_ptr, first, count, COUNT: tl.constexpr, ROWS: tl.constexpr, D: tl.constexpr,
+    BLOCK_D: tl.constexpr, SPLITS: tl.constexpr, STEP: tl.constexpr,
+):  # fmt: skip
+    """Merges rows first ... first+COUNT-1 of parts (SPLITS, count, D) and (SPLITS, count), which other programs wrote,
+    in the order of the parts: what the first-level cache may hold of them is not asked."""
+    row = tl.arange(0, ROWS)
+    column = tl.arange(0, BLOCK_D)
+    line = first + row
+    peak = tl.full((ROWS,), FLOOR, tl.float32)
+    total = tl.zeros((ROWS,), tl.float32)
+    acc = tl.zeros((ROWS, BLOCK_D), tl.float32)
+    for start in tl.static_range(0, SPLITS, STEP):
+        part = start + tl.arange(0, STEP)
+        there = (part < SPLITS)[:, None] & (row < COUNT)[None, :]
+        place = part.to(tl.int64)[:, None] * count + line[None, :]
+        lse = tl.load(part_lse_ptr + place, mask=there, other=-float("inf"), cache_modifier=".cg")
+        value = tl.load(
+            part_ptr + place[:, :, None] * D + column[None, None, :],
+            mask=there[:, :, None] & (column < D)[None, None, :], other=0.0, cache_modifier=".cg",
+        )  # fmt: skip
+        highest = tl.maximum(peak, tl.max(lse, 0))
+        weight = tl.exp(lse - highest[None, :])
+        fade = tl.exp(peak - highest)
+        total = total * fade + tl.sum(weight, 0)
+        acc = acc * fade[:, None] + tl.sum(weight[:, :, None] * value, 0)
+        peak = highest
+    safe = tl.where(total > 0, total, 1.0)
+    tl.store(
+        out_ptr + line[:, None] * D + column[None, :], (acc / safe[:, None]).to(out_ptr.dtype.element_ty),
+        mask=(row < COUNT)[:, None] & (column < D)[None, :],
+    )  # fmt: skip
+    tl.store(lse_ptr + line, tl.where(total > 0, peak + tl.log(safe), -float("inf")), mask=row < COUNT)
 
 
 @triton.jit(do_not_specialize=["count"])
