@@ -75,7 +75,8 @@ def test_scores_are_written_where_they_stand(votes: int, batch: int, monkeypatch
     there = Voters(voters.queries.to(DEVICE), voters.live.to(DEVICE))
     got = policy.scores(there, blocks, pyramid, levels)
     assert got.shape == want.shape
-    assert torch.allclose(got.cpu(), want.float(), atol=2e-3, rtol=2e-2)
+    close = {"atol": 2e-3, "rtol": 2e-2} if DEVICE == "cpu" else {"atol": 3e-2, "rtol": 6e-2}  # of half precision
+    assert torch.allclose(got.cpu(), want.float(), **close)
 
 
 @pytest.mark.parametrize("bits", [8, 16])

@@ -63,7 +63,7 @@ class FewTiles:
     early: int = 4
     """Places of search keys that are loaded before voters are shortened, where there are at most `short` programs: with
     more of them others are at work in the meantime, and a program's registers count."""
-    short: int = 1024
+    short: int = 256
     least: int = 128
     """Programs below which tiles are made smaller."""
 
