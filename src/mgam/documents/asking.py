@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
@@ -10,23 +9,21 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from transformers import DynamicCache, TextStreamer
+from transformers import TextStreamer
 
 from mgam.documents.chart import Chart
+from mgam.documents.closer_look import closer
 from mgam.documents.confidence import Watch, confidence, is_found
-from mgam.documents.evidence import Evidence, Places, find_evidence
+from mgam.documents.evidence import Evidence, find_evidence
+from mgam.documents.memory import Memory
 from mgam.documents.prompt import Prompt, build
-from mgam.documents.second_look import NEUTRAL, Passages, passages, preference, shares
+from mgam.documents.second_look import Passages
 from mgam.documents.sources import Source
-from mgam.documents.tokens import Frame
-from mgam.documents.words import matches
 from mgam.engine import Record
 from mgam.errors import DocumentError
 from mgam.integrations.memory import peak_memory_bytes
-from mgam.integrations.transformers import Applied, PyramidCache
+from mgam.integrations.transformers import Applied
 from mgam.integrations.transformers.apply import applied_to
-from mgam.integrations.transformers.call_size import call_size
-from mgam.schedule import Schedule
 
 
 @dataclass(frozen=True)
@@ -119,12 +116,12 @@ def _answers(
 ) -> Iterator[Answer]:
     """`again`: whether texts may be looked at a second time; `least`: tokens that an answer has at least."""
     room = max(len(prompt.ids) for prompt in prompts) + max_new_tokens
-    memory: _Memory | None = None
+    memory: Memory | None = None
     for number, prompt in enumerate(prompts):
         begin = time.perf_counter()
         if memory is None or prompt.ids[: prompt.document] != memory.ids:
             record = Record(evidence_from=prompt.document) if on_chart is None else Chart(evidence_from=prompt.document)
-            memory = _Memory.of(model, prompt, room, record, keep=len(prompts) > 1, on_progress=on_progress)
+            memory = Memory.of(model, prompt, room, record, keep=len(prompts) > 1, on_progress=on_progress)
         read = time.perf_counter()
         looked = memory.look(model, tokenizer, prompt, evidence_count) if again else None
         if looked is not None:
@@ -188,109 +185,6 @@ def _answers(
         yield answer
 
 
-@dataclass
-class _Memory:
-    """Texts that were read, ready for one question after the other."""
-
-    ids: list[int]
-    """Tokens of instructions and texts."""
-    cache: Any
-    applied: Applied | None
-    record: Record
-    """What reading the texts cost."""
-    place: Any = None
-    """Where the texts end, to go back to; None when only one question is asked, and that at first sight."""
-    neutral: Tensor | None = None
-    """Shares of attention of a question that asks for nothing; found when they are needed."""
-
-    @classmethod
-    @torch.no_grad()
-    def of(
-        cls,
-        model: Any,
-        prompt: Prompt,
-        room: int,
-        record: Record,
-        *,
-        keep: bool,
-        on_progress: Callable[[int, int], None] | None,
-    ) -> _Memory:
-        applied: Applied | None = getattr(model, "_mgam_applied", None)
-        cache: Any = DynamicCache(config=model.config.get_text_config(decoder=True))
-        if applied is not None:
-            cache = PyramidCache(model, [_schedule(applied, prompt)], reserve=room)
-            cache.watch(record)
-        ids = torch.tensor([prompt.ids[: prompt.document]], device=model.device)
-        _read_document(model, ids, cache, prompt.document, on_progress)
-        keep = keep or (applied is not None and applied.settings.reread > 0)
-        place = cache.bookmark() if keep and applied is not None else None
-        return cls(prompt.ids[: prompt.document], cache, applied, record, place)
-
-    def turn_to(self, prompt: Prompt, *, again: bool) -> tuple[Any, Record | None]:
-        """The cache after the texts, for this question, and a record that begins with what reading them cost."""
-        if self.applied is None:
-            return (copy.deepcopy(self.cache) if again else self.cache), None
-        if self.place is not None:
-            self.cache.go_back(self.place)
-        record = copy.deepcopy(self.record)
-        self.cache.watch(record)
-        for layer in self.cache.pyramids.values():
-            layer.schedules = [_schedule(self.applied, prompt)]
-        return self.cache, record
-
-    def look(self, model: Any, tokenizer: Any, prompt: Prompt, count: int) -> tuple[Record, Passages] | None:
-        """What a first look at a question saw, and what is to be read again; None where there is no second look."""
-        applied = self.applied
-        if applied is None or not applied.settings.reread or prompt.document < applied.reading.dense_until:
-            return None
-        cache, seen = self.turn_to(prompt, again=True)
-        assert seen is not None
-        read_question(model, cache, prompt.ids[prompt.document :], prompt.document)
-        if not seen.mass:
-            return None
-        if self.neutral is None:
-            asked = Frame.of(tokenizer).question(tokenizer, NEUTRAL)
-            cache, neutral = self.turn_to(replace(prompt, ids=[*self.ids, *asked]), again=True)
-            assert neutral is not None
-            read_question(model, cache, asked, prompt.document)
-            self.neutral = shares(neutral)
-        places, sources, border = prompt, prompt.sources, prompt.document
-        chosen = chosen_again(applied, seen, self.neutral, prompt.asked, places, sources, tokenizer, border, count)
-        return None if chosen is None else (seen, chosen)
-
-
-def read_question(model: Any, cache: Any, ids: list[int], first: int) -> None:
-    """Reads a question after the texts, without logits."""
-    with torch.no_grad():
-        asked = torch.tensor([ids], device=model.device)
-        places = torch.arange(first, first + len(ids), device=model.device)[None]
-        model.get_decoder()(input_ids=asked, position_ids=places, past_key_values=cache, use_cache=True)
-
-
-def chosen_again(
-    applied: Applied,
-    seen: Record,
-    neutral: Tensor,
-    question: str,
-    places: Places,
-    sources: Sequence[Source],
-    tokenizer: Any,
-    border: int,
-    count: int,
-) -> Passages | None:
-    """What is read again of texts that end at token `border`; None where the question singles nothing out."""
-    score = preference(seen, neutral)
-    if not score.numel():
-        return None
-    settings = applied.settings
-    chunk = settings.pyramid_levels.chunk
-    recent = max(0, border - settings.window) // chunk * chunk, border
-    words = matches(question, places, sources, border // chunk, chunk)
-    return passages(
-        score, places, sources, tokenizer, chunk=chunk, tokens=settings.reread, recent=recent, words=words, count=count
-    )  # fmt: skip
-
-
 def at_second_sight(
     model: Any,
     tokenizer: Any,
@@ -303,48 +197,34 @@ def at_second_sight(
     *,
     least: int = 0,
 ) -> Answer:
-    """The answer from passages alone, of at least `least` tokens. Entries are those of both looks, of which the first
+    """The answer from passages alone, of at least `least` tokens. Entries are those of all looks, of which the first
     took `tokens` queries."""
+    begin, applied = time.perf_counter(), applied_to(model)
     short = build(tokenizer, chosen.sources, question)
-    answer = next(_answers(model, tokenizer, [short], max_new_tokens, None, on_text, None, 0, again=False, least=least))
-    after = sum(answer.tokens.values())
+    close = closer(model, tokenizer, short)
+    looked = time.perf_counter() - begin
+    last = short if close is None else build(tokenizer, close.sources, question)
+    answer = next(_answers(model, tokenizer, [last], max_new_tokens, None, on_text, None, 0, again=False, least=least))
+    looks = [(per_level(first, applied), float(tokens)), (answer.entries_per_level, float(sum(answer.tokens.values())))]
+    if close is not None:
+        looks.append(
+            ({"1": close.record.entries[0] / close.record.queries}, close.record.queries / len(applied.layers))
+        )
+    queries = sum(count for _, count in looks)
     entries = {
-        size: round((count * tokens + answer.entries_per_level.get(size, 0.0) * after) / (tokens + after), 1)
-        for size, count in per_level(first, applied_to(model)).items()
+        size: round(sum(read.get(size, 0.0) * count for read, count in looks) / queries, 1) for size in looks[0][0]
     }
     read = {**answer.tokens, "read again": short.document}
+    if close is not None:
+        read["answered from"] = last.document
+    seconds = {**answer.seconds, "reading": round(answer.seconds["reading"] + looked, 3)}
     found = is_found(answer.confidence, again=True)
-    return replace(answer, evidence=chosen.best, entries_per_level=entries, tokens=read, found=found)
+    return replace(answer, evidence=chosen.best, entries_per_level=entries, tokens=read, seconds=seconds, found=found)
 
 
 def first_token(answer: Answer) -> float:
     """Seconds from the beginning of an answer's reading to its first token."""
     return answer.seconds["reading"] + answer.seconds["to the first token"]
-
-
-def _schedule(applied: Applied, prompt: Prompt) -> Schedule:
-    settings = applied.settings
-    return Schedule.reading(
-        prompt.document,
-        prompt.question,
-        block=settings.block,
-        question_block=settings.question_block,
-        lookahead=settings.lookahead,
-    )
-
-
-def _read_document(
-    model: Any, ids: Tensor, cache: Any, document: int, on_progress: Callable[[int, int], None] | None
-) -> None:
-    """Reads all but the question, without logits."""
-    decoder = model.get_decoder()
-    size = call_size(model)
-    for first in range(0, document, size):
-        last = min(first + size, document)
-        positions = torch.arange(first, last, device=ids.device)[None]
-        decoder(input_ids=ids[:, first:last], position_ids=positions, past_key_values=cache, use_cache=True)
-        if on_progress is not None:
-            on_progress(last, document)
 
 
 def per_level(record: Record | None, applied: Applied | None) -> dict[str, float]:

@@ -13,8 +13,9 @@ import torch
 from torch import Tensor
 
 from mgam.documents import digesting
-from mgam.documents.asking import Answer, chosen_again, read_question
+from mgam.documents.asking import Answer
 from mgam.documents.chat import Chat
+from mgam.documents.memory import chosen_again, read_question
 from mgam.documents.models import check_model
 from mgam.documents.pool import Counts, Pool
 from mgam.documents.rehearsing import rehearse

@@ -31,6 +31,26 @@ class Full:
 
 
 @dataclass(frozen=True)
+class Opened:
+    """Everything at level 0, chunk by chunk: reads what `Full` does, and tells the attention that each chunk gets."""
+
+    window: int = 64
+
+    votes = False
+    by_place = True
+
+    def choose(self, voters: Voters | None, blocks: Blocks, pyramid: Pyramid, levels: Levels) -> Cover:
+        """Covers that open every chunk before the window."""
+        start, opened = _nothing_opened(self.window, blocks, pyramid, levels)
+        number = torch.arange(opened.shape[-1], device=start.device)
+        return cover_of(opened | ((number + 1) * levels.chunk <= start[:, None])[:, None], start, levels, rest="drop")
+
+    def read_at_most(self, tokens: int, levels: Levels) -> int:
+        """Everything."""
+        return tokens
+
+
+@dataclass(frozen=True)
 class Window:
     """Window and sink at level 0; the rest as the coarsest summaries, or dropped."""
 

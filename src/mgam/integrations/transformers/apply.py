@@ -18,8 +18,10 @@ from mgam.errors import SettingError, UnsupportedModelError
 from mgam.integrations.transformers import attention, low_rank, prefill
 from mgam.integrations.transformers.fitted import adapters_of, fit_to
 from mgam.integrations.transformers.models import Architecture, Attention, architecture, attention_layers
+from mgam.levels import Levels
 from mgam.policies import PerLayer, Policy
 from mgam.policies.base import of_layer
+from mgam.policies.fixed import Opened
 from mgam.positions import Positions, Rotary
 from mgam.schedule import Schedule
 from mgam.settings import Dials, Settings
@@ -53,6 +55,8 @@ class Applied:
     schedule: Schedule | None = None
     """Of whole texts without a cache, where they are not to be read in uniform blocks."""
     hooks: list[Any] = field(default_factory=list)
+    _open: Policy | None = None
+    """Who chooses for all layers in place of the method, while everything is read in full."""
     _plan: tuple[Any, Plan] | None = None
     _readings: dict[Any, Reading] = field(default_factory=dict)
     _known: list[tuple[tuple[Any, ...], Any]] = field(default_factory=list)
@@ -73,11 +77,24 @@ class Applied:
         if key not in self._readings:
             self._readings[key] = replace(
                 self.reading,
-                policy=of_layer(self.make_policy(scale), layer),
-                asking=self._asking(scale, layer),
+                policy=self._open or of_layer(self.make_policy(scale), layer),
+                asking=None if self._open else self._asking(scale, layer),
                 positions=self.positions.get(layer, self.reading.positions),
             )
         return self._readings[key]
+
+    @contextmanager
+    def in_full(self, chunk: int) -> Iterator[None]:
+        """Meanwhile everything is read in full, in chunks of so many tokens, so that a record tells the attention that
+        each of them gets. Caches that were made before cannot be read from."""
+        kept = self.reading, self._readings
+        self._open = Opened()
+        self.reading = replace(self.reading, policy=self._open, levels=Levels((1, chunk)), dense_until=0)
+        self._readings, self._plan = {}, None
+        try:
+            yield
+        finally:
+            (self.reading, self._readings), self._open, self._plan = kept, None, None
 
     def make_policy(self, scale: float) -> Policy | PerLayer:
         """The policy, or those of the layers, for this attention scale."""

@@ -1,0 +1,117 @@
+"""A closer look: lines of a short text, chosen by attention to all of it."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+
+import mgam
+from mgam.documents import asking, closer_look, second_look
+from mgam.documents.closer_look import closer
+from mgam.documents.prompt import build
+from mgam.documents.second_look import best_first
+from mgam.documents.sources import Source
+from mgam.engine import Record
+
+from . import tiny
+
+DIALS: dict[str, Any] = {"budget": 64, "window": 64, "block": 32, "levels": (1, 16, 64), "dense_until": 1024}
+
+
+def everything(model: Any, ids: torch.Tensor) -> torch.Tensor:
+    with torch.no_grad():
+        return model(ids).logits
+
+
+@pytest.mark.parametrize("positions", ["granular", "absolute"])
+def test_reading_in_full_is_dense_reading(positions: str, tokenizer: Any) -> None:
+    model = tiny.make_plain_model(window=2048)
+    ids = torch.tensor([build(tokenizer, [tiny.source(700)], "Who?").ids])
+    want = everything(model, ids)
+    mgam.apply(model, **{**DIALS, "dense_until": 0}, positions=positions)
+    applied = model._mgam_applied
+    before, coarse = applied.reading, everything(model, ids)
+    assert not torch.allclose(coarse, want, atol=1e-3)
+    with applied.in_full(16):
+        assert torch.allclose(everything(model, ids), want, atol=1e-4)
+    assert applied.reading is before
+    assert torch.equal(everything(model, ids), coarse)
+
+
+def test_an_error_on_the_way_leaves_the_model_as_it_was(tokenizer: Any) -> None:
+    model = tiny.make_plain_model(window=2048)
+    mgam.apply(model, **DIALS)
+    applied = model._mgam_applied
+    before = applied.reading
+    with pytest.raises(KeyboardInterrupt), applied.in_full(16):
+        raise KeyboardInterrupt
+    assert applied.reading is before
+    assert applied.reading_for(0, 0.25).levels.sizes == (1, 16, 64)
+
+
+def test_what_is_left_are_lines_of_the_text_in_their_order(tokenizer: Any) -> None:
+    model = tiny.make_plain_model(window=4096)
+    mgam.apply(model, **DIALS)
+    text = "\n".join(f"line {number:03d} of it." for number in range(90))
+    short = build(tokenizer, [Source("a.txt", text)], "Who?")
+    close = closer(model, tokenizer, short)
+    assert close is not None
+    left = [line for line in close.sources[0].text.split("\n") if line]
+    assert left == sorted(left)
+    assert set(left) <= set(text.split("\n"))
+    assert closer_look.TOKENS / 2 <= len("\n".join(left)) <= closer_look.TOKENS + 64
+    assert close.record.queries >= len(short.ids)
+
+
+@pytest.mark.parametrize("tokens", [100, 2 * closer_look.TOKENS - 80, 1100])
+def test_a_text_that_is_short_already_or_too_long_is_left_as_it_is(tokens: int, tokenizer: Any) -> None:
+    model = tiny.make_plain_model(window=1024)
+    assert closer(model, tokenizer, build(tokenizer, [tiny.source(tokens)], "Who?")) is None
+    mgam.apply(model, **{**DIALS, "dense_until": 512})
+    assert closer(model, tokenizer, build(tokenizer, [tiny.source(tokens)], "Who?")) is None
+
+
+def test_the_answer_is_that_of_the_lines_that_are_left(tokenizer: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(second_look, "DISTINCT", 0.0)
+    model = tiny.make_plain_model(window=8192)
+    read: list[Any] = []
+    monkeypatch.setattr(asking, "build", lambda *given: read.append(given[1]) or build(*given))
+    mgam.apply(model, **DIALS, reread=640)
+    answer = asking.ask(model, tokenizer, [tiny.source(3000)], "Who?", max_new_tokens=6)
+    mgam.apply(model, **DIALS)
+    alone = asking.ask(model, tokenizer, read[-1], "Who?", max_new_tokens=6)
+    assert answer.answer == alone.answer
+    assert answer.tokens["answered from"] == alone.tokens["document"] < answer.tokens["read again"]
+    assert answer.entries_per_level["1"] > 0
+    assert answer.seconds["to the first token"] <= answer.seconds["answering"]
+
+
+def test_chunks_come_by_attention_first_then_with_words() -> None:
+    score = torch.zeros(40)
+    score[:12] = torch.arange(12, 0, -1.0)
+    words = torch.zeros(38, dtype=torch.float64)
+    words[[30, 8]] = torch.tensor([5.0, 3.0], dtype=torch.float64)
+    order = list(best_first(score, words))
+    assert order[:6] == list(range(6))
+    assert set(order[6:8]) == {30, 8}
+    assert sorted(order) == [*range(12), 30]
+    assert list(best_first(score)) == list(range(12))
+    assert list(best_first(torch.zeros(5), torch.zeros(5))) == []
+    assert list(best_first(torch.zeros(0), torch.zeros(0))) == []
+
+
+def test_the_record_of_reading_in_full_tells_every_chunk(tokenizer: Any) -> None:
+    model = tiny.make_plain_model(window=2048)
+    mgam.apply(model, **DIALS)
+    short = build(tokenizer, [tiny.source(640)], "Who?")
+    with model._mgam_applied.in_full(16):
+        record = Record(evidence_from=short.document)
+        memory = asking.Memory.of(model, short, len(short.ids), record, keep=True, on_progress=None)
+        seen = memory.attended(model, short)
+    asked = len(short.ids) - short.document
+    for mass in seen.mass.values():
+        assert mass.shape[1] >= (short.document - 64) // 16 - 1
+        # Each query head's attention sums to one, less what the window gets.
+        assert 0.3 * 4 * asked < float(mass.sum()) <= 4 * asked * 1.001
