@@ -133,9 +133,9 @@ class Settings:
     KV head has the part that was fitted."""
 
     reread: int = 0
-    """Tokens of passages that are read a second time, by themselves, before a question is answered: those that it
-    attends to most (`mgam.documents.second_look`). 0: the answer comes at first sight. Texts that are read densely, and
-    plain `generate`, know no second look."""
+    """Tokens of passages that are read a second time, by themselves, before a question is answered from them: those
+    that it attends to most or that hold its words (`mgam.documents.second_look`). 0: the answer comes at first sight.
+    Texts that are read densely, and plain `generate`, know no second look."""
 
     def __post_init__(self) -> None:
         for name, hint in _hints().items():
