@@ -416,10 +416,9 @@ def _segments(
     step = max(1, limit // max(per_block, 1))
 
     def cut() -> list[Segment]:
-        halves = (
-            [sized[:early], sized[early:]] if early else [sized]
-        )  # the first are read while the rest's keys are made
-        parts = [part for half in halves for part in _evenly(half, step)]
+        # The early ones are read while the keys of the rest are made.
+        some = [sized[:early], sized[early:]] if early else [sized]
+        parts = [part for blocks in some for part in _evenly(blocks, step)]
         return [Segment.of(dense, part, plan.first, plan.before, plan.columns, device) for part in parts]
 
     return sized.once(("segments", step, early, device), cut)
