@@ -21,7 +21,7 @@ from mgam.documents import asking
 from mgam.documents.asking import Answer
 from mgam.documents.estimate import Estimate
 from mgam.documents.evidence import Evidence
-from mgam.errors import UnsupportedModelError
+from mgam.errors import SettingError, UnsupportedModelError
 from mgam.integrations import loading
 
 QUESTION = "Who keeps the lighthouse?"
@@ -361,6 +361,21 @@ def test_bench_refuses_what_does_not_count_or_cannot_be(command: Command, words:
     done = command("bench", *words.split())
     assert (done.code, done.out) == (2, "")
     assert said in done.line
+
+
+def test_bench_says_that_it_cannot_draw_before_it_times(
+    command: Command, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def refuse() -> None:
+        raise SettingError("pictures need matplotlib")
+
+    monkeypatch.setattr("torch.cuda.is_available", lambda: True)
+    monkeypatch.setattr("mgam.benchmarks.plots.pyplot", refuse)
+    monkeypatch.setattr("mgam.benchmarks.suite.run", lambda *_, **__: 1 / 0)
+    done = command("bench", "--out", str(tmp_path / "there"))
+    assert (done.code, done.out) == (2, "")
+    assert "pictures need matplotlib" in done.line
+    assert not (tmp_path / "there").exists()
 
 
 def test_debug_shows_where(command: Command, calls: dict[str, Any], text: str, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -368,6 +368,8 @@ def test_settings_that_cannot_work() -> None:
         mgam.apply(LLAMA.make(), budgt=12)
     with pytest.raises(SettingError, match="unknown method"):
         mgam.apply(LLAMA.make(), "mgm")
+    with pytest.raises(SettingError, match="backend='cuda' is unknown; choose one of triton, torch, reference"):
+        mgam.apply(LLAMA.make(), backend="cuda")
     with pytest.raises(SettingError, match="choose at most 512"):
         mgam.apply(LLAMA.make(), **{**SMALL, "dense_until": 513})
     with pytest.raises(SettingError, match="choose a smaller window"):

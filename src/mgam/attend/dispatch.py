@@ -68,6 +68,16 @@ BACKENDS: dict[str, Backend] = {
 """All backends, best first."""
 
 
+def check_name(backend: str | None) -> None:
+    """Refuses a name that no backend has.
+
+    Raises:
+        SettingError: with the names that there are.
+    """
+    if backend is not None and backend not in BACKENDS:
+        raise SettingError(f"backend={backend!r} is unknown; choose one of {', '.join(BACKENDS)}")
+
+
 def serving(queries: Tensor, pyramid: Pyramid, backend: str | None = None) -> str:
     """Name of the backend that `attend` would run.
 
@@ -88,9 +98,8 @@ def choose(queries: Tensor, backend: str | None = None) -> Choice:
     Raises:
         SettingError: when the backend asked for is unknown or cannot serve, with every reason.
     """
+    check_name(backend)
     if backend is not None:
-        if backend not in BACKENDS:
-            raise SettingError(f"backend={backend!r} is unknown; choose one of {', '.join(BACKENDS)}")
         reasons = _refused(backend, queries)
         if reasons:
             raise SettingError(f"backend {backend!r} cannot serve {_say(queries)}: {'; '.join(reasons)}")

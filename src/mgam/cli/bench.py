@@ -80,9 +80,11 @@ def bench(
 
     if not torch.cuda.is_available():
         raise SettingError("mgam bench measures GPU kernels and needs a CUDA device; none is visible here")
-    from mgam.benchmarks.plots import plot
+    from mgam.benchmarks.plots import plot, pyplot
     from mgam.benchmarks.suite import run
 
+    if out is not None:
+        pyplot()  # said before anything is timed where it is not installed
     report = run(setting, tokens, wanted, out, commit, name, say=typer.echo)
     if out is not None:
         for path in plot(report, out):

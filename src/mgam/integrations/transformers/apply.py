@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from transformers import GenerationMixin
 
 from mgam import methods
+from mgam.attend.dispatch import check_name
 from mgam.engine import Plan, Reading
 from mgam.errors import SettingError, UnsupportedModelError
 from mgam.integrations.transformers import attention, low_rank, prefill
@@ -193,6 +194,7 @@ def apply(
         raise SettingError(f"method={method!r} must be a name from `mgam methods`, or mgam.Settings")
     chosen = methods.get(method)
     wanted = chosen.settings(**given)
+    check_name(wanted.backend)
     target = _target(model)
     config = target.config
     row = architecture(config)
