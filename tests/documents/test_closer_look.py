@@ -10,6 +10,7 @@ import torch
 import mgam
 from mgam.documents import asking, closer_look, second_look
 from mgam.documents.closer_look import closer
+from mgam.documents.evidence import Evidence
 from mgam.documents.prompt import build
 from mgam.documents.second_look import best_first
 from mgam.documents.sources import Source
@@ -58,7 +59,7 @@ def test_what_is_left_are_lines_of_the_text_in_their_order(tokenizer: Any) -> No
     short = build(tokenizer, [Source("a.txt", text)], "Who?")
     close = closer(model, tokenizer, short)
     assert close is not None
-    left = [line for line in close.sources[0].text.split("\n") if line]
+    left = [line for line in close.passages.sources[0].text.split("\n") if line]
     assert left == sorted(left)
     assert set(left) <= set(text.split("\n"))
     assert closer_look.TOKENS / 2 <= len("\n".join(left)) <= closer_look.TOKENS + 64
@@ -79,13 +80,40 @@ def test_the_answer_is_that_of_the_lines_that_are_left(tokenizer: Any, monkeypat
     read: list[Any] = []
     monkeypatch.setattr(asking, "build", lambda *given: read.append(given[1]) or build(*given))
     mgam.apply(model, **DIALS, reread=640)
-    answer = asking.ask(model, tokenizer, [tiny.source(3000)], "Who?", max_new_tokens=6)
+    whole = tiny.source(3000)
+    answer = asking.ask(model, tokenizer, [whole], "Who?", max_new_tokens=6)
+    assert answer.evidence
+    for one in answer.evidence:
+        assert whole.text[one.start : one.end] == one.text
+        assert one.text in read[-1][0].text
     mgam.apply(model, **DIALS)
     alone = asking.ask(model, tokenizer, read[-1], "Who?", max_new_tokens=6)
     assert answer.answer == alone.answer
     assert answer.tokens["answered from"] == alone.tokens["document"] < answer.tokens["read again"]
     assert answer.entries_per_level["1"] > 0
     assert answer.seconds["to the first token"] <= answer.seconds["answering"]
+
+
+def test_evidence_is_told_by_its_place_in_the_texts(tokenizer: Any) -> None:
+    text = "\n\n".join(f"Part {part}\n" + "\n".join(f"  line {part}{n} of it." for n in range(40)) for part in "abc")
+    sources = [Source("a.txt", text), Source("b.txt", text.upper())]
+    prompt = build(tokenizer, sources, "Who?")
+    score = torch.zeros(len(prompt.ids) // 16)
+    score[torch.arange(5, len(score) - 2, 9)] = 1.0
+    end = (prompt.document, prompt.document)
+    found = second_look.passages(score, prompt, prompt.sources, tokenizer, chunk=16, tokens=500, recent=end, count=50)
+    for source in found.sources:
+        origin = next(one for one in sources if one.name == source.name)
+        for line in source.text.split("\n"):
+            if line.strip():
+                start = source.text.index(line)
+                here = Evidence(source.name, start, start + len(line), line, 0.5)
+                back = found.original(here)
+                assert back is not None
+                assert (back.text, back.share) == (line, 0.5)
+                assert origin.text[back.start : back.end] == line
+    assert found.original(Evidence("a.txt", 0, 3, "xyz", 0.5)) is None
+    assert found.original(Evidence("c.txt", 0, 4, "Part", 0.5)) is None
 
 
 def test_chunks_come_by_attention_first_then_with_words() -> None:

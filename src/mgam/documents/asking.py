@@ -201,9 +201,9 @@ def at_second_sight(
     took `tokens` queries."""
     begin, applied = time.perf_counter(), applied_to(model)
     short = build(tokenizer, chosen.sources, question)
-    close = closer(model, tokenizer, short)
+    close = closer(model, tokenizer, short, len(chosen.best))
     looked = time.perf_counter() - begin
-    last = short if close is None else build(tokenizer, close.sources, question)
+    last = short if close is None else build(tokenizer, close.passages.sources, question)
     answer = next(_answers(model, tokenizer, [last], max_new_tokens, None, on_text, None, 0, again=False, least=least))
     looks = [(per_level(first, applied), float(tokens)), (answer.entries_per_level, float(sum(answer.tokens.values())))]
     if close is not None:
@@ -215,11 +215,14 @@ def at_second_sight(
         size: round(sum(read.get(size, 0.0) * count for read, count in looks) / queries, 1) for size in looks[0][0]
     }
     read = {**answer.tokens, "read again": short.document}
+    evidence = chosen.best
     if close is not None:
         read["answered from"] = last.document
+        found_there = (chosen.original(one) for one in close.passages.best)
+        evidence = [one for one in found_there if one is not None] or evidence
     seconds = {**answer.seconds, "reading": round(answer.seconds["reading"] + looked, 3)}
     found = is_found(answer.confidence, again=True)
-    return replace(answer, evidence=chosen.best, entries_per_level=entries, tokens=read, seconds=seconds, found=found)
+    return replace(answer, evidence=evidence, entries_per_level=entries, tokens=read, seconds=seconds, found=found)
 
 
 def first_token(answer: Answer) -> float:

@@ -13,8 +13,7 @@ import torch
 
 from mgam.documents.memory import Memory
 from mgam.documents.prompt import Prompt
-from mgam.documents.second_look import passages, preference
-from mgam.documents.sources import Source
+from mgam.documents.second_look import Passages, passages, preference
 from mgam.engine import Record
 from mgam.integrations.transformers import Applied
 
@@ -28,12 +27,12 @@ TOKENS = 256
 class Close:
     """What is left of a text, and what reading it in full cost."""
 
-    sources: list[Source]
+    passages: Passages
     record: Record
 
 
 @torch.no_grad()
-def closer(model: Any, tokenizer: Any, short: Prompt) -> Close | None:
+def closer(model: Any, tokenizer: Any, short: Prompt, count: int = 3) -> Close | None:
     """The lines of a short text that its question attends to most; None where the text is hardly longer, or longer than
     the model was trained to read in full."""
     applied: Applied | None = getattr(model, "_mgam_applied", None)
@@ -45,5 +44,5 @@ def closer(model: Any, tokenizer: Any, short: Prompt) -> Close | None:
         seen = memory.attended(model, short)
         score = preference(seen, memory.of_nothing(model, tokenizer, short), least=0.0)
     end = short.document, short.document
-    chosen = passages(score, short, short.sources, tokenizer, chunk=CHUNK, tokens=TOKENS, recent=end)
-    return Close(chosen.sources, seen) if chosen.sources else None
+    chosen = passages(score, short, short.sources, tokenizer, chunk=CHUNK, tokens=TOKENS, recent=end, count=count)
+    return Close(chosen, seen) if chosen.sources else None

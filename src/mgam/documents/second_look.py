@@ -14,7 +14,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 from itertools import zip_longest
 from typing import Any
 
@@ -54,7 +54,20 @@ class Passages:
     sources: list[Source]
     """Passages in the order of the texts, one source for each file that has some."""
     best: list[Evidence]
-    """The passages that were attended to most, best first."""
+    """The passages that stand out most, best first."""
+    pieces: list[list[tuple[int, int, int]]] = field(default_factory=list)
+    """Of each source, what it is put together from: first character there, first character in the text, length."""
+
+    def original(self, found: Evidence) -> Evidence | None:
+        """Evidence of these passages, told by its place in the texts; None where it is not of them."""
+        for source, pieces in zip(self.sources, self.pieces, strict=False):
+            if source.name != found.file or source.text[found.start : found.end] != found.text:
+                continue
+            held = [(max(at, found.start), min(at + length, found.end), first - at) for at, first, length in pieces]
+            start, end, shift = max(held, key=lambda one: one[1] - one[0], default=(0, 0, 0))
+            if end > start:
+                return replace(found, start=start + shift, end=end + shift, text=source.text[start:end])
+        return None
 
 
 def preference(asked: Record, neutral: Tensor, *, least: float | None = None) -> Tensor:
@@ -120,9 +133,10 @@ def passages(
         found = taken.add(places.place(number * chunk, (number + 1) * chunk))
         if found is not None and len(best) < count:
             source, start, end = found
-            share = round(float(score[number]) / whole, 4)
+            share = round(float(score[number]) / whole, 4) if number < len(score) and whole else 0.0
             best.append(Evidence(source.name, start, end, source.text[start:end], share))
-    return Passages(list(taken.texts(sources)), best)
+    texts = list(taken.texts(sources))
+    return Passages([source for source, _ in texts], best, [pieces for _, pieces in texts])
 
 
 def best_first(score: Tensor, words: Tensor | None = None) -> Iterator[int]:
@@ -175,17 +189,20 @@ class _Taken:
         self.tokens += len(self._tokenizer(source.text[start:end], add_special_tokens=False).input_ids)
         return True
 
-    def texts(self, sources: Sequence[Source]) -> Iterator[Source]:
-        """What was taken, in the order of the texts, with an empty line between sections."""
+    def texts(self, sources: Sequence[Source]) -> Iterator[tuple[Source, list[tuple[int, int, int]]]]:
+        """What was taken, in the order of the texts, with an empty line between sections; and of which pieces."""
         for source in sources:
-            text, before = "", None
+            text, before, pieces = "", None, []
             for start, end in self._spans.get(id(source), []):
-                named = heading(source.text, start)
-                together = text and named is not None and named == before
-                text += ("\n" if together else "\n\n") + source.text[start:end].strip()
-                before = heading(source.text, end - 1)
+                piece, named = source.text[start:end].strip(), heading(source.text, start)
+                if not piece:
+                    continue
+                if text:
+                    text += "\n" if named is not None and named == before else "\n\n"
+                pieces.append((len(text), source.text.index(piece, start), len(piece)))
+                text, before = text + piece, heading(source.text, end - 1)
             if text:
-                yield Source(source.name, text.strip())
+                yield Source(source.name, text), pieces
 
 
 def _sentences(text: str, start: int, end: int) -> tuple[int, int]:
