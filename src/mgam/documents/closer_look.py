@@ -1,7 +1,7 @@
-"""A closer look: of the passages that a second look reads, the lines that a question attends to most answer it.
+"""A closer look: of the passages that a second look reads, the lines that stand out most answer the question.
 
 Among a few dozen passages, each read in full, attention tells one line from the next far better than it did among
-thousands, and a small model answers better from ten lines than from a hundred.
+thousands; the question's words count as much. A small model answers better from ten lines than from a hundred.
 """
 
 from __future__ import annotations
@@ -13,14 +13,15 @@ import torch
 
 from mgam.documents.memory import Memory
 from mgam.documents.prompt import Prompt
-from mgam.documents.second_look import Passages, passages, preference
+from mgam.documents.second_look import Passages, best_together, passages, preference
+from mgam.documents.words import matches
 from mgam.engine import Record
 from mgam.integrations.transformers import Applied
 
 CHUNK = 16
 """Tokens of which the attention is told: about a line."""
 TOKENS = 256
-"""Tokens that are left. Of 256, 384, 512 and 768 the number with most right answers of the TUNE split."""
+"""Tokens that are left. Chosen on the TUNE split, as were words beside attention."""
 
 
 @dataclass(frozen=True)
@@ -33,8 +34,8 @@ class Close:
 
 @torch.no_grad()
 def closer(model: Any, tokenizer: Any, short: Prompt, count: int = 3) -> Close | None:
-    """The lines of a short text that its question attends to most; None where the text is hardly longer, or longer than
-    the model was trained to read in full."""
+    """The lines of a short text that stand out most by what its question attends to and by its words; None where the
+    text is hardly longer, or longer than the model was trained to read in full."""
     applied: Applied | None = getattr(model, "_mgam_applied", None)
     if applied is None or not 2 * TOKENS <= short.document <= len(short.ids) <= applied.trained_window:
         return None
@@ -44,5 +45,8 @@ def closer(model: Any, tokenizer: Any, short: Prompt, count: int = 3) -> Close |
         seen = memory.attended(model, short)
         score = preference(seen, memory.of_nothing(model, tokenizer, short), least=0.0)
     end = short.document, short.document
-    chosen = passages(score, short, short.sources, tokenizer, chunk=CHUNK, tokens=TOKENS, recent=end, count=count)
+    order = best_together(score, matches(short.asked, short, short.sources, len(score), CHUNK))
+    chosen = passages(
+        score, short, short.sources, tokenizer, chunk=CHUNK, tokens=TOKENS, recent=end, order=order, count=count
+    )
     return Close(chosen, seen) if chosen.sources else None

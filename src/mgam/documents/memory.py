@@ -13,7 +13,7 @@ from transformers import DynamicCache
 
 from mgam.documents.evidence import Places
 from mgam.documents.prompt import Prompt
-from mgam.documents.second_look import NEUTRAL, Passages, passages, preference, shares
+from mgam.documents.second_look import NEUTRAL, Passages, best_first, passages, preference, shares
 from mgam.documents.sources import Source
 from mgam.documents.tokens import Frame
 from mgam.documents.words import matches
@@ -126,9 +126,9 @@ def chosen_again(
     settings = applied.settings
     chunk = settings.pyramid_levels.chunk
     recent = max(0, border - settings.window) // chunk * chunk, border
-    words = matches(question, places, sources, border // chunk, chunk)
+    order = best_first(score, matches(question, places, sources, border // chunk, chunk))
     return passages(
-        score, places, sources, tokenizer, chunk=chunk, tokens=settings.reread, recent=recent, words=words, count=count
+        score, places, sources, tokenizer, chunk=chunk, tokens=settings.reread, recent=recent, order=order, count=count
     )  # fmt: skip
 
 

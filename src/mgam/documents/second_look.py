@@ -13,7 +13,7 @@ is ours.) Names and numbers are told apart better by words than by attention, so
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from itertools import zip_longest
 from typing import Any
@@ -108,7 +108,7 @@ def passages(
     chunk: int,
     tokens: int,
     recent: tuple[int, int],
-    words: Tensor | None = None,
+    order: Iterable[int] | None = None,
     count: int = 3,
 ) -> Passages:
     """The passages of the best chunks, whole sentences of about `tokens` tokens in all, headings of their sections
@@ -116,7 +116,7 @@ def passages(
 
     Args:
         score: of each chunk (C,), by `preference`.
-        words: of each chunk (C,), by `mgam.documents.words.matches`.
+        order: the chunks, best first; by `score` if not given.
         sources: the texts that `places` tells of.
         chunk: tokens of a chunk.
         recent: first and last token (exclusive) of what the question reads in full anyway; it is read again as well.
@@ -127,7 +127,7 @@ def passages(
         taken.add(places.place(first, min(first + chunk, recent[1])))
     room, whole = taken.tokens + tokens, float(score.sum())
     best: list[Evidence] = []
-    for number in best_first(score, words):
+    for number in _order(score) if order is None else order:
         if taken.tokens >= room:
             break
         found = taken.add(places.place(number * chunk, (number + 1) * chunk))
@@ -139,19 +139,30 @@ def passages(
     return Passages([source for source, _ in texts], best, [pieces for _, pieces in texts])
 
 
-def best_first(score: Tensor, words: Tensor | None = None) -> Iterator[int]:
+def best_first(score: Tensor, words: Tensor) -> Iterator[int]:
     """Chunks, best first, none twice, and none of which neither attention nor words say anything.
 
     The first few are those of attention alone: a question may be put in other words than its answer. Then, by turns,
     the best by both together and the best by words.
     """
-    orders, size = [_order(score)], 0 if words is None else min(len(score), len(words))
-    if words is not None and size:
-        both = torch.log(score[:size] + FAINT) + LOUD * words[:size]
-        told = (score[:size] > 0) | (words[:size] > 0)
-        together = zip_longest(_order((both - both.min() + 1) * told), _order(words))
-        orders = [orders[0][:FIRST], [number for some in together for number in some if number is not None]]
-    yield from dict.fromkeys(number for order in orders for number in order)
+    turns = zip_longest(_order(together(score, words, LOUD)), _order(words))
+    others = (number for some in turns for number in some if number is not None)
+    yield from dict.fromkeys((*_order(score)[:FIRST], *others))
+
+
+def best_together(score: Tensor, words: Tensor) -> list[int]:
+    """Chunks of which attention or words say anything, best first by both together, which count alike."""
+    return _order(together(score, words, 1.0))
+
+
+def together(score: Tensor, words: Tensor, loud: float) -> Tensor:
+    """Positive for chunks of which attention or words say anything, the higher the more: the logarithm of a preference
+    and, `loud` times, how well the words match."""
+    size = min(len(score), len(words))
+    if not size:
+        return torch.zeros(0)
+    both = torch.log(score[:size] + FAINT) + loud * words[:size]
+    return (both - both.min() + 1) * ((score[:size] > 0) | (words[:size] > 0))
 
 
 def _order(score: Tensor) -> list[int]:
