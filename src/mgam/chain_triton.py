@@ -15,7 +15,8 @@ except ImportError:  # an older Triton: nothing is chained
     gdc_launch_dependents = gdc_wait = None
 
 CHAINED = False
-"""Whether the kernels of a decode are chained. Not measured yet."""
+"""Whether the kernels of a decode are chained. A script found 5 to 12 microseconds saved a call on an H200, and the
+same results; the tests have not run with it there."""
 
 
 def chained(wanted: bool) -> dict[str, bool]:
