@@ -20,7 +20,7 @@ from mgam.benchmarks.machine import graphed, here, timed
 from mgam.benchmarks.setting import Setting, blocks_of, built, in_blocks, states
 from mgam.cover import Known, window_start
 from mgam.policies.compact import CompactKeys
-from mgam.policies.now_triton import Now
+from mgam.policies.one_token_triton import Now
 from mgam.policies.search_triton import SearchTiles, cover, most_entries, scores
 
 TOKENS = 131072

@@ -99,7 +99,7 @@ def test_tables_are_written_by_the_search_or_before_it(
     """Alike, and parts of a cover are merged alike by the last of them and by a launch after them."""
     from mgam import device
     from mgam.attend.triton import forward
-    from mgam.policies.now_triton import Now
+    from mgam.policies.one_token_triton import Now
 
     policy = replace(Scored(budget=24, window=16), compact=compact)
     queries, keys, values = made(150, 3, DTYPES[0])

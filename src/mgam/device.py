@@ -17,7 +17,7 @@ from mgam.attend.triton.tables import Turn
 from mgam.cover import Cover
 from mgam.policies.asked import flat
 from mgam.policies.compact import CompactKeys
-from mgam.policies.now_triton import Now
+from mgam.policies.one_token_triton import Now
 from mgam.policies.scored import Scored
 from mgam.policies.search_triton import cover_of, few
 from mgam.positions import Positions

@@ -137,7 +137,7 @@ def test_the_record_of_reading_in_full_tells_every_chunk(tokenizer: Any) -> None
     short = build(tokenizer, [tiny.source(640)], "Who?")
     with model._mgam_applied.in_full(16):
         record = Record(evidence_from=short.document)
-        memory = asking.Memory.of(model, short, len(short.ids), record, keep=True, on_progress=None)
+        memory = asking.ReadTexts.of(model, short, len(short.ids), record, keep=True, on_progress=None)
         seen = memory.attended(model, short)
     asked = len(short.ids) - short.document
     for mass in seen.mass.values():

@@ -22,7 +22,7 @@ from mgam.device import choose, decode
 from mgam.engine import Plan
 from mgam.policies import Scored
 from mgam.policies.compact import CompactKeys
-from mgam.policies.now_triton import Now
+from mgam.policies.one_token_triton import Now
 from mgam.positions import Positions
 from mgam.pyramid import Pyramid
 from mgam.schedule import Blocks, Schedule

@@ -15,8 +15,8 @@ from mgam.documents.chart import Chart
 from mgam.documents.closer_look import closer
 from mgam.documents.confidence import Watch, confidence, is_found
 from mgam.documents.evidence import Evidence, find_evidence
-from mgam.documents.memory import Memory
 from mgam.documents.prompt import Prompt, build
+from mgam.documents.read_texts import ReadTexts
 from mgam.documents.second_look import Passages
 from mgam.documents.sources import Source
 from mgam.engine import Record
@@ -116,12 +116,12 @@ def _answers(
 ) -> Iterator[Answer]:
     """`again`: whether texts may be looked at a second time; `least`: tokens that an answer has at least."""
     room = max(len(prompt.ids) for prompt in prompts) + max_new_tokens
-    memory: Memory | None = None
+    memory: ReadTexts | None = None
     for number, prompt in enumerate(prompts):
         begin = time.perf_counter()
         if memory is None or prompt.ids[: prompt.document] != memory.ids:
             record = Record(evidence_from=prompt.document) if on_chart is None else Chart(evidence_from=prompt.document)
-            memory = Memory.of(model, prompt, room, record, keep=len(prompts) > 1, on_progress=on_progress)
+            memory = ReadTexts.of(model, prompt, room, record, keep=len(prompts) > 1, on_progress=on_progress)
         read = time.perf_counter()
         looked = memory.look(model, tokenizer, prompt, evidence_count) if again else None
         if looked is not None:

@@ -11,10 +11,10 @@ from typing import Any
 
 import torch
 
-from mgam.documents.memory import Memory
 from mgam.documents.prompt import Prompt
+from mgam.documents.question_words import matches
+from mgam.documents.read_texts import ReadTexts
 from mgam.documents.second_look import Passages, best_together, passages, preference
-from mgam.documents.words import matches
 from mgam.engine import Record
 from mgam.integrations.transformers import Applied
 
@@ -41,7 +41,7 @@ def closer(model: Any, tokenizer: Any, short: Prompt, count: int = 3) -> Close |
         return None
     with applied.in_full(CHUNK):
         room = 2 * len(short.ids) - short.document
-        memory = Memory.of(model, short, room, Record(evidence_from=short.document), keep=True, on_progress=None)
+        memory = ReadTexts.of(model, short, room, Record(evidence_from=short.document), keep=True, on_progress=None)
         seen = memory.attended(model, short)
         score = preference(seen, memory.of_nothing(model, tokenizer, short), least=0.0)
     end = short.document, short.document

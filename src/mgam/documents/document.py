@@ -15,9 +15,9 @@ from torch import Tensor
 from mgam.documents import digesting
 from mgam.documents.asking import Answer
 from mgam.documents.chat import Chat
-from mgam.documents.memory import chosen_again, read_question
 from mgam.documents.models import check_model
 from mgam.documents.pool import Counts, Pool
+from mgam.documents.read_texts import chosen_again, read_question
 from mgam.documents.rehearsing import rehearse
 from mgam.documents.second_look import NEUTRAL, Passages, shares
 from mgam.documents.sources import Source, read_source

@@ -7,7 +7,7 @@ that one attends to, and the few passages in which they differ most are read in 
 headings of their sections. Heads that look things up stand in the middle layers, so these alone are asked. (Attention
 as a retriever: compare Ye et al. 2025, arXiv 2502.12962, which sums the last layer; setting it against another question
 is ours.) Names and numbers are told apart better by words than by attention, so words are asked as well
-(`mgam.documents.words`). What is read so is looked at once more, line by line (`mgam.documents.closer_look`).
+(`mgam.documents.question_words`). What is read so is looked at once more, line by line (`mgam.documents.closer_look`).
 """
 
 from __future__ import annotations

@@ -13,7 +13,7 @@ from torch import Tensor
 from mgam.lasting import lasting
 
 if TYPE_CHECKING:
-    from mgam.policies.now_triton import Now
+    from mgam.policies.one_token_triton import Now
 
 
 @dataclass(frozen=True)

@@ -18,7 +18,7 @@ from mgam.errors import SettingError
 from mgam.kernels import FLOAT8, capability, installed, serve
 from mgam.levels import Levels
 from mgam.policies.asked import Asked
-from mgam.policies.beside import begun
+from mgam.policies.second_stream import begun
 from mgam.pyramid import Pyramid
 
 PEAK = 224.0

@@ -12,7 +12,7 @@ import triton
 import triton.language as tl
 
 from mgam.chain_triton import chain
-from mgam.policies.now_triton import tell
+from mgam.policies.one_token_triton import tell
 
 FLOOR = tl.constexpr(-3.3e38)
 

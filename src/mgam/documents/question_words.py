@@ -33,38 +33,43 @@ def matches(question: str, places: Places, sources: Sequence[Source], chunks: in
         sources: the texts that `places` tells of.
         chunk: tokens of a chunk.
     """
-    words = sorted({word.lower() for word in _WORD.findall(question)})
-    score = torch.zeros(chunks, dtype=torch.float64)
+    words = list(dict.fromkeys(_WORD.findall(question)))
     if not words or not chunks:
-        return score
-    number = {word: place for place, word in enumerate(words)}
-    counts = torch.zeros(len(words), chunks, dtype=torch.float64)
+        return torch.zeros(chunks, dtype=torch.float64)
     told: dict[int, list[_Chunk]] = {}
     for place in range(chunks):
         found = places.place(place * chunk, (place + 1) * chunk)
         if found is not None:
             told.setdefault(id(found[0]), []).append((found[1], found[2], place))
+    counts = torch.zeros(len(words), chunks, dtype=torch.float64)
     for source in sources:
-        for first, last, word in _standing(source.text, told.get(id(source), []), words):
-            counts[number[word], first:last] += 1
+        _count(source.text, told.get(id(source), []), words, counts)
     among = (counts > 0).sum(1).double()
     rarity = torch.log((chunks - among + 0.5) / (among + 0.5)).clamp_min(0)
     return ((counts / (counts + REPEATED)) * rarity[:, None]).sum(0)
 
 
-def _standing(text: str, told: list[_Chunk], words: Sequence[str]) -> Iterator[tuple[int, int, str]]:
-    """Chunks [first, last) for which each occurrence of a word counts."""
+def _count(text: str, told: list[_Chunk], words: Sequence[str], counts: Tensor) -> None:
+    """Adds to counts (W, C) how often each word stands in each chunk of a text, or in the heading of its section."""
     if not told:
         return
     wanted = re.compile(rf"\b(?:{'|'.join(map(re.escape, words))})\b", re.IGNORECASE)
+    number = {word.casefold(): place for place, word in enumerate(words)}
     starts = [start for start, _, _ in told]
 
     def at(place: int) -> int:
         return told[max(0, bisect_right(starts, place) - 1)][2]
 
-    for found in wanted.finditer(text):
-        yield at(found.start()), at(found.start()) + 1, found[0].lower()
+    def standing(start: int, end: int) -> Iterator[tuple[int, int]]:
+        """Words and places; letters that are alike but for their case may make another word, which does not count."""
+        for found in wanted.finditer(text, start, end):
+            word = number.get(found[0].casefold())
+            if word is not None:
+                yield word, found.start()
+
+    own = [word * counts.shape[1] + at(place) for word, place in standing(0, len(text))]
+    counts += torch.bincount(torch.tensor(own, dtype=torch.int64), minlength=counts.numel()).view_as(counts)
     bounds = [start for start, _ in headings(text)]
     for (start, end), (first, last) in zip(headings(text), pairwise([*bounds, len(text)]), strict=True):
-        for word in {found[0].lower() for found in wanted.finditer(text, start, end)}:
-            yield at(first), at(max(first, last - 1)) + 1, word
+        for word in {word for word, _ in standing(start, end)}:
+            counts[word, at(first) : at(max(first, last - 1)) + 1] += 1

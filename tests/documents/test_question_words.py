@@ -8,8 +8,8 @@ import pytest
 import torch
 
 from mgam.documents.headings import heading, headings
+from mgam.documents.question_words import matches
 from mgam.documents.sources import Source
-from mgam.documents.words import matches
 
 LANDS = """All lands
 
@@ -87,6 +87,16 @@ def test_what_stands_everywhere_counts_nothing() -> None:
     score = told("the sea and the land. " * 40 + "the whale. ", "the whale", 22)
     assert int(score.argmax()) == 40
     assert score[:39].tolist() == [0.0] * 39
+
+
+@pytest.mark.parametrize(
+    ("text", "question"),
+    [("The Congreſs sat.", "congress"), ("Die Straße.", "STRASSE STRAßE"), ("İi ıI K k", "i k I K")],
+)
+def test_letters_that_are_alike_but_for_their_case(text: str, question: str) -> None:
+    score = told("Nothing here at all. " * 9 + text, question, 21)
+    assert int(score.argmax()) == 9
+    assert float(score[9]) > 0
 
 
 @pytest.mark.parametrize("question", ["", "?!", "nowhere", "a.b (c) [d"])

@@ -13,10 +13,10 @@ from transformers import DynamicCache
 
 from mgam.documents.evidence import Places
 from mgam.documents.prompt import Prompt
+from mgam.documents.question_words import matches
 from mgam.documents.second_look import NEUTRAL, Passages, best_first, passages, preference, shares
 from mgam.documents.sources import Source
 from mgam.documents.tokens import Frame
-from mgam.documents.words import matches
 from mgam.engine import Record
 from mgam.integrations.transformers import Applied, PyramidCache
 from mgam.integrations.transformers.call_size import call_size
@@ -24,7 +24,7 @@ from mgam.schedule import Schedule
 
 
 @dataclass
-class Memory:
+class ReadTexts:
     """Texts that were read, ready for one question after the other."""
 
     ids: list[int]
@@ -49,7 +49,7 @@ class Memory:
         *,
         keep: bool,
         on_progress: Callable[[int, int], None] | None,
-    ) -> Memory:
+    ) -> ReadTexts:
         applied: Applied | None = getattr(model, "_mgam_applied", None)
         cache: Any = DynamicCache(config=model.config.get_text_config(decoder=True))
         if applied is not None:
