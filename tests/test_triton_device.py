@@ -8,12 +8,14 @@ from dataclasses import replace
 import pytest
 import torch
 
-from mgam.engine import Plan, Reading, Record, read
+from mgam.engine import Reading, read
 from mgam.levels import Levels
+from mgam.plan import Plan
 from mgam.policies import Scored
 from mgam.policies.compact import Compact
 from mgam.positions import Positions, Rotary
 from mgam.pyramid import Pyramid
+from mgam.record import Record
 from mgam.schedule import Schedule
 from triton_cases import DEVICE, DTYPES, needs_triton
 

@@ -5,11 +5,8 @@ Policies, attention and caches do not know one another; they meet here.
 
 from __future__ import annotations
 
-from collections import defaultdict
-from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
-from functools import cache, cached_property
-from itertools import groupby
+from functools import cache
 from types import ModuleType
 from typing import TYPE_CHECKING
 
@@ -21,11 +18,13 @@ from mgam.attend import attend, watched
 from mgam.attend.dispatch import serving
 from mgam.cover import Cover, Known, dense_cover
 from mgam.levels import Levels
+from mgam.plan import Plan, Stage
 from mgam.policies.base import ByPlace, Heard, Policy
 from mgam.policies.scored import Scored
 from mgam.positions import Positions
 from mgam.pyramid import Pyramid
-from mgam.schedule import Blocks, Piece, Schedule
+from mgam.record import Record
+from mgam.schedule import Blocks, Schedule
 from mgam.segments import Segment, follow, padded
 
 if TYPE_CHECKING:
@@ -56,167 +55,6 @@ class Reading:
     def policy_of(self, blocks: Blocks) -> Policy:
         """Who chooses for these blocks."""
         return self.asking if blocks.asking and self.asking is not None else self.policy
-
-
-@dataclass(frozen=True)
-class Stage:
-    """What is read between two times at which tokens are forgotten."""
-
-    groups: tuple[tuple[bool, Blocks], ...]
-    begin: list[int]
-    """Where the first block of each row was decided, among those that are not dense; -1 for a row without any."""
-    read_to: list[int]
-    """Where the last block of each row ends; 0 for a row without any."""
-
-    @classmethod
-    def of(cls, groups: Sequence[tuple[bool, Blocks]], rows: int) -> Stage:
-        """The stage of these groups, of so many rows."""
-        begin, read_to = [-1] * rows, [0] * rows
-        for dense, blocks in groups:
-            places = zip(blocks.row.tolist(), blocks.decide.tolist(), blocks.stop.tolist(), strict=True)
-            for row, decide, stop in places:
-                read_to[row] = max(read_to[row], stop)
-                if not dense:
-                    begin[row] = decide if begin[row] < 0 else min(begin[row], decide)
-        return cls(tuple(groups), begin, read_to)
-
-
-@dataclass(frozen=True)
-class Plan:
-    """What one call computes: groups of query blocks of like size, and where each row's new tokens stand.
-
-    Shared by all layers of a model. `first[b]`: position of column 0 of the call in row b (negative under left
-    padding); `before[b]`: tokens that row b held before the call.
-    """
-
-    groups: tuple[tuple[bool, Blocks], ...]
-    first: Tensor
-    before: Tensor
-    columns: int
-    dense_to: Tensor
-    """Position up to which each row is read densely."""
-
-    @classmethod
-    def of(
-        cls,
-        schedules: Sequence[Schedule],
-        before: Sequence[int],
-        counts: Sequence[int],
-        columns: int,
-        dense_until: int,
-        first: Sequence[int] | None = None,
-        dense_prompt: bool = False,
-    ) -> Plan:
-        """Plans a call that adds `counts[b]` tokens to rows that hold `before[b]`, each row with its own schedule.
-
-        Rows stand at the right of the call's columns unless `first` says otherwise. With `dense_prompt`, what comes
-        before a schedule's last span is read densely.
-        """
-        sorted_pieces: dict[tuple[bool, bool, int], list[tuple[int, Piece]]] = defaultdict(list)
-        dense_to = [max(dense_until, schedule.prompt if dense_prompt else 0) for schedule in schedules]
-        for row, (schedule, old, new) in enumerate(zip(schedules, before, counts, strict=True)):
-            for piece in schedule.pieces(old, old + new, dense_to[row]):
-                size = piece.stop - piece.start
-                votes = piece.vote_to - piece.vote_from
-                asking = schedule.text is not None and piece.start >= schedule.text
-                sorted_pieces[piece.dense, asking, max(size, votes).bit_length()].append((row, piece))
-        groups = tuple((dense, Blocks.of(pieces, asking)) for (dense, asking, _), pieces in sorted_pieces.items())
-        if first is None:
-            first = [old + new - columns for old, new in zip(before, counts, strict=True)]
-        places = (torch.tensor(list(numbers), dtype=torch.int64) for numbers in (first, before, dense_to))
-        first_column, held, dense_end = places
-        return cls(groups, first_column, held, columns, dense_end)
-
-    def fills(self, queries: Tensor) -> bool:
-        """Whether every column of a call (B, Hq, L, D) belongs to a block."""
-        return self.held == queries.shape[0] * queries.shape[2]
-
-    @cached_property
-    def held(self) -> int:
-        """Queries of all blocks."""
-        return sum(int(blocks.length.sum()) for _, blocks in self.groups)
-
-    @cached_property
-    def newest(self) -> Blocks | None:
-        """The blocks of a call in which each row has one new token that chooses for itself; None for any other call."""
-        dense, blocks = self.groups[0] if len(self.groups) == 1 else (True, None)
-        if dense or blocks is None or self.columns != 1 or blocks.size != 1 or blocks.votes != 1:
-            return None
-        return blocks if torch.equal(blocks.row, torch.arange(len(self.before))) else None
-
-    @cached_property
-    def at_once(self) -> list[Stage]:
-        """First what is dense, then all the rest."""
-        halves = [tuple(group for group in self.groups if group[0] == dense) for dense in (True, False)]
-        return [Stage.of(groups, len(self.before)) for groups in halves if groups]
-
-    @cached_property
-    def by_block(self) -> list[Stage]:
-        """First what is dense, then the n-th block of every row together."""
-        found: dict[int, list[tuple[bool, Blocks]]] = defaultdict(list)
-        rest = sorted(place for dense, blocks in self.groups if not dense for place in blocks.places())
-        number: dict[tuple[int, int], int] = {}
-        for _, places in groupby(rest, key=lambda place: place[0]):
-            number |= {place: count for count, place in enumerate(places, start=1)}
-        for dense, blocks in self.groups:
-            stage = [0 if dense else number[place] for place in blocks.places()]
-            for one in sorted(set(stage)):
-                found[one].append((dense, blocks[torch.tensor([other == one for other in stage])]))
-        return [Stage.of(found[one], len(self.before)) for one in sorted(found)]
-
-
-@dataclass
-class Record:
-    """What reading cost and what it rested on. Filled while `watch` is set.
-
-    Sums are kept where they were made, so that counting does not wait for the device.
-    """
-
-    queries: float = 0.0
-    """Queries counted, summed over layers."""
-    evidence_from: int | None = None
-    """Queries from this position on have their attention to opened chunks recorded."""
-    _entries: Tensor | None = None
-    _mass: dict[int, Tensor] = field(default_factory=dict)
-
-    @property
-    def entries(self) -> list[float]:
-        """Entries read per level, summed over queries and layers, averaged over KV heads."""
-        return [] if self._entries is None else self._entries.tolist()
-
-    @property
-    def mass(self) -> dict[int, Tensor]:
-        """Per layer: attention mass of each chunk of level 1, (H, C), of the queries from `evidence_from` on."""
-        return {layer: mass.cpu() for layer, mass in self._mass.items()}
-
-    def count(self, cover: Cover, blocks: Blocks, layer: int = 0) -> None:
-        """Adds what a layer's blocks read."""
-        found = cover.counted(blocks)
-        self._entries = found if self._entries is None else self._entries.to(found.device) + found
-        self.queries += float(blocks.length.sum())
-
-    def shows(self, blocks: Blocks, cover: Cover) -> bool:
-        """Whether the attention to opened chunks is wanted of any of these blocks."""
-        from_here = self.evidence_from
-        return from_here is not None and cover.opened.shape[-1] > 0 and int(blocks.start.max()) >= from_here
-
-    def add(self, layer: int, blocks: Blocks, cover: Cover, mass: Tensor | None) -> None:
-        """Adds what a layer's blocks read, and the attention mass (N, H, K) of opened chunks where it `shows`."""
-        self.count(cover, blocks, layer)
-        if mass is not None and self.evidence_from is not None and self.shows(blocks, cover):
-            answering = blocks.on(mass.device).start >= self.evidence_from
-            chunks = int(blocks.stop.max()) // cover.levels.chunk
-            self.attribute(layer, cover, mass * answering[:, None, None], chunks)
-
-    def attribute(self, layer: int, cover: Cover, mass: Tensor, chunks: int) -> None:
-        """Adds the mass (N, H, K) of opened chunks, all of them before chunk `chunks`."""
-        heads = cover.opened.shape[1]
-        kept = self._mass.get(layer, mass.new_zeros(heads, 0, dtype=torch.float32))
-        if chunks > kept.shape[1]:
-            kept = torch.nn.functional.pad(kept, (0, chunks - kept.shape[1]))
-        for index, block_mass in zip(cover.opened, mass.float(), strict=True):  # one by one: no chunk twice at a time
-            kept.scatter_add_(1, index.clamp_min(0), block_mass * (index >= 0))
-        self._mass[layer] = kept
 
 
 def read(

@@ -11,8 +11,9 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from mgam.cover import Cover
-from mgam.engine import Plan, read
+from mgam.engine import read
 from mgam.levels import Levels
+from mgam.plan import Plan
 from mgam.policies import Scored, Voters
 from mgam.pyramid import Pyramid
 from mgam.schedule import Blocks, Schedule

@@ -6,8 +6,8 @@ import pytest
 import torch
 
 from mgam.attend import blockwise
-from mgam.engine import Record
 from mgam.pyramid import Pyramid
+from mgam.record import Record
 
 from .oracle import blocks_of, covered, reads
 from .trial import GROUP, HEADS, SCALE, Trial

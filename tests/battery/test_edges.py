@@ -9,7 +9,8 @@ import pytest
 import torch
 from torch import Tensor
 
-from mgam.engine import Plan, history, read
+from mgam.engine import history, read
+from mgam.plan import Plan
 from mgam.pyramid import Pyramid
 from mgam.schedule import Lookahead, Schedule
 

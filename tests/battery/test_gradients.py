@@ -7,7 +7,8 @@ import torch
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
-from mgam.engine import Plan, read
+from mgam.engine import read
+from mgam.plan import Plan
 from mgam.policies import Policy
 from mgam.pyramid import Pyramid
 from mgam.schedule import Lookahead

@@ -11,7 +11,8 @@ from torch.utils._pytree import tree_leaves
 
 from mgam import engine
 from mgam.attend import blockwise
-from mgam.engine import Plan, read
+from mgam.engine import read
+from mgam.plan import Plan
 from mgam.policies import eviction
 from mgam.pyramid import Pyramid
 from mgam.schedule import Lookahead

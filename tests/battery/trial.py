@@ -13,11 +13,13 @@ from torch import Tensor
 
 from mgam.attend.dispatch import BACKENDS
 from mgam.cover import Cover
-from mgam.engine import Plan, Reading, Record, history, read
+from mgam.engine import Reading, history, read
 from mgam.levels import Levels
+from mgam.plan import Plan
 from mgam.policies import Policy, Voters
 from mgam.positions import Positions, Rotary
 from mgam.pyramid import Pyramid
+from mgam.record import Record
 from mgam.schedule import Blocks, Lookahead, Schedule
 
 from .cases import Case

@@ -9,12 +9,14 @@ from battery.cases import CASES
 from battery.oracle import blocks_of, reads
 from battery.trial import GROUP, HEADS, SCALE, Trial
 from mgam import engine
-from mgam.engine import Plan, Reading, Record, read
+from mgam.engine import Reading, read
 from mgam.errors import SettingError
 from mgam.levels import Levels
+from mgam.plan import Plan
 from mgam.policies import Scored
 from mgam.policies.compact import Compact, CompactKeys
 from mgam.pyramid import Pyramid
+from mgam.record import Record
 from mgam.schedule import Schedule
 
 TOKENS = 70

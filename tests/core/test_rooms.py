@@ -13,7 +13,7 @@ ROOMS = [
     ("levels", "schedule", "positions", "merge", "kernels", "processes", "threads", "lasting", "words", "chain_triton"),
     ("pyramid", "pyramid_triton", "cover"),
     ("attend", "policies"),
-    ("settings", "segments", "engine", "device", "step"),
+    ("settings", "segments", "plan", "record", "engine", "device", "step"),
     ("methods", "nn"),
     ("integrations",),
     ("documents",),

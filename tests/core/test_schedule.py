@@ -8,8 +8,9 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from mgam.engine import Plan, history
+from mgam.engine import history
 from mgam.errors import SettingError
+from mgam.plan import Plan
 from mgam.schedule import Blocks, Piece, Schedule, Span
 
 examples = settings(max_examples=150, deadline=None, derandomize=True, database=None)

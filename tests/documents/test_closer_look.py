@@ -14,7 +14,7 @@ from mgam.documents.evidence import Evidence
 from mgam.documents.prompt import build
 from mgam.documents.second_look import best_first, best_together
 from mgam.documents.sources import Source
-from mgam.engine import Record
+from mgam.record import Record
 
 from . import tiny
 

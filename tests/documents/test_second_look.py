@@ -15,8 +15,8 @@ from mgam.documents.rehearsing import ask_once, rehearse
 from mgam.documents.second_look import NEUTRAL, passages, preference, shares
 from mgam.documents.sources import Source
 from mgam.documents.store import neutral, verify
-from mgam.engine import Record
 from mgam.errors import SettingError
+from mgam.record import Record
 
 from . import tiny
 from .conftest import Command, Make

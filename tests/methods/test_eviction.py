@@ -8,9 +8,10 @@ import pytest
 import torch
 from torch import Tensor
 
-from mgam.engine import Plan, Reading, read
+from mgam.engine import Reading, read
 from mgam.errors import SettingError
 from mgam.levels import Levels
+from mgam.plan import Plan
 from mgam.policies import Policy, Window
 from mgam.policies.eviction import HeavyHitters, Sliding, SnapKV
 from mgam.pyramid import Pyramid

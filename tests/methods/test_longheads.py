@@ -7,9 +7,10 @@ import torch
 from torch import Tensor
 
 from mgam import methods
-from mgam.engine import Plan, Reading, read
+from mgam.engine import Reading, read
 from mgam.errors import SettingError
 from mgam.levels import Levels
+from mgam.plan import Plan
 from mgam.policies.heads import ByChunkKey, ChunkKeys
 from mgam.positions import Positions, Rotary, rotate
 from mgam.pyramid import Pyramid

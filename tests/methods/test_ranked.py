@@ -6,8 +6,9 @@ import pytest
 import torch
 
 from mgam import methods
-from mgam.engine import Plan, Reading, read
+from mgam.engine import Reading, read
 from mgam.levels import Levels
+from mgam.plan import Plan
 from mgam.policies import Voters
 from mgam.policies.ranked import Boxes, ByBound, ByMean
 from mgam.pyramid import Pyramid

@@ -20,7 +20,7 @@ from torch import Tensor
 
 import mgam
 from mgam import PyramidCache
-from mgam.engine import Record
+from mgam.record import Record
 from mgam.schedule import Schedule
 
 from .zoo import ENOUGH, SMALL, VOCABULARY, Tiny, tokens

@@ -19,11 +19,11 @@ from safetensors.torch import load_file, save_file
 
 import mgam
 from documents.tiny import make_plain_model, make_tokenizer
-from mgam.engine import Record
 from mgam.errors import DocumentError, SettingError
 from mgam.levels import Levels
 from mgam.policies.files import FittedPolicy, ModelShape
 from mgam.policies.learned import Learned
+from mgam.record import Record
 from mgam.schedule import Schedule
 from mgam.training.checkpoints import last_whole
 from mgam.training.fit import Fitting, FittingError, fit

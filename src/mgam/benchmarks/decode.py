@@ -19,7 +19,7 @@ from mgam.benchmarks.machine import Machine, graphed, timed
 from mgam.benchmarks.setting import Row, Setting, built, rated, reading_of, row_of, states
 from mgam.cover import Cover, dense_cover
 from mgam.device import choose, decode
-from mgam.engine import Plan
+from mgam.plan import Plan
 from mgam.policies import Scored
 from mgam.policies.compact import CompactKeys
 from mgam.policies.one_token_triton import Now

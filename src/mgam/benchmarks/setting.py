@@ -10,8 +10,9 @@ from torch import Tensor
 
 from mgam.benchmarks.machine import Machine, Timing
 from mgam.cover import Cover
-from mgam.engine import Plan, Reading
+from mgam.engine import Reading
 from mgam.levels import Levels
+from mgam.plan import Plan
 from mgam.policies import Scored, Voters
 from mgam.policies.compact import Compact
 from mgam.positions import Positions, Rotary

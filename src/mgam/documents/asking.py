@@ -19,11 +19,11 @@ from mgam.documents.prompt import Prompt, build
 from mgam.documents.read_texts import ReadTexts
 from mgam.documents.second_look import Passages
 from mgam.documents.sources import Source
-from mgam.engine import Record
 from mgam.errors import DocumentError
 from mgam.integrations.memory import peak_memory_bytes
 from mgam.integrations.transformers import Applied
 from mgam.integrations.transformers.apply import applied_to
+from mgam.record import Record
 
 
 @dataclass(frozen=True)

@@ -14,8 +14,8 @@ import torch
 from torch import Tensor
 
 from mgam.cover import Cover
-from mgam.engine import Record
 from mgam.errors import DocumentError
+from mgam.record import Record
 from mgam.schedule import Blocks
 
 if TYPE_CHECKING:

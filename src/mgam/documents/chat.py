@@ -14,9 +14,9 @@ from mgam.documents.confidence import Watch, confidence, is_found
 from mgam.documents.evidence import find_evidence
 from mgam.documents.second_look import Passages
 from mgam.documents.tokens import Frame, Places, encode
-from mgam.engine import Record
 from mgam.integrations.memory import peak_memory_bytes
 from mgam.integrations.transformers.apply import applied_to
+from mgam.record import Record
 from mgam.schedule import Span
 
 if TYPE_CHECKING:

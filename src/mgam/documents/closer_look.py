@@ -15,8 +15,8 @@ from mgam.documents.prompt import Prompt
 from mgam.documents.question_words import matches
 from mgam.documents.read_texts import ReadTexts
 from mgam.documents.second_look import Passages, best_together, passages, preference
-from mgam.engine import Record
 from mgam.integrations.transformers import Applied
+from mgam.record import Record
 
 CHUNK = 16
 """Tokens of which the attention is told: about a line."""

@@ -27,11 +27,11 @@ from mgam.documents.store.store import Store, changed
 from mgam.documents.taking_up import prepare, take_up
 from mgam.documents.tiers import HostPages, parse_memory, slots_for
 from mgam.documents.tokens import Frame, Places, Tokens, encode
-from mgam.engine import Record
 from mgam.errors import DigestError, DocumentError, SettingError
 from mgam.integrations import warming
 from mgam.integrations.transformers.apply import Applied, applied_to, apply
 from mgam.integrations.transformers.cache import Bookmark, PyramidCache
+from mgam.record import Record
 from mgam.schedule import Schedule, Span
 from mgam.settings import Settings
 from mgam.threads import quick_turns

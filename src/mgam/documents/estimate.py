@@ -16,10 +16,11 @@ from typing import Any
 
 import torch
 
-from mgam.engine import Plan, read
+from mgam.engine import read
 from mgam.integrations.memory import available_bytes, refuse_if_too_large
 from mgam.integrations.transformers import Applied
 from mgam.integrations.transformers.call_size import call_size
+from mgam.plan import Plan
 from mgam.policies.base import keeps_state
 from mgam.pyramid import Pyramid
 from mgam.schedule import Schedule

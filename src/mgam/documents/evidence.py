@@ -8,8 +8,8 @@ from typing import Protocol
 import torch
 
 from mgam.documents.sources import Source
-from mgam.engine import Record
 from mgam.levels import Levels
+from mgam.record import Record
 
 
 @dataclass(frozen=True)

@@ -17,9 +17,9 @@ from mgam.documents.question_words import matches
 from mgam.documents.second_look import NEUTRAL, Passages, best_first, passages, preference, shares
 from mgam.documents.sources import Source
 from mgam.documents.tokens import Frame
-from mgam.engine import Record
 from mgam.integrations.transformers import Applied, PyramidCache
 from mgam.integrations.transformers.call_size import call_size
+from mgam.record import Record
 from mgam.schedule import Schedule
 
 

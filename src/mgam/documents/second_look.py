@@ -25,7 +25,7 @@ from torch.nn.functional import pad
 from mgam.documents.evidence import Evidence, Places
 from mgam.documents.headings import heading
 from mgam.documents.sources import Source
-from mgam.engine import Record
+from mgam.record import Record
 
 NEUTRAL = "What does the text say?"
 """A question that asks for nothing: what it attends to, any question does."""

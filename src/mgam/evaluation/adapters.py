@@ -168,8 +168,8 @@ class ModelReader:
 
         if self._method == DENSE:
             return DynamicCache(config=self._model.config.get_text_config(decoder=True)), None
-        from mgam.engine import Record
         from mgam.integrations.transformers import PyramidCache
+        from mgam.record import Record
         from mgam.schedule import Schedule
 
         schedule = Schedule.uniform(self._model._mgam_applied.settings.block, "none")

@@ -83,8 +83,8 @@ def _open_cache(model: Any, prompts: Sequence[Prompt], columns: int) -> tuple[An
         from transformers import DynamicCache
 
         return DynamicCache(config=model.config.get_text_config(decoder=True)), None
-    from mgam.engine import Record
     from mgam.integrations.transformers import PyramidCache
+    from mgam.record import Record
     from mgam.schedule import Schedule
 
     chosen = applied.settings

@@ -6,10 +6,11 @@ from typing import Any, Literal
 
 from torch import Tensor
 
-from mgam.engine import Plan, Reading, history, read
+from mgam.engine import Reading, history, read
 from mgam.errors import SettingError
 from mgam.levels import Levels
 from mgam.nn.base import Seen, SelfAttention, above
+from mgam.plan import Plan
 from mgam.policies import Dyadic, Policy, Scored
 from mgam.pyramid import Pyramid
 from mgam.schedule import Schedule

@@ -14,12 +14,13 @@ from transformers import GenerationMixin
 
 from mgam import methods
 from mgam.attend.dispatch import check_name
-from mgam.engine import Plan, Reading
+from mgam.engine import Reading
 from mgam.errors import SettingError, UnsupportedModelError
 from mgam.integrations.transformers import attention, low_rank, prefill
 from mgam.integrations.transformers.fitted import adapters_of, fit_to
 from mgam.integrations.transformers.models import Architecture, Attention, architecture, attention_layers
 from mgam.levels import Levels
+from mgam.plan import Plan
 from mgam.policies import PerLayer, Policy
 from mgam.policies.base import of_layer
 from mgam.policies.fixed import Opened

@@ -8,12 +8,12 @@ from typing import TYPE_CHECKING, Any
 
 from transformers.cache_utils import DynamicCache
 
-from mgam.engine import Record
 from mgam.errors import UnsupportedModelError
 from mgam.integrations.transformers.pyramid_layer import PyramidLayer
 from mgam.integrations.transformers.recent_layer import RecentLayer
 from mgam.integrations.transformers.rows_layer import RowsLayer
 from mgam.policies.base import keeps_state
+from mgam.record import Record
 from mgam.schedule import Schedule
 
 if TYPE_CHECKING:

@@ -9,12 +9,14 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from mgam.engine import Plan, Record, history
+from mgam.engine import history
 from mgam.errors import UnsupportedModelError
 from mgam.integrations.transformers.rows_layer import RowsLayer
 from mgam.integrations.transformers.tail import Tail
 from mgam.levels import Levels
+from mgam.plan import Plan
 from mgam.pyramid import Pyramid
+from mgam.record import Record
 from mgam.schedule import Schedule, Span
 
 SPARE = 16
