@@ -4,8 +4,9 @@
 
 `inside`: within the trained window, against dense and the training-free search, `lookahead=none`. `far`: the same
 1,024 target tokens, preceded by ever longer texts. `recall`: a share of attention to keep, against a fixed budget of
-the same mean cost, and how far budgets spread. `mass`: on the TUNE split, what ways to read the rest cost at 8k and at
-128k. MODEL - is the default model.
+the same mean cost, and how far budgets spread. `windows`: a wider window beside the same budget, against dense. `mass`:
+on the TUNE split, what ways to read the rest cost at 8k and at 128k. `windows:tune`, as any part, is read of the TUNE
+split. MODEL - is the default model.
 """
 
 from __future__ import annotations
@@ -143,19 +144,35 @@ def recall(model: Any, policy: str, documents: list[Document], window: int) -> I
                "cost": round(float(torch.cat(found, 1)[0].mean()), 1), "losses": losses}  # fmt: skip
 
 
+def windows(model: Any, policy: str, documents: list[Document], window: int) -> Iterator[dict[str, Any]]:
+    """As `inside`, dense and with two windows beside a budget of 1,024; what each costs over dense."""
+    texts = stretches(documents, window, 8)
+    mgam.remove(model)
+    dense = [loss(model, ids, window - window // 4) for ids in texts]
+    yield {"what": "windows", "how": "dense", "tokens": window, **mean(dense), "losses": dense}
+    for wide in (512, 768):
+        mgam.apply(model, budget=1024, window=wide, policy=policy, lookahead="none", dense_until=window // 4)
+        found = [loss(model, ids, window - window // 4) for ids in texts]
+        over = mean([one - other for one, other in zip(found, dense, strict=True)])
+        yield {"what": "windows", "how": f"window={wide}", "tokens": window, **mean(found), "over": over,
+               "percent": round(100 * (sum(found) / sum(dense) - 1), 3), "losses": found}  # fmt: skip
+
+
 def main() -> None:
     """Runs what is named and writes lines as they come."""
     name, policy, out, *parts = sys.argv[1:]
     loaded = load(None if name == "-" else name)
     model: Any = loaded.model
     window = min(8192, model.config.max_position_embeddings)
-    makers = {"inside": inside, "far": far, "mass": mass, "recall": recall}
+    makers = {"inside": inside, "far": far, "mass": mass, "recall": recall, "windows": windows}
     with Path(out).open("a", encoding="utf-8") as file:
         file.write(json.dumps({"run": {**conditions(str(model.device)), "dtype": str(model.dtype)}}) + "\n")
         for part in parts:
-            documents = read_documents(["novels"], loaded.tokenizer, "tune" if part == "mass" else "test")
-            for line in makers[part](model, policy, documents, window):
-                file.write(json.dumps({"model": model.name_or_path, **line}) + "\n")
+            what, _, asked = part.partition(":")
+            split: Any = asked or ("tune" if what == "mass" else "test")
+            documents = read_documents(["novels"], loaded.tokenizer, split)
+            for line in makers[what](model, policy, documents, window):
+                file.write(json.dumps({"model": model.name_or_path, "split": split, **line}) + "\n")
                 file.flush()
                 print({key: value for key, value in line.items() if key != "losses"}, flush=True)
 

@@ -1,70 +1,25 @@
-"""The command line: what it prints, what it refuses, and with which exit code."""
+"""`mgam ask`: what it prints, what it refuses, and with which exit code."""
 
 from __future__ import annotations
 
 import io
 import json
-import logging
-import os
-import subprocess
 import sys
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import pytest
 
 import mgam
-from mgam.cli import run
-from mgam.cli.ask import quiet_libraries
 from mgam.documents import asking
 from mgam.documents.asking import Answer
 from mgam.documents.estimate import Estimate
 from mgam.documents.evidence import Evidence
-from mgam.errors import SettingError, UnsupportedModelError
+from mgam.errors import UnsupportedModelError
 from mgam.integrations import loading
 
-QUESTION = "Who keeps the lighthouse?"
-
-
-class Outcome(NamedTuple):
-    code: int
-    out: str
-    err: str
-
-    @property
-    def line(self) -> str:
-        """The one line on standard error, which never is a traceback."""
-        assert self.err.endswith("\n")
-        assert self.err.count("\n") == 1, self.err
-        return self.err
-
-    @property
-    def error(self) -> dict[str, str]:
-        """The error of `--json`: the only thing on standard output."""
-        found = json.loads(self.out)
-        assert list(found) == ["error"]
-        return found["error"]
-
-
-Command = Callable[..., Outcome]
-
-
-@pytest.fixture
-def command(capsys: pytest.CaptureFixture[str]) -> Command:
-    def call(*words: str) -> Outcome:
-        code = run(words)
-        captured = capsys.readouterr()
-        return Outcome(code, captured.out, captured.err)
-
-    return call
-
-
-@pytest.fixture
-def text(tmp_path: Path) -> str:
-    path = tmp_path / "island.txt"
-    path.write_text("The lighthouse on the island is kept by Ada. " * 20)
-    return str(path)
+from .conftest import QUESTION, Command
 
 
 class FakeTokenizer:
@@ -302,36 +257,6 @@ def test_whatever_happens_while_reading(
     assert (as_json.code, as_json.error["kind"]) == (code, kind)
 
 
-@pytest.mark.parametrize(
-    ("words", "said"),
-    [
-        ("patterns --device abacus", "device 'abacus' is not to be had here"),
-        ("eval --tasks passkey --results FOLDER", "FOLDER is a folder, and a file is wanted"),
-        ("eval --tasks passkey --export FILE", "FILE is a file, and a folder is wanted"),
-        ("eval --tasks passkey --report FOLDER/a.html", "FOLDER/a.html would write over the results"),
-        ("eval --tasks passkey --report /proc/x.html", "/proc/x.html cannot be written"),
-        ("eval --tasks passkey --report FILE/x.html", "FILE/x.html cannot be written"),
-        ("report FILE --to FILE/x.html", "FILE/x.html cannot be written"),
-        ("bench --methods mgam --out FILE", "FILE is a file, and a folder is wanted"),
-        ("digest FILE -o FILE/x", "FILE/x cannot be written"),
-        ("fit --data FILE -o FILE", "FILE is a file, and a folder is wanted"),
-    ],
-)
-def test_where_nothing_can_be_written_is_said_before_the_work(
-    command: Command, text: str, tmp_path: Path, words: str, said: str
-) -> None:
-    if "/proc" in words and not Path("/proc/self").exists():
-        pytest.skip("this system has no /proc")
-    given = words.replace("FILE", text).replace("FOLDER", str(tmp_path)).split()
-    if "would write over" in said:
-        given += ["--results", str(tmp_path / "a.json")]
-    before = Path(text).read_text()
-    done = command(*given)
-    assert done.code == 2
-    assert said.replace("FILE", text).replace("FOLDER", str(tmp_path)) in done.line
-    assert Path(text).read_text() == before
-
-
 def test_a_path_that_fails_while_working_is_no_fault_of_mgam(
     command: Command, calls: dict[str, Any], text: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -339,43 +264,6 @@ def test_a_path_that_fails_while_working_is_no_fault_of_mgam(
     error = command("ask", text, QUESTION, "--json").error
     assert error["kind"] == "FileError"
     assert f"{Path(text, 'x')} cannot be read or written" in error["message"]
-
-
-@pytest.mark.parametrize(
-    ("words", "said"),
-    [
-        ("--methods mgam --budget 2048", "--budget does not count with --methods"),
-        ("--methods mgam --heads x --name y", "does not count with --methods"),
-        ("--device cpu", "--device counts only with --methods"),
-        ("--phases nosuch", "phases nosuch are unknown"),
-        ("--heads 8,3", "KV heads that divide them"),
-        ("--budget -1", "--budget is -1"),
-        ("--window -4", "--window is -4"),
-        ("--bits 3", "--bits is 3"),
-        ("--every 0", "every=0"),
-        ("--positions zzz", "--positions is 'zzz'"),
-        ("--methods mgam --lengths 128,3", "64 tokens is the shortest"),
-    ],
-)
-def test_bench_refuses_what_does_not_count_or_cannot_be(command: Command, words: str, said: str) -> None:
-    done = command("bench", *words.split())
-    assert (done.code, done.out) == (2, "")
-    assert said in done.line
-
-
-def test_bench_says_that_it_cannot_draw_before_it_times(
-    command: Command, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    def refuse() -> None:
-        raise SettingError("pictures need matplotlib")
-
-    monkeypatch.setattr("torch.cuda.is_available", lambda: True)
-    monkeypatch.setattr("mgam.benchmarks.plots.pyplot", refuse)
-    monkeypatch.setattr("mgam.benchmarks.suite.run", lambda *_, **__: 1 / 0)
-    done = command("bench", "--out", str(tmp_path / "there"))
-    assert (done.code, done.out) == (2, "")
-    assert "pictures need matplotlib" in done.line
-    assert not (tmp_path / "there").exists()
 
 
 def test_debug_shows_where(command: Command, calls: dict[str, Any], text: str, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -394,107 +282,3 @@ def test_too_little_memory(command: Command, calls: dict[str, Any], text: str, m
     done = command("ask", text, QUESTION, "--json")
     assert (done.code, done.error["kind"]) == (2, "MemoryBudgetError")
     assert "ask" not in calls
-
-
-def test_env(command: Command) -> None:
-    facts = json.loads(command("env", "--json").out)
-    assert facts["packages"]["mgam"] == mgam.__version__
-    assert facts["packages"]["torch"]
-    assert facts["system"]["cores"] >= 1
-    assert facts["memory"]["total_bytes"] > facts["memory"]["available_bytes"] > 0
-    shown = command("env")
-    assert shown.code == 0
-    assert "transformers:" in shown.out
-
-
-def test_methods(command: Command) -> None:
-    listed = json.loads(command("methods", "--json").out)
-    assert {"mgam", "dense"} <= {method["name"] for method in listed}
-    assert all("causal" in method for method in listed)
-    assert "mgam:" in command("methods").out
-
-
-def completed(words: str) -> list[str]:
-    """What a shell offers for the last of some words, by the script that `--show-completion` prints for it."""
-    environment = {
-        **os.environ,
-        "PYTHONPATH": str(Path(mgam.__file__).parents[1]),
-        "_MGAM_COMPLETE": "complete_bash",
-        "COMP_WORDS": words,
-        "COMP_CWORD": str(len(words.split(" ")) - 1),
-    }
-    done = subprocess.run([sys.executable, "-m", "mgam"], env=environment, capture_output=True, text=True, timeout=60)
-    assert done.stderr == ""
-    return done.stdout.split()
-
-
-def test_shell_completion() -> None:
-    assert completed("mgam me") == ["methods"]
-    assert {"ask", "digest", "env"} <= set(completed("mgam "))
-    assert completed("mgam ask book.txt --posit") == ["--positions"]
-    assert completed("mgam ask book.txt --positions ") == ["granular", "absolute"]
-
-
-def test_shell_completion_can_be_installed(command: Command, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("shellingham.detect_shell", lambda: ("bash", "/bin/bash"), raising=False)
-    script = command("--show-completion", "bash").out
-    assert "_MGAM_COMPLETE=complete_bash" in script
-    assert "--install-completion" in command("--help").out
-
-
-def test_version_and_help(command: Command) -> None:
-    assert command("--version").out == f"mgam {mgam.__version__}\n"
-    assert command().out == command("--help").out
-    assert "QUESTION" in command("ask", "--help").out
-    unknown = command("aks")
-    assert (unknown.code, unknown.out) == (2, "")
-    assert "aks" in unknown.line
-
-
-def test_data_without_a_command_shows_its_help(command: Command) -> None:
-    shown = command("data")
-    assert (shown.code, shown.err) == (0, "")
-    assert shown.out == command("data", "--help").out
-    assert "fetch" in shown.out
-
-
-def test_libraries_are_kept_quiet() -> None:
-    quiet_libraries()
-    assert logging.getLogger("bitsandbytes.backends.cpu.ops").getEffectiveLevel() == logging.ERROR
-
-
-def test_eval_keeps_libraries_quiet(command: Command, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.delenv("TQDM_DISABLE", raising=False)
-    assert "unknown task" in command("eval", "--tasks", "nosuch").line
-    assert os.environ["TQDM_DISABLE"] == "1"
-
-
-def mgam_process(*words: str, **options: Any) -> subprocess.Popen[str]:
-    root = Path(mgam.__file__).parents[1]
-    environment = {**os.environ, "PYTHONPATH": str(root), "PYTHONUNBUFFERED": "1"}
-    return subprocess.Popen(
-        [sys.executable, "-m", "mgam", *words], env=environment, text=True, stdout=subprocess.PIPE,
-        stderr=subprocess.PIPE, **options,
-    )  # fmt: skip
-
-
-def test_help_does_not_import_torch() -> None:
-    program = "import sys; from mgam.cli import run; run(['ask', '--help']); sys.exit('torch' in sys.modules)"
-    environment = {**os.environ, "PYTHONPATH": str(Path(mgam.__file__).parents[1])}
-    assert subprocess.run([sys.executable, "-c", program], env=environment, capture_output=True).returncode == 0
-
-
-def test_a_reader_that_leaves_early_is_no_error() -> None:
-    process = mgam_process("methods", "--json")
-    assert process.stdout is not None
-    process.stdout.close()
-    assert process.stderr is not None
-    assert "Traceback" not in process.stderr.read()
-    process.wait(timeout=60)
-
-
-def test_missing_file_from_the_shell() -> None:
-    process = mgam_process("ask", "nowhere.txt", QUESTION)
-    out, err = process.communicate(timeout=60)
-    assert (process.returncode, out) == (2, "")
-    assert err == "mgam: nowhere.txt does not exist; check the name, or give - for standard input\n"
