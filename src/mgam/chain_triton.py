@@ -7,21 +7,27 @@ takes passes while the kernel before is at work.
 
 from __future__ import annotations
 
+from functools import cache
+
+import torch
 import triton
 
 try:
     from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
-except ImportError:  # an older Triton: nothing is chained
+except ImportError:  # an older Triton, by which nothing is chained
     gdc_launch_dependents = gdc_wait = None
 
-CHAINED = False
-"""Whether the kernels of a decode are chained. A script found 5 to 12 microseconds saved a call on an H200, and the
-same results; the tests have not run with it there."""
 
-
-def chained(wanted: bool) -> dict[str, bool]:
+def chained(wanted: bool, device: torch.device) -> dict[str, bool]:
     """Options of a launch that is chained where it is `wanted`, and where that is possible."""
-    return {"CHAINED": True, "launch_pdl": True} if wanted and CHAINED and gdc_wait else {"CHAINED": False}
+    return {"CHAINED": True, "launch_pdl": True} if wanted and _possible(device) else {"CHAINED": False}
+
+
+@cache
+def _possible(device: torch.device) -> bool:
+    if gdc_wait is None or device.type != "cuda" or torch.version.hip is not None:
+        return False
+    return torch.cuda.get_device_capability(device) >= (9, 0)
 
 
 @triton.jit

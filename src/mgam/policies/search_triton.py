@@ -172,7 +172,7 @@ def _logits(asked: Asked, chunks: int) -> tuple[Tensor, Tensor]:
         *tables, M=voters, S=places, D=short, BLOCK_M=16, BLOCK_C=each, BLOCK_D=_block(short), WIDE=wide,
         BLOCK_W=_block(dim), MOST=224.0, NOW=now is not None, WINDOW=now.window if now else 0,
         CHUNK=now.levels.chunk if now else 1, EARLY=early, ALIKE=asked.factor is None, num_warps=tiles.warps,
-        num_stages=tiles.stages, **chained(now is not None),
+        num_stages=tiles.stages, **chained(now is not None, device),
     )  # fmt: skip
     return logits, parts
 
@@ -297,7 +297,7 @@ def _at_once(
         M=m, V=live.shape[1], BLOCK_T=max(16, power_of_2(tiles)), BLOCK_M=min(4, power_of_2(m)),
         CHUNK=levels.chunk, TOP=levels.top, RATIOS=ratios, FIELDS=fields, WIDE=fields[-1] > 31,
         FAR=sum(sizes) >= 1 << 31, REST=whole, BLOCK=size, BLOCK_K=power_of_2(max(rooms)),
-        num_warps=max(1, min(16, size // RANKED[voters is None])), **chained(voters is not None),
+        num_warps=max(1, min(16, size // RANKED[voters is None])), **chained(voters is not None, found.device),
     )  # fmt: skip
     index, places = (
         tuple(part.view(count, heads, room) for part, room in zip(whole.split(sizes), rooms, strict=True))
