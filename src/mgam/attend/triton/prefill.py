@@ -17,6 +17,8 @@ from mgam.merge import Part
 
 FAR_BYTES = 1 << 30
 """Gathered keys and values kept at a time."""
+OPEN_TILES, OPEN_WARPS = 8, 8
+"""Tiles of opened chunks that one program turns, and its warps."""
 
 
 @dataclass(frozen=True)
@@ -163,12 +165,12 @@ def _gathered(
     far_values = torch.empty(count, heads, room, dim, dtype=dtype, device=device)
     bias = torch.empty(count, heads, room, dtype=torch.float32, device=device)
     if few:
-        tiles = few // entries
+        tiles = cdiv(few // entries, OPEN_TILES)
         open_kernel[(tiles * count * heads,)](
             far_keys, lists.blocks, lists.counts, keys[0], keys[0].stride()[:3], lists.index[0], lists.ranks[0],
             lists.index[0].shape[-1], turn.cos, turn.sin, *far, count, heads, tiles, few + room,
             CHUNK=lists.levels.chunk, LEVELS=lists.levels.top + 1, R=turn.pairs, STEP=STEP, BLOCK_N=entries,
-            num_warps=4,
+            TILES=OPEN_TILES, num_warps=OPEN_WARPS,
         )  # fmt: skip
     if room:
         tiles = room // entries

@@ -11,7 +11,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from mgam.attend.triton.tiles import FLOOR, LN2, capped, placed
+from mgam.attend.triton.tiles import FLOOR, LN2, angle, capped, half_tables, placed
 
 
 @triton.jit(do_not_specialize=["heads", "tokens", "room", "first"])
@@ -39,29 +39,39 @@ def open_kernel(
     far_ptr, block_ptr, count_ptr, key_ptr, key_strides, list_ptr, rank_ptr, width, cos_ptr, sin_ptr, far_cos_ptr,
     far_sin_ptr, blocks, heads, tiles, room,
     CHUNK: tl.constexpr, LEVELS: tl.constexpr, R: tl.constexpr, STEP: tl.constexpr, BLOCK_N: tl.constexpr,
+    TILES: tl.constexpr,
 ):  # fmt: skip
-    """One program: BLOCK_N tokens of an opened chunk of one block and KV head, turned to stand before the window.
+    """One program: TILES times BLOCK_N tokens of opened chunks of one block and KV head, turned to stand before the
+    window.
 
-    far_ptr (N, H, room, 2 R) holds opened chunks in their order from its first line on.
+    far_ptr (N, H, room, 2 R) holds opened chunks in their order from its first line on. Neighbours stand as far apart
+    wherever they stand, so that their turns are one table, which is turned as a whole for each tile.
     """
     pair = (tl.program_id(0) // tiles).to(tl.int64)
-    first = tl.program_id(0) % tiles * BLOCK_N
-    slot = first // CHUNK
-    if slot < tl.load(count_ptr + pair * LEVELS):
+    begin = tl.program_id(0) % tiles * (TILES * BLOCK_N)
+    count = tl.load(count_ptr + pair * LEVELS).to(tl.int32) * CHUNK
+    if begin < count:
         block = pair // heads
         row = tl.load(block_ptr + block)
         window = tl.load(block_ptr + 3 * blocks + block)
-        inside = first % CHUNK + tl.arange(0, BLOCK_N)
-        token = tl.load(list_ptr + pair * width + slot) * CHUNK + inside
-        place = (window + tl.load(rank_ptr + pair * width + slot)).to(tl.int32) + inside
         base = key_ptr + row * key_strides[0] + pair % heads * key_strides[1]
-        k0, k1 = placed(
-            base, token * key_strides[2], inside >= 0, tl.maximum(place, 0), cos_ptr, sin_ptr, far_cos_ptr, far_sin_ptr,
-            R, STEP,
-        )  # fmt: skip
-        target = (pair * room + first + tl.arange(0, BLOCK_N))[:, None] * (2 * R) + tl.arange(0, R)[None, :]
-        tl.store(far_ptr + target, k0)
-        tl.store(far_ptr + target + R, k1)
+        near = tl.arange(0, BLOCK_N)
+        column = tl.arange(0, R)[None, :]
+        near_cos, near_sin = half_tables(cos_ptr, sin_ptr, near, R, R)
+        for first in tl.range(begin, tl.minimum(begin + TILES * BLOCK_N, count), BLOCK_N):
+            slot = pair * width + first // CHUNK
+            token = tl.load(list_ptr + slot) * CHUNK + first % CHUNK + near
+            place = (window + tl.load(rank_ptr + slot)).to(tl.int32) + first % CHUNK
+            one = tl.full((1,), 0, tl.int32) + tl.maximum(place, 0)
+            there_cos, there_sin = angle(cos_ptr, sin_ptr, far_cos_ptr, far_sin_ptr, one, R, STEP, R)
+            cos = near_cos * there_cos - near_sin * there_sin
+            sin = near_sin * there_cos + near_cos * there_sin
+            source = base + (token * key_strides[2])[:, None] + column
+            k0 = tl.load(source)
+            k1 = tl.load(source + R)
+            target = far_ptr + (pair * room + first + near)[:, None] * (2 * R) + column
+            tl.store(target, (k0 * cos - k1 * sin).to(k0.dtype))
+            tl.store(target + R, (k1 * cos + k0 * sin).to(k0.dtype))
 
 
 @triton.jit(do_not_specialize=["blocks", "heads", "tiles", "room", "first"])

@@ -1,7 +1,9 @@
 """Gradients of keys and values in whole tiles: queries and what comes back to them arrive by the copy engine.
 
-Where positions are granular, queries are turned once, by their true positions. An entry is turned to where each of its
-readers sees it, and its gradient back from there, once for all queries of the reader.
+Where positions are granular, queries are turned once, by their true positions, and an entry to where each of its
+readers sees it. Its gradient follows: the sum so far is turned from where the last reader saw the entry to where the
+next one does, and back in the end, so that it takes no more room than without turns. To a reader a chunk's tokens stand
+as far apart as they are, so a chunk that is turned by its true positions once is moved as a whole.
 """
 
 from __future__ import annotations
@@ -35,6 +37,12 @@ def turn_queries_kernel(
     tl.store(turned_ptr + target + R, q1)
 
 
+@triton.jit
+def _moved(first, second, cos, sin):
+    """Rows of two halves, turned."""
+    return first * cos - second * sin, second * cos + first * sin
+
+
 @triton.jit(
     do_not_specialize=["blocks", "heads", "pairs", "units", "first_unit", "count", "kept", "origin", "width", "shift"],
     do_not_specialize_on_alignment=["block_ptr", "begin_ptr", "end_ptr", "order_ptr"],
@@ -54,6 +62,7 @@ def whole_entry_grad_kernel(
     )
     live = index < count
     HALF: tl.constexpr = D // 2
+    target = ((part * pairs + row_head).to(tl.int64) * kept + index - origin) * D
     if begin < end:
         key_offset = row * key_row + head.to(tl.int64) * key_head + index * key_step
         value_offset = row * value_row + head.to(tl.int64) * value_head + index * value_step
@@ -61,6 +70,21 @@ def whole_entry_grad_kernel(
         dk0 = tl.zeros((BLOCK_N, HALF), tl.float32)
         dk1 = tl.zeros((BLOCK_N, HALF), tl.float32)
         dv = tl.zeros((BLOCK_N, D), tl.float32)
+        half = tl.arange(0, HALF)
+        here = dk_ptr + target[:, None] + half[None, :]
+        seat = tl.minimum(index, count - 1).to(tl.int32)
+        if R > 0 and KIND == OPENED:
+            # Turned keys wait where the gradient will stand.
+            true0, true1 = placed(
+                key_ptr, key_offset, live, seat, cos_ptr, sin_ptr, far_cos_ptr, far_sin_ptr, R, STEP
+            )  # fmt: skip
+            tl.store(here, true0.to(dk_ptr.dtype.element_ty), mask=live[:, None])
+            tl.store(here + HALF, true1.to(dk_ptr.dtype.element_ty), mask=live[:, None])
+            tl.debug_barrier()
+            lowest = tl.min(index - inside, 0).to(tl.int32)
+            moved = lowest * 0
+            last_cos = tl.full((1, HALF), 1.0, tl.float32)
+            last_sin = tl.zeros((1, HALF), tl.float32)
         for p in tl.range(begin, end):
             spot = tl.load(order_ptr + p) - shift
             slot = spot % width
@@ -69,11 +93,21 @@ def whole_entry_grad_kernel(
             start = tl.load(block_ptr + blocks + block).to(tl.int32)
             window = tl.load(block_ptr + 3 * blocks + block).to(tl.int32)
             there = live
-            place = inside
             if KIND == OPENED:
-                if R > 0:
-                    place = window + tl.load(rank_ptr + spot).to(tl.int32) + inside
                 there = live & ((slot < OPENED_WIDTH) | (index >= window))
+                if R > 0:
+                    moved = tl.maximum(window + tl.load(rank_ptr + spot).to(tl.int32) - lowest, 0)
+                    one = tl.full((1,), 0, tl.int32) + moved
+                    cos, sin = angle(cos_ptr, sin_ptr, far_cos_ptr, far_sin_ptr, one, R, STEP, R)
+                    raw0 = tl.load(here, mask=live[:, None], other=0.0).to(value.dtype)
+                    raw1 = tl.load(here + HALF, mask=live[:, None], other=0.0).to(value.dtype)
+                    turned0, turned1 = _moved(raw0, raw1, cos, sin)
+                    # From the last reader's place: lengths are kept, and errors of the tables do not add up.
+                    on, aside = _moved(cos, sin, last_cos, -last_sin)
+                    length = tl.rsqrt(on * on + aside * aside)
+                    dk0, dk1 = _moved(dk0, dk1, on * length, aside * length)
+                    last_cos = cos
+                    last_sin = sin
             else:
                 near = tl.arange(0, BLOCK_N)
                 held = tl.load(list_ptr + spot + near, mask=slot + near < width, other=-1)
@@ -81,21 +115,21 @@ def whole_entry_grad_kernel(
                 there = live & (tl.max(same.to(tl.int32), 0) > 0)
                 if R > 0:
                     ranks = tl.load(rank_ptr + spot + near, mask=slot + near < width, other=0).to(tl.int32)
-                    place = window + tl.sum(tl.where(same, ranks[:, None], 0), 0)
-            place = tl.maximum(place, 0)
-            raw0 = rows(key_ptr, key_offset, live, 0, HALF, HALF, True)
-            raw1 = rows(key_ptr, key_offset, live, HALF, HALF, HALF, True)
+                    place = tl.maximum(window + tl.sum(tl.where(same, ranks[:, None], 0), 0), 0)
+                    place = tl.where(there, place, seat)
+                    cos, sin = angle(cos_ptr, sin_ptr, far_cos_ptr, far_sin_ptr, tl.abs(place - seat), R, STEP, R)
+                    dk0, dk1 = _moved(dk0, dk1, cos, tl.where((place < seat)[:, None], -sin, sin))
+                    seat = place
+                    raw0 = rows(key_ptr, key_offset, live, 0, HALF, HALF, True)
+                    raw1 = rows(key_ptr, key_offset, live, HALF, HALF, HALF, True)
+                    cos, sin = angle(cos_ptr, sin_ptr, far_cos_ptr, far_sin_ptr, place, R, STEP, R)
+                    turned0, turned1 = _moved(raw0, raw1, cos, sin)
             if R > 0:
-                cos, sin = angle(cos_ptr, sin_ptr, far_cos_ptr, far_sin_ptr, place, R, STEP, R)
-                key0 = (raw0 * cos - raw1 * sin).to(raw0.dtype)
-                key1 = (raw1 * cos + raw0 * sin).to(raw0.dtype)
-                own0 = tl.zeros((BLOCK_N, HALF), tl.float32)
-                own1 = tl.zeros((BLOCK_N, HALF), tl.float32)
+                key0 = turned0.to(value.dtype)
+                key1 = turned1.to(value.dtype)
             else:
-                key0 = raw0
-                key1 = raw1
-                own0 = dk0
-                own1 = dk1
+                key0 = rows(key_ptr, key_offset, live, 0, HALF, HALF, True)
+                key1 = rows(key_ptr, key_offset, live, HALF, HALF, HALF, True)
             for tile in tl.range(0, G * Q, BLOCK_M):
                 member = head * G + tile // Q
                 first = tile % Q
@@ -120,23 +154,18 @@ def whole_entry_grad_kernel(
                 dv = tl.dot(weight.to(grad.dtype), grad, dv, input_precision=PRECISION)
                 steep = tl.dot(value, tl.trans(grad), input_precision=PRECISION) - delta[None, :]
                 slopes = (weight * steep * slope).to(q0.dtype)
-                own0 = tl.dot(slopes, q0, own0, input_precision=PRECISION)
-                own1 = tl.dot(slopes, q1, own1, input_precision=PRECISION)
-            if R > 0:
-                cos, sin = angle(cos_ptr, sin_ptr, far_cos_ptr, far_sin_ptr, place, R, STEP, R)
-                dk0 += own0 * cos + own1 * sin
-                dk1 += own1 * cos - own0 * sin
-            else:
-                dk0 = own0
-                dk1 = own1
-        target = ((part * pairs + row_head).to(tl.int64) * kept + index - origin) * D
-        half = tl.arange(0, HALF)
-        tl.store(dk_ptr + target[:, None] + half[None, :], dk0.to(dk_ptr.dtype.element_ty), mask=live[:, None])
-        tl.store(dk_ptr + target[:, None] + (HALF + half)[None, :], dk1.to(dk_ptr.dtype.element_ty), mask=live[:, None])
+                dk0 = tl.dot(slopes, q0, dk0, input_precision=PRECISION)
+                dk1 = tl.dot(slopes, q1, dk1, input_precision=PRECISION)
+        if R > 0:
+            if KIND == OPENED:
+                seat += moved
+            cos, sin = angle(cos_ptr, sin_ptr, far_cos_ptr, far_sin_ptr, seat, R, STEP, R)
+            dk0, dk1 = _moved(dk0, dk1, cos, -sin)
+        tl.store(here, dk0.to(dk_ptr.dtype.element_ty), mask=live[:, None])
+        tl.store(here + HALF, dk1.to(dk_ptr.dtype.element_ty), mask=live[:, None])
         column = tl.arange(0, D)
         tl.store(dv_ptr + target[:, None] + column[None, :], dv.to(dv_ptr.dtype.element_ty), mask=live[:, None])
     else:
-        target = ((part * pairs + row_head).to(tl.int64) * kept + index - origin) * D
         column = tl.arange(0, D)
         none = tl.zeros((BLOCK_N, D), dk_ptr.dtype.element_ty)
         tl.store(dk_ptr + target[:, None] + column[None, :], none, mask=live[:, None])
