@@ -110,7 +110,8 @@ def read(
         BLOCK_M=tiles.rows, BLOCK_N=tiles.entries, BLOCK_D=block(dim), BLOCK_R=block(turn.pairs), BLOCK_P=block(rest),
         CAP=softcap is not None, BARE=lists.bare, SPLITS=tiles.splits, PRECISION=precision(queries.dtype),
         COPY=copies, MERGED=together, ROWS=power_of_2(group * size) if together else 1,
-        num_warps=tiles.warps, num_stages=tiles.stages, maxnreg=tiles.registers, **chained(tickets is not None, out.device),
+        num_warps=tiles.warps, num_stages=tiles.stages, maxnreg=tiles.registers,
+        **chained(tickets is not None, out.device),
     )  # fmt: skip
     if tiles.splits > 1 and not together:
         merged = out if out.is_contiguous() else torch.empty(out.shape, dtype=out.dtype, device=out.device)

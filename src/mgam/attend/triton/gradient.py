@@ -24,8 +24,10 @@ SINK_PARTS = 16
 """Programs that share the readers of what nearly all blocks read: coarse summaries, and the first chunk."""
 TILE = 16
 """Summaries whose gradients one program sums: about the children that one parent has. Whole tiles take more."""
-ENTRY_ROWS = (64, 32, 16)
-"""Queries at a time, in whole tiles."""
+ENTRY_ROWS = {False: (64, 32, 16), True: (32, 16)}
+ENTRY_STAGES = {False: 2, True: 3}
+"""Queries at a time, in whole tiles, the first that divides a block, and stages of the pipeline; where entries are
+turned, which takes registers, too. Found on an H200."""
 
 
 @dataclass(frozen=True)
@@ -227,14 +229,16 @@ def _entry_grads(
         sizes = rows * heads, units, first, count, kept, origin, reads.width, reads.shift
         grid = (subs * splits * rows * heads * (last - first),)
         if far is not None:
-            below = next(most for most in ENTRY_ROWS if size % most == 0)
+            turns = turn.pairs > 0
+            below = next(most for most in ENTRY_ROWS[turns] if size % most == 0)
             whole_entry_grad_kernel[grid](
                 described(queries, below, dim // 2), described(grad, below, dim), lse, delta, keys, values, *into,
                 *tables, *far, scale, softcap or 1.0, biases(lists)[level], lists.blocks.shape[1], heads,
                 *sizes, *keys.stride()[:3], *values.stride()[:3],
                 G=group, Q=size, KIND=0 if level == 0 else 1, OPENED_WIDTH=lists.index[0].shape[-1], UNIT=reads.size,
                 SUBS=subs, SPLITS=splits, D=dim, R=turn.pairs, STEP=STEP, BLOCK_M=below, BLOCK_N=across,
-                CAP=softcap is not None, PRECISION=precision(queries.dtype), num_warps=4, num_stages=2,
+                CAP=softcap is not None, PRECISION=precision(queries.dtype), num_warps=4,
+                num_stages=ENTRY_STAGES[turns],
             )  # fmt: skip
         else:
             entry_grad_kernel[grid](

@@ -17,7 +17,7 @@ from mgam.merge import Part
 
 FAR_BYTES = 1 << 30
 """Gathered keys and values kept at a time."""
-OPEN_TILES, OPEN_WARPS = 8, 8
+OPEN_TILES, OPEN_WARPS = 8, 4
 """Tiles of opened chunks that one program turns, and its warps."""
 
 
