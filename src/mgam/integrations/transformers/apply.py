@@ -90,7 +90,8 @@ class Applied:
         """Meanwhile everything is read in full, in chunks of so many tokens, so that a record tells the attention that
         each of them gets. Caches that were made before cannot be read from."""
         kept = self.reading, self._readings
-        self._open = Opened()
+        window = self.settings.window + self.settings.pyramid_levels.chunk - chunk
+        self._open = Opened(max(0, min(Opened.window, window)))  # within what positions were made for
         self.reading = replace(self.reading, policy=self._open, levels=Levels((1, chunk)), dense_until=0)
         self._readings, self._plan = {}, None
         try:
