@@ -5,10 +5,10 @@
 A cell is TASK:TOKENS:FIRST:COUNT: samples as `mgam eval --keep-out 64,768 --prose novels` makes them, but of the TUNE
 split, unless `--split test` is given. Each is asked as `mgam ask` asks, with the choosing changed:
 
-    second:attention        a second look by attention alone, no closer look
-    second:both             by attention and words, no closer look
-    closer:attention:256    after that a closer look by attention alone, which leaves 256 tokens
-    closer:both:256         by attention and words: as `mgam ask` does it
+    second:attention    a second look by attention alone, no closer look
+    second:both         by attention and words, no closer look
+    closer:128          after that a closer look, of which the surer answer counts: from all, or from 128 tokens of it
+    closer:256+64       the surest of three
 
 A text that is too short for a second look is answered at first sight in every way. `--ways` names some, commas between.
 """
@@ -41,13 +41,8 @@ from mgam.integrations.transformers.apply import applied_to
 from mgam.record import Record
 
 KEEP_OUT = (64, 768)
-CHOOSERS: dict[str, tuple[Any, str]] = {"second": (read_texts, "best_first"), "closer": (closer_look, "best_together")}
-"""What puts chunks in order by attention and words; where it gives None, their attention does."""
-WAYS = (
-    "second:attention", "second:both", *(f"closer:attention:{tokens}" for tokens in (256, 384, 512, 768)),
-    *(f"closer:both:{tokens}" for tokens in (64, 128, 256)),
-)  # fmt: skip
-_WAY = re.compile(r"second:(attention|both)|closer:(attention|both):[1-9]\d*")
+WAYS = ("second:attention", "second:both", *(f"closer:{widths}" for widths in ("512", "256", "128", "64", "256+64")))
+_WAY = re.compile(r"second:(attention|both)|closer:[1-9]\d*(\+[1-9]\d*)*")
 
 
 class OneSplit(TextLibrary):
@@ -67,14 +62,15 @@ class OneSplit(TextLibrary):
 @contextmanager
 def choosing(way: str) -> Iterator[None]:
     """Meanwhile looks choose as a way says."""
-    look, by, *tokens = way.split(":")
+    look, how = way.split(":")
     with ExitStack() as changes:
         if look == "second":
             changes.enter_context(patch.object(asking, "closer", return_value=None))
+            if how == "attention":  # None in place of an order: that of attention
+                changes.enter_context(patch.object(read_texts, "best_first", return_value=None))
         else:
-            changes.enter_context(patch.object(closer_look, "TOKENS", int(tokens[0])))
-        if by == "attention":
-            changes.enter_context(patch.object(*CHOOSERS[look], return_value=None))
+            widths = tuple(sorted(map(int, how.split("+")), reverse=True))
+            changes.enter_context(patch.object(closer_look, "WIDTHS", widths))
         yield
 
 

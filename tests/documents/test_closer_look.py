@@ -12,7 +12,7 @@ from mgam.documents import asking, closer_look, second_look
 from mgam.documents.closer_look import closer
 from mgam.documents.evidence import Evidence
 from mgam.documents.prompt import build
-from mgam.documents.second_look import best_first, best_together
+from mgam.documents.second_look import best_first
 from mgam.documents.sources import Source
 from mgam.record import Record
 
@@ -52,46 +52,76 @@ def test_an_error_on_the_way_leaves_the_model_as_it_was(tokenizer: Any) -> None:
     assert applied.reading_for(0, 0.25).levels.sizes == (1, 16, 64)
 
 
-def test_what_is_left_are_lines_of_the_text_in_their_order(tokenizer: Any) -> None:
+def test_what_is_left_are_lines_of_the_text_in_their_order(tokenizer: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(closer_look, "WIDTHS", (256, 128))
     model = tiny.make_plain_model(window=4096)
     mgam.apply(model, **DIALS)
     text = "\n".join(f"line {number:03d} of it." for number in range(90))
     short = build(tokenizer, [Source("a.txt", text)], "Who?")
-    close = closer(model, tokenizer, short)
+    close = closer(model, tokenizer, short, 8, lambda prompt, cache: (prompt, cache.get_seq_length()))
     assert close is not None
-    left = [line for line in close.passages.sources[0].text.split("\n") if line]
-    assert left == sorted(left)
-    assert set(left) <= set(text.split("\n"))
-    assert closer_look.TOKENS / 2 <= len("\n".join(left)) <= closer_look.TOKENS + 64
-    assert close.record.queries >= len(short.ids)
+    assert close.whole == (short, short.document)
+    assert len(close.lines) == len(closer_look.WIDTHS)
+    before: set[str] = set(text.split("\n"))
+    for some, tokens in zip(close.lines, closer_look.WIDTHS, strict=True):
+        left = [line for line in some.sources[0].text.split("\n") if line]
+        assert left == sorted(left)
+        assert set(left) <= before
+        assert tokens / 2 <= len("\n".join(left)) <= tokens + 64
+        before = set(left)
+    assert close.record.queries >= short.document
 
 
-@pytest.mark.parametrize("tokens", [100, 2 * closer_look.TOKENS - 80, 1100])
+@pytest.mark.parametrize("tokens", [100, 2 * closer_look.WIDTHS[0] - 80, 1100])
 def test_a_text_that_is_short_already_or_too_long_is_left_as_it_is(tokens: int, tokenizer: Any) -> None:
     model = tiny.make_plain_model(window=1024)
-    assert closer(model, tokenizer, build(tokenizer, [tiny.source(tokens)], "Who?")) is None
+    short = build(tokenizer, [tiny.source(tokens)], "Who?")
+    assert closer(model, tokenizer, short, 8, lambda *given: given) is None
     mgam.apply(model, **{**DIALS, "dense_until": 512})
-    assert closer(model, tokenizer, build(tokenizer, [tiny.source(tokens)], "Who?")) is None
+    assert closer(model, tokenizer, short, 8, lambda *given: given) is None
 
 
-def test_the_answer_is_that_of_the_lines_that_are_left(tokenizer: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_narrow_window_does_not_keep_from_reading_in_full(tokenizer: Any) -> None:
+    model = tiny.make_plain_model(window=2048)
+    mgam.apply(model, **{**DIALS, "window": 16, "block": 16, "question_block": 16})
+    ids = torch.tensor([build(tokenizer, [tiny.source(700)], "Who?").ids])
+    with model._mgam_applied.in_full(16):
+        close = everything(model, ids)
+    mgam.remove(model)
+    assert torch.allclose(close, everything(model, ids), atol=1e-3)
+
+
+@pytest.mark.parametrize("surest", [0, 1, 2])
+def test_the_surest_answer_counts(surest: int, tokenizer: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of all passages, of some lines, or of fewer: each as a text of its own would be answered."""
     monkeypatch.setattr(second_look, "DISTINCT", 0.0)
+    monkeypatch.setattr(closer_look, "WIDTHS", (256, 64))
     model = tiny.make_plain_model(window=8192)
     read: list[Any] = []
+    sure = [0.2] * 3
+    sure[surest] = 0.9
     monkeypatch.setattr(asking, "build", lambda *given: read.append(given[1]) or build(*given))
+    monkeypatch.setattr(asking, "confidence", lambda *given: sure.pop(0) if sure else 0.5)
     mgam.apply(model, **DIALS, reread=640)
     whole = tiny.source(3000)
-    answer = asking.ask(model, tokenizer, [whole], "Who?", max_new_tokens=6)
+    told: list[str] = []
+    answer = asking.ask(model, tokenizer, [whole], "Who?", max_new_tokens=6, on_text=told.append)
+    assert not sure
+    assert answer.confidence == 0.9
+    assert answer.found
+    assert told == [answer.answer]
+    sources = read[-3 + surest]
     assert answer.evidence
     for one in answer.evidence:
         assert whole.text[one.start : one.end] == one.text
-        assert one.text in read[-1][0].text
+        assert one.text.strip() in sources[0].text
     mgam.apply(model, **DIALS)
-    alone = asking.ask(model, tokenizer, read[-1], "Who?", max_new_tokens=6)
+    alone = asking.ask(model, tokenizer, sources, "Who?", max_new_tokens=6)
     assert answer.answer == alone.answer
-    assert answer.tokens["answered from"] == alone.tokens["document"] < answer.tokens["read again"]
+    assert answer.tokens["answered from"] == alone.tokens["document"] <= answer.tokens["read again"]
+    assert answer.tokens["answer"] == alone.tokens["answer"]
     assert answer.entries_per_level["1"] > 0
-    assert answer.seconds["to the first token"] <= answer.seconds["answering"]
+    assert 0 < answer.seconds["to the first token"] <= answer.seconds["answering"]
 
 
 def test_evidence_is_told_by_its_place_in_the_texts(tokenizer: Any) -> None:
@@ -126,8 +156,7 @@ def test_chunks_come_by_attention_first_then_with_words() -> None:
     assert set(order[6:8]) == {30, 8}
     assert sorted(order) == [*range(12), 30]
     assert list(best_first(score, torch.zeros(40))) == list(range(12))
-    assert best_together(score, words)[:3] == [8, 30, 0]
-    assert list(best_first(torch.zeros(5), torch.zeros(5))) == best_together(torch.zeros(5), torch.zeros(5)) == []
+    assert list(best_first(torch.zeros(5), torch.zeros(5))) == []
     assert list(best_first(torch.zeros(0), torch.zeros(0))) == []
 
 

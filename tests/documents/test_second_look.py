@@ -118,6 +118,7 @@ def test_the_answer_is_that_of_the_passages(tokenizer: Any, monkeypatch: pytest.
     questions = ["Who?", "And what is this, then?", "Who?"]
     read: list[Any] = []
     monkeypatch.setattr(asking, "build", lambda *given: read.append(given[1]) or build(*given))
+    monkeypatch.setattr(asking, "closer", lambda *given: None)
     mgam.apply(model, **DIALS, reread=64)
     answers = list(asking.ask_each(model, tokenizer, sources, questions, max_new_tokens=6))
     assert answers[0].answer == answers[2].answer

@@ -142,47 +142,72 @@ def _answers(
             yield answer
             continue
         cache, seen = memory.turn_to(prompt, again=number + 1 < len(prompts))
-        watch, streamer = Watch(), Streamer(tokenizer, on_text)
-        ids = torch.tensor([prompt.ids], device=model.device)
-        produced = model.generate(
-            ids,
-            attention_mask=torch.ones_like(ids),
-            past_key_values=cache,
-            max_new_tokens=max_new_tokens,
-            min_new_tokens=least or None,
-            do_sample=False,
-            temperature=None,
-            top_p=None,
-            top_k=None,
-            pad_token_id=tokenizer.pad_token_id if tokenizer.pad_token_id is not None else tokenizer.eos_token_id,
-            logits_processor=watch.as_list(),
-            streamer=streamer,
-        )
-        answer_ids = produced[0, ids.shape[1] :]
-        sure = confidence(model, tokenizer, prompt.asked, answer_ids, watch)
+        said = say(model, tokenizer, prompt, cache, max_new_tokens, on_text, least)
         done = time.perf_counter()
         applied = memory.applied
         evidence: list[Evidence] = []
         if applied and seen:
             evidence = find_evidence(seen, prompt, applied.settings.pyramid_levels, evidence_count)
         answer = Answer(
-            answer=tokenizer.decode(answer_ids, skip_special_tokens=True).strip(),
+            answer=said.answer,
             evidence=evidence,
             entries_per_level=per_level(seen, applied),
-            tokens={"document": prompt.document, "question": prompt.question, "answer": int(answer_ids.shape[0])},
+            tokens={"document": prompt.document, "question": prompt.question, "answer": said.tokens},
             seconds={
                 "reading": round(read - begin, 3),
-                "to the first token": round((streamer.first or done) - read, 3),
+                "to the first token": round((said.first or done) - read, 3),
                 "answering": round(done - read, 3),
             },
             peak_memory_bytes=peak_memory_bytes(),
             settings=settings_of(model, applied),
-            confidence=sure,
-            found=is_found(sure),
+            confidence=said.confidence,
+            found=is_found(said.confidence),
         )
         if on_chart is not None and isinstance(seen, Chart):
             on_chart(seen, prompt, answer)
         yield answer
+
+
+@dataclass(frozen=True)
+class Said:
+    """What a model said."""
+
+    answer: str
+    tokens: int
+    confidence: float | None
+    first: float | None
+    """When the first token came, by `time.perf_counter`."""
+
+
+def say(
+    model: Any,
+    tokenizer: Any,
+    prompt: Prompt,
+    cache: Any,
+    max_new_tokens: int,
+    on_text: Callable[[str], None] | None,
+    least: int,
+) -> Said:
+    """Answers a prompt greedily, given the cache after its texts."""
+    watch, streamer = Watch(), Streamer(tokenizer, on_text)
+    ids = torch.tensor([prompt.ids], device=model.device)
+    produced = model.generate(
+        ids,
+        attention_mask=torch.ones_like(ids),
+        past_key_values=cache,
+        max_new_tokens=max_new_tokens,
+        min_new_tokens=least or None,
+        do_sample=False,
+        temperature=None,
+        top_p=None,
+        top_k=None,
+        pad_token_id=tokenizer.pad_token_id if tokenizer.pad_token_id is not None else tokenizer.eos_token_id,
+        logits_processor=watch.as_list(),
+        streamer=streamer,
+    )
+    new = produced[0, ids.shape[1] :]
+    sure = confidence(model, tokenizer, prompt.asked, new, watch)
+    return Said(tokenizer.decode(new, skip_special_tokens=True).strip(), int(new.shape[0]), sure, streamer.first)
 
 
 def at_second_sight(
@@ -197,30 +222,52 @@ def at_second_sight(
     *,
     least: int = 0,
 ) -> Answer:
-    """The answer from passages alone, of at least `least` tokens. Entries are those of all looks, of which the first
-    took `tokens` queries."""
+    """The answer from passages alone, of at least `least` tokens: from all of them or from some of their lines,
+    whichever rests on them most. Entries are those of all looks, of which the first took `tokens` queries."""
     begin, applied = time.perf_counter(), applied_to(model)
     short = build(tokenizer, chosen.sources, question)
-    close = closer(model, tokenizer, short, len(chosen.best))
-    looked = time.perf_counter() - begin
-    last = short if close is None else build(tokenizer, close.passages.sources, question)
-    answer = next(_answers(model, tokenizer, [last], max_new_tokens, None, on_text, None, 0, again=False, least=least))
-    looks = [(per_level(first, applied), float(tokens)), (answer.entries_per_level, float(sum(answer.tokens.values())))]
-    if close is not None:
-        looks.append(
-            ({"1": close.record.entries[0] / close.record.queries}, close.record.queries / len(applied.layers))
-        )
+
+    def answered(prompt: Prompt, shown: Callable[[str], None] | None) -> Answer:
+        prompts = [prompt]
+        return next(
+            _answers(model, tokenizer, prompts, max_new_tokens, None, shown, None, 0, again=False, least=least)
+        )  # fmt: skip
+
+    close = closer(
+        model, tokenizer, short, max_new_tokens,
+        lambda prompt, cache: say(model, tokenizer, prompt, cache, max_new_tokens, None, least), len(chosen.best),
+    )  # fmt: skip
+    looks = [(per_level(first, applied), float(tokens))]
+    if close is None or not close.lines:
+        answer, evidence = answered(short, on_text), chosen.best
+        read = {**answer.tokens, "read again": short.document}
+        looks.append((answer.entries_per_level, float(sum(answer.tokens.values()))))
+        ready = begin + first_token(answer)
+    else:
+        answers = [answered(build(tokenizer, some.sources, question), None) for some in close.lines]
+        looks += [(one.entries_per_level, float(sum(one.tokens.values()))) for one in answers]
+        spent = close.record
+        looks.append(({"1": spent.entries[0] / spent.queries}, spent.queries / len(applied.layers)))
+        whole = replace(
+            answers[0], answer=close.whole.answer, confidence=close.whole.confidence,
+            tokens={"document": short.document, "question": short.question, "answer": close.whole.tokens},
+        )  # fmt: skip
+        answers = [whole, *answers]
+        best = max(range(len(answers)), key=lambda number: answers[number].confidence or 0.0)
+        answer, lines = answers[best], close.lines[max(0, best - 1)]
+        evidence = [one for one in map(chosen.original, lines.best) if one is not None] or chosen.best
+        read = {**answer.tokens, "read again": short.document, "answered from": answer.tokens["document"]}
+        ready = time.perf_counter()
+        if on_text is not None and answer.answer:
+            on_text(answer.answer)
     queries = sum(count for _, count in looks)
     entries = {
-        size: round(sum(read.get(size, 0.0) * count for read, count in looks) / queries, 1) for size in looks[0][0]
+        size: round(sum(some.get(size, 0.0) * count for some, count in looks) / queries, 1) for size in looks[0][0]
     }
-    read = {**answer.tokens, "read again": short.document}
-    evidence = chosen.best
-    if close is not None:
-        read["answered from"] = last.document
-        found_there = (chosen.original(one) for one in close.passages.best)
-        evidence = [one for one in found_there if one is not None] or evidence
-    seconds = {**answer.seconds, "reading": round(answer.seconds["reading"] + looked, 3)}
+    done = time.perf_counter()
+    seconds = {
+        "reading": 0.0, "to the first token": round(ready - begin, 3), "answering": round(done - begin, 3)
+    }  # fmt: skip
     found = is_found(answer.confidence, again=True)
     return replace(answer, evidence=evidence, entries_per_level=entries, tokens=read, seconds=seconds, found=found)
 

@@ -150,11 +150,6 @@ def best_first(score: Tensor, words: Tensor) -> Iterator[int]:
     yield from dict.fromkeys((*_order(score)[:FIRST], *others))
 
 
-def best_together(score: Tensor, words: Tensor) -> list[int]:
-    """Chunks of which attention or words say anything, best first by both together, which count alike."""
-    return _order(together(score, words, 1.0))
-
-
 def together(score: Tensor, words: Tensor, loud: float) -> Tensor:
     """Positive for chunks of which attention or words say anything, the higher the more: the logarithm of a preference
     and, `loud` times, how well the words match."""
