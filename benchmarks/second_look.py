@@ -8,7 +8,7 @@ split, unless `--split test` is given. Each is asked as `mgam ask` asks, with th
     second:attention    a second look by attention alone, no closer look
     second:both         by attention and words, no closer look
     closer:128          after that a closer look, of which the surer answer counts: from all, or from 128 tokens of it
-    closer:256+64       the surest of three
+    closer:256+64       the surest of three, as `mgam ask` does it
 
 A text that is too short for a second look is answered at first sight in every way. `--ways` names some, commas between.
 """

@@ -12,7 +12,7 @@ from mgam.documents import asking, closer_look, second_look
 from mgam.documents.closer_look import closer
 from mgam.documents.evidence import Evidence
 from mgam.documents.prompt import build
-from mgam.documents.second_look import best_first
+from mgam.documents.second_look import best_first, best_together
 from mgam.documents.sources import Source
 from mgam.record import Record
 
@@ -156,7 +156,8 @@ def test_chunks_come_by_attention_first_then_with_words() -> None:
     assert set(order[6:8]) == {30, 8}
     assert sorted(order) == [*range(12), 30]
     assert list(best_first(score, torch.zeros(40))) == list(range(12))
-    assert list(best_first(torch.zeros(5), torch.zeros(5))) == []
+    assert best_together(score, words)[:3] == [8, 30, 0]
+    assert list(best_first(torch.zeros(5), torch.zeros(5))) == best_together(torch.zeros(5), torch.zeros(5)) == []
     assert list(best_first(torch.zeros(0), torch.zeros(0))) == []
 
 

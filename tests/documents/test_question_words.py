@@ -69,7 +69,7 @@ class Letters:
 
 def told(text: str, question: str, chunk: int) -> torch.Tensor:
     source = Source("a.txt", text)
-    return matches(question, Letters(source), [source], -(-len(text) // chunk), chunk)
+    return matches(question, Letters(source), [source], -(-len(text) // chunk), chunk).score
 
 
 def test_a_chunk_counts_by_its_own_words_and_by_its_heading() -> None:
@@ -103,3 +103,17 @@ def test_letters_that_are_alike_but_for_their_case(text: str, question: str) -> 
 def test_a_question_may_share_no_word(question: str) -> None:
     assert told("some text of several words. " * 10, question, 16).tolist() == [0.0] * 18
     assert told("", "word", 16).tolist() == []
+
+
+def test_words_may_be_as_rare_as_they_are_in_a_longer_text() -> None:
+    """Among passages about one thing "is" may be rarer than what they are about."""
+    long = Source("a.txt", "So it is.. " * 30 + "The whale. " + "So it is.. " * 30)
+    short = Source("a.txt", "The whale. " * 3 + "So it is.. ")
+    whole = matches("Is whale", Letters(long), [long], 61, 11)
+    alone = matches("Is whale", Letters(short), [short], 4, 11)
+    as_there = matches("Is whale", Letters(short), [short], 4, 11, whole.rarity)
+    assert whole.rarity[0] < whole.rarity[1]
+    assert alone.rarity[0] > alone.rarity[1]
+    assert alone.score.argmax() == 3
+    assert as_there.score.argmin() == 3
+    assert torch.equal(as_there.rarity, whole.rarity)

@@ -236,6 +236,7 @@ def at_second_sight(
     close = closer(
         model, tokenizer, short, max_new_tokens,
         lambda prompt, cache: say(model, tokenizer, prompt, cache, max_new_tokens, None, least), len(chosen.best),
+        chosen.rarity if len(chosen.rarity) else None,
     )  # fmt: skip
     looks = [(per_level(first, applied), float(tokens))]
     if close is None or not close.lines:

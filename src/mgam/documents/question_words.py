@@ -9,6 +9,7 @@ from __future__ import annotations
 import re
 from bisect import bisect_right
 from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
 from itertools import pairwise
 
 import torch
@@ -25,17 +26,29 @@ _Chunk = tuple[int, int, int]
 """A chunk's characters in its text, start and end (exclusive), and its number."""
 
 
-def matches(question: str, places: Places, sources: Sequence[Source], chunks: int, chunk: int) -> Tensor:
-    """How well each chunk (C,) matches the words of a question, in float64, as in BM25 (Robertson and Walker 1994):
-    rare words weigh more, words of half of the chunks nothing, and a word that is repeated adds ever less.
+@dataclass(frozen=True)
+class Matches:
+    """How well each chunk (C,) matches a question's words, in float64, and how rare these words (W,) are."""
+
+    score: Tensor
+    rarity: Tensor
+
+
+def matches(
+    question: str, places: Places, sources: Sequence[Source], chunks: int, chunk: int, rarity: Tensor | None = None
+) -> Matches:
+    """How well chunks match the words of a question, as in BM25 (Robertson and Walker 1994): rare words weigh more,
+    words of half of the chunks nothing, and a word that is repeated adds ever less.
 
     Args:
         sources: the texts that `places` tells of.
         chunk: tokens of a chunk.
+        rarity: how rare the words are in a longer text of which this is a part: a few passages that answer are no
+            measure, for what they all speak of is common there, and "is" and "the" may be rare.
     """
     words = list(dict.fromkeys(_WORD.findall(question)))
     if not words or not chunks:
-        return torch.zeros(chunks, dtype=torch.float64)
+        return Matches(torch.zeros(chunks, dtype=torch.float64), torch.zeros(len(words), dtype=torch.float64))
     told: dict[int, list[_Chunk]] = {}
     for place in range(chunks):
         found = places.place(place * chunk, (place + 1) * chunk)
@@ -44,9 +57,10 @@ def matches(question: str, places: Places, sources: Sequence[Source], chunks: in
     counts = torch.zeros(len(words), chunks, dtype=torch.float64)
     for source in sources:
         _count(source.text, told.get(id(source), []), words, counts)
-    among = (counts > 0).sum(1).double()
-    rarity = torch.log((chunks - among + 0.5) / (among + 0.5)).clamp_min(0)
-    return ((counts / (counts + REPEATED)) * rarity[:, None]).sum(0)
+    if rarity is None:
+        among = (counts > 0).sum(1).double()
+        rarity = torch.log((chunks - among + 0.5) / (among + 0.5)).clamp_min(0)
+    return Matches(((counts / (counts + REPEATED)) * rarity[:, None]).sum(0), rarity)
 
 
 def _count(text: str, told: list[_Chunk], words: Sequence[str], counts: Tensor) -> None:

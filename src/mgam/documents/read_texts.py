@@ -126,10 +126,12 @@ def chosen_again(
     settings = applied.settings
     chunk = settings.pyramid_levels.chunk
     recent = max(0, border - settings.window) // chunk * chunk, border
-    order = best_first(score, matches(question, places, sources, border // chunk, chunk))
-    return passages(
+    words = matches(question, places, sources, border // chunk, chunk)
+    order = best_first(score, words.score)
+    found = passages(
         score, places, sources, tokenizer, chunk=chunk, tokens=settings.reread, recent=recent, order=order, count=count
     )  # fmt: skip
+    return replace(found, rarity=words.rarity)
 
 
 def _schedule(applied: Applied, prompt: Prompt) -> Schedule:

@@ -58,6 +58,9 @@ class Passages:
     pieces: list[list[tuple[int, int, int]]] = field(default_factory=list)
     """Of each source, what it is put together from: first character there, first character in the text, length."""
 
+    rarity: Tensor = field(default_factory=lambda: torch.zeros(0))
+    """How rare the question's words (W,) are in the texts; empty where nobody asked."""
+
     def original(self, found: Evidence) -> Evidence | None:
         """Evidence of these passages, told by its place in the texts; None where it is not of them."""
         for source, pieces in zip(self.sources, self.pieces, strict=False):
@@ -148,6 +151,11 @@ def best_first(score: Tensor, words: Tensor) -> Iterator[int]:
     turns = zip_longest(_order(together(score, words, LOUD)), _order(words))
     others = (number for some in turns for number in some if number is not None)
     yield from dict.fromkeys((*_order(score)[:FIRST], *others))
+
+
+def best_together(score: Tensor, words: Tensor) -> list[int]:
+    """Chunks of which attention or words say anything, best first by both together, which count alike."""
+    return _order(together(score, words, 1.0))
 
 
 def together(score: Tensor, words: Tensor, loud: float) -> Tensor:
