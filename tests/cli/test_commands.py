@@ -18,6 +18,10 @@ from mgam.errors import SettingError
 
 from .conftest import QUESTION, Command
 
+ONLY_LINUX = pytest.mark.skipif(
+    not Path("/proc/self").exists(), reason="only Linux has /proc, a folder in which not even root may make a file"
+)
+
 
 @pytest.mark.parametrize(
     ("words", "said"),
@@ -26,7 +30,7 @@ from .conftest import QUESTION, Command
         ("eval --tasks passkey --results FOLDER", "FOLDER is a folder, and a file is wanted"),
         ("eval --tasks passkey --export FILE", "FILE is a file, and a folder is wanted"),
         ("eval --tasks passkey --report FOLDER/a.html", "FOLDER/a.html would write over the results"),
-        ("eval --tasks passkey --report /proc/x.html", "/proc/x.html cannot be written"),
+        pytest.param("eval --tasks passkey --report /proc/x.html", "/proc/x.html cannot be written", marks=ONLY_LINUX),
         ("eval --tasks passkey --report FILE/x.html", "FILE/x.html cannot be written"),
         ("report FILE --to FILE/x.html", "FILE/x.html cannot be written"),
         ("bench --methods mgam --out FILE", "FILE is a file, and a folder is wanted"),
@@ -37,8 +41,6 @@ from .conftest import QUESTION, Command
 def test_where_nothing_can_be_written_is_said_before_the_work(
     command: Command, text: str, tmp_path: Path, words: str, said: str
 ) -> None:
-    if "/proc" in words and not Path("/proc/self").exists():
-        pytest.skip("this system has no /proc")
     given = words.replace("FILE", text).replace("FOLDER", str(tmp_path)).split()
     if "would write over" in said:
         given += ["--results", str(tmp_path / "a.json")]
