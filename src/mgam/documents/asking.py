@@ -228,15 +228,13 @@ def at_second_sight(
     short = build(tokenizer, chosen.sources, question)
 
     def answered(prompt: Prompt, shown: Callable[[str], None] | None) -> Answer:
-        prompts = [prompt]
-        return next(
-            _answers(model, tokenizer, prompts, max_new_tokens, None, shown, None, 0, again=False, least=least)
-        )  # fmt: skip
+        one = _answers(model, tokenizer, [prompt], max_new_tokens, None, shown, None, 0, again=False, least=least)
+        return next(one)
 
     close = closer(
         model, tokenizer, short, max_new_tokens,
         lambda prompt, cache: say(model, tokenizer, prompt, cache, max_new_tokens, None, least), len(chosen.best),
-        chosen.rarity if len(chosen.rarity) else None,
+        chosen.rarity,
     )  # fmt: skip
     looks = [(per_level(first, applied), float(tokens))]
     if close is None or not close.lines:

@@ -58,8 +58,8 @@ class Passages:
     pieces: list[list[tuple[int, int, int]]] = field(default_factory=list)
     """Of each source, what it is put together from: first character there, first character in the text, length."""
 
-    rarity: Tensor = field(default_factory=lambda: torch.zeros(0))
-    """How rare the question's words (W,) are in the texts; empty where nobody asked."""
+    rarity: Tensor | None = None
+    """How rare the question's words (W,) are in the texts; None where nobody asked."""
 
     def original(self, found: Evidence) -> Evidence | None:
         """Evidence of these passages, told by its place in the texts; None where it is not of them."""
