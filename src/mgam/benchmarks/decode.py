@@ -8,7 +8,7 @@ from functools import partial
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.nn.attention import sdpa_kernel
 
 from mgam import engine
 from mgam.attend.triton.forward import read
@@ -30,7 +30,7 @@ from mgam.schedule import Blocks, Schedule
 
 def decode_rows(setting: Setting, machine: Machine, tokens: int, batch: int) -> Iterator[Row]:
     """One new token per row, rows of slightly different lengths: calls of the engine in a row, and what they keep the
-    device busy with (one CUDA graph)."""
+    device busy with (one CUDA graph); dense attention in both ways."""
     queries, keys, values = states(setting, tokens, batch, 1)
     pyramid = built(setting, keys, values)
     policy, positions, scale = setting.policy, setting.placed, setting.dim**-0.5
@@ -77,12 +77,12 @@ def decode_rows(setting: Setting, machine: Machine, tokens: int, batch: int) -> 
     folded = queries.view(batch, setting.kv_heads, -1, setting.dim)
     for name, peer in PEERS.items():
 
-        def dense(peer: SDPBackend = peer) -> Tensor:
-            with sdpa_kernel(peer):
-                return F.scaled_dot_product_attention(folded, keys, values)
+        def dense() -> Tensor:
+            return F.scaled_dot_product_attention(folded, keys, values)
 
         try:
-            time = timed(graphed(dense), most=100)
+            with sdpa_kernel(peer):
+                times = {name: timed(graphed(dense), most=100), f"{name}, call by call": timed(dense, most=100)}
         except RuntimeError as error:
             yield Row(
                 "decode",
@@ -98,7 +98,9 @@ def decode_rows(setting: Setting, machine: Machine, tokens: int, batch: int) -> 
             )
             continue
         entries = float(tokens * batch)
-        yield rated(row_of("decode", "dense", name, tokens, batch, time), machine, 0, entries * entry, float(tokens))
+        for called, time in times.items():
+            row = row_of("decode", "dense", called, tokens, batch, time)
+            yield rated(row, machine, 0, entries * entry, float(tokens))
 
 
 def _decode_cover(
