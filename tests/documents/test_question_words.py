@@ -106,14 +106,24 @@ def test_a_question_may_share_no_word(question: str) -> None:
 
 
 def test_words_may_be_as_rare_as_they_are_in_a_longer_text() -> None:
-    """Among passages about one thing "is" may be rarer than what they are about."""
-    long = Source("a.txt", "So it is.. " * 30 + "The whale. " + "So it is.. " * 30)
-    short = Source("a.txt", "The whale. " * 3 + "So it is.. ")
-    whole = matches("Is whale", Letters(long), [long], 61, 11)
-    alone = matches("Is whale", Letters(short), [short], 4, 11)
-    as_there = matches("Is whale", Letters(short), [short], 4, 11, whole.rarity)
+    """Among passages about one thing "sail" may be rarer than what they are about."""
+    long = Source("a.txt", "So they sail " * 30 + "The whale blew" + "So they sail " * 30)
+    short = Source("a.txt", "The whale blew" * 3 + "So they sail ")
+    whole = matches("Sail whale", Letters(long), [long], 61, 13)
+    alone = matches("Sail whale", Letters(short), [short], 4, 13)
+    as_there = matches("Sail whale", Letters(short), [short], 4, 13, whole.rarity)
     assert whole.rarity[0] < whole.rarity[1]
     assert alone.rarity[0] > alone.rarity[1]
     assert alone.score.argmax() == 3
     assert as_there.score.argmin() == 3
     assert torch.equal(as_there.rarity, whole.rarity)
+
+
+@pytest.mark.parametrize("question", ["What is the capital of Niger? Answer with the answer only.", "capital Niger"])
+def test_words_by_which_questions_are_put_count_nothing(question: str) -> None:
+    """However rare they are in the text."""
+    text = "Capital: Lagos. " * 9 + "Only one answer. " + "Niger capital. " + "Oil of palms... " * 40
+    score = told(text, question, 16)
+    assert "Niger capital" in text[int(score.argmax()) * 16 :][:31]
+    assert float(score[9]) == 0.0
+    assert told(text, "What is it?", 16).tolist() == [0.0] * len(score)

@@ -131,10 +131,11 @@ def _answers(
                 model, tokenizer, chosen, prompt.asked, first, len(prompt.ids), max_new_tokens, on_text
             )
             answer = replace(answer, tokens={**answer.tokens, "document": prompt.document})
+            answering = time.perf_counter() - read
             seconds = {
                 "reading": round(read - begin, 3),
-                "to the first token": round(until + first_token(answer), 3),
-                "answering": round(time.perf_counter() - read, 3),
+                "to the first token": round(min(until + first_token(answer), answering), 3),
+                "answering": round(answering, 3),
             }
             answer = replace(answer, seconds=seconds)
             if on_chart is not None and isinstance(first, Chart):

@@ -97,7 +97,7 @@ class Chat:
         asked = Frame.of(tokenizer).question(tokenizer, question)
         looked = time.perf_counter()
         answer = at_second_sight(document.model, tokenizer, chosen, question, seen, len(asked), max_new_tokens, on_text)
-        done = time.perf_counter()
+        answering = time.perf_counter() - begin
         said = encode(tokenizer, answer.answer) if answer.answer else []
         self.ids = [*asked, *said]
         spans = (document.question(len(asked)),)
@@ -106,8 +106,8 @@ class Chat:
             answer,
             tokens={**answer.tokens, "document": border},
             seconds={
-                "to the first token": round(looked - begin + first_token(answer), 3),
-                "answering": round(done - begin, 3),
+                "to the first token": round(min(looked - begin + first_token(answer), answering), 3),
+                "answering": round(answering, 3),
             },
         )
 

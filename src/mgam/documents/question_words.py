@@ -22,6 +22,18 @@ from mgam.documents.sources import Source
 REPEATED = 0.3
 """How much a word adds when it is repeated: chosen on the TUNE split (facts of countries, of 0 to 1)."""
 _WORD = re.compile(r"\w+")
+COMMON = frozenset(
+    """
+    a an the this that these those there here it its i me my we us our you your he him his she her they them their
+    what which who whom whose when where why how is are was were be been being am do does did done have has had
+    can could will would shall should may might must not no nor and or but if then than as so too also very
+    of in on at to for from with without by about into onto over under up down out off between among through
+    any some all each every only just exactly according please answer answers
+    """.split()
+)
+"""English words by which questions are put, whatever they ask for. In a text of facts they are rarer than any name, so
+rarity alone would go by them: with them a fact of 60 (countries in 32k tokens, TUNE split) stands among the first four
+chunks by words for 23, without them for 59."""
 _Chunk = tuple[int, int, int]
 """A chunk's characters in its text, start and end (exclusive), and its number."""
 
@@ -38,7 +50,8 @@ def matches(
     question: str, places: Places, sources: Sequence[Source], chunks: int, chunk: int, rarity: Tensor | None = None
 ) -> Matches:
     """How well chunks match the words of a question, as in BM25 (Robertson and Walker 1994): rare words weigh more,
-    words of half of the chunks nothing, and a word that is repeated adds ever less.
+    words of half of the chunks and those by which questions are put (`COMMON`) nothing, and a word that is repeated adds
+    ever less.
 
     Args:
         sources: the texts that `places` tells of.
@@ -46,7 +59,7 @@ def matches(
         rarity: how rare the words are in a longer text of which this is a part: a few passages that answer are no
             measure, for what they all speak of is common there, and "is" and "the" may be rare.
     """
-    words = list(dict.fromkeys(_WORD.findall(question)))
+    words = [word for word in dict.fromkeys(_WORD.findall(question)) if word.casefold() not in COMMON]
     if not words or not chunks:
         return Matches(torch.zeros(chunks, dtype=torch.float64), torch.zeros(len(words), dtype=torch.float64))
     told: dict[int, list[_Chunk]] = {}
