@@ -127,3 +127,12 @@ def test_words_by_which_questions_are_put_count_nothing(question: str) -> None:
     assert "Niger capital" in text[int(score.argmax()) * 16 :][:31]
     assert float(score[9]) == 0.0
     assert told(text, "What is it?", 16).tolist() == [0.0] * len(score)
+
+
+def test_a_name_in_capitals_is_no_common_word() -> None:
+    text = "Nothing here at all. " * 9 + "The WHO and the US..."
+    for question in ("What did the WHO say?", "US"):
+        score = told(text, question, 21)
+        assert score[:9].tolist() == [0.0] * 9
+        assert float(score[9]) > 0
+    assert told(text, "Who told us?", 21).tolist() == [0.0] * 10

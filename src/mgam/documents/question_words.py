@@ -23,17 +23,19 @@ REPEATED = 0.3
 """How much a word adds when it is repeated: chosen on the TUNE split (facts of countries, of 0 to 1)."""
 _WORD = re.compile(r"\w+")
 COMMON = frozenset(
-    """
+    _WORD.findall(
+        """
     a an the this that these those there here it its i me my we us our you your he him his she her they them their
     what which who whom whose when where why how is are was were be been being am do does did done have has had
     can could will would shall should may might must not no nor and or but if then than as so too also very
     of in on at to for from with without by about into onto over under up down out off between among through
     any some all each every only just exactly according please answer answers
-    """.split()
+    """
+    )
 )
 """English words by which questions are put, whatever they ask for. In a text of facts they are rarer than any name, so
 rarity alone would go by them: with them a fact of 60 (countries in 32k tokens, TUNE split) stands among the first four
-chunks by words for 23, without them for 59."""
+chunks by words for 23, without them for 59. In capitals alone they may be names (WHO, US) and count."""
 _Chunk = tuple[int, int, int]
 """A chunk's characters in its text, start and end (exclusive), and its number."""
 
@@ -50,8 +52,7 @@ def matches(
     question: str, places: Places, sources: Sequence[Source], chunks: int, chunk: int, rarity: Tensor | None = None
 ) -> Matches:
     """How well chunks match the words of a question, as in BM25 (Robertson and Walker 1994): rare words weigh more,
-    words of half of the chunks and those by which questions are put (`COMMON`) nothing, and a word that is repeated adds
-    ever less.
+    words of half of the chunks and those by which questions are put (`COMMON`) nothing, and a repeated word ever less.
 
     Args:
         sources: the texts that `places` tells of.
@@ -59,7 +60,7 @@ def matches(
         rarity: how rare the words are in a longer text of which this is a part: a few passages that answer are no
             measure, for what they all speak of is common there, and "is" and "the" may be rare.
     """
-    words = [word for word in dict.fromkeys(_WORD.findall(question)) if word.casefold() not in COMMON]
+    words = [word for word in dict.fromkeys(_WORD.findall(question)) if not _is_common(word)]
     if not words or not chunks:
         return Matches(torch.zeros(chunks, dtype=torch.float64), torch.zeros(len(words), dtype=torch.float64))
     told: dict[int, list[_Chunk]] = {}
@@ -74,6 +75,10 @@ def matches(
         among = (counts > 0).sum(1).double()
         rarity = torch.log((chunks - among + 0.5) / (among + 0.5)).clamp_min(0)
     return Matches(((counts / (counts + REPEATED)) * rarity[:, None]).sum(0), rarity)
+
+
+def _is_common(word: str) -> bool:
+    return word.casefold() in COMMON and (len(word) == 1 or not word.isupper())
 
 
 def _count(text: str, told: list[_Chunk], words: Sequence[str], counts: Tensor) -> None:
