@@ -161,6 +161,14 @@ def test_chunks_come_by_attention_first_then_with_words() -> None:
     assert list(best_first(torch.zeros(0), torch.zeros(0))) == []
 
 
+def test_what_the_best_leads_to_comes_by_turns() -> None:
+    score, words = torch.arange(40.0, 0.0, -1.0), torch.zeros(40)
+    words[30], words[8] = 3.0, 6.0
+    assert list(best_first(score, words, [21, 8, 33]))[:12] == [0, 1, 2, 3, 4, 5, 8, 21, 30, 33, 6, 7]
+    best = best_together(score, words)
+    assert best_together(score, words, [21, best[0], 33])[:8] == [*best[:5], 21, best[5], best[6]]
+
+
 def test_the_record_of_reading_in_full_tells_every_chunk(tokenizer: Any) -> None:
     model = tiny.make_plain_model(window=2048)
     mgam.apply(model, **DIALS)

@@ -18,6 +18,7 @@ from torch import Tensor
 from mgam.documents.prompt import Prompt
 from mgam.documents.question_words import matches
 from mgam.documents.read_texts import ReadTexts
+from mgam.documents.references import linked
 from mgam.documents.second_look import Passages, best_together, passages, preference
 from mgam.integrations.transformers import Applied
 from mgam.record import Record
@@ -65,7 +66,7 @@ def closer(
     assert spent is not None
     end = short.document, short.document
     words = matches(short.asked, short, short.sources, len(score), CHUNK, rarity)
-    order = best_together(score, words.score)
+    order = best_together(score, words.score, linked(short.asked, words, short, short.sources, CHUNK))
     lines = [
         passages(
             score, short, short.sources, tokenizer, chunk=CHUNK, tokens=tokens, recent=end, order=order, count=count

@@ -21,9 +21,9 @@ from mgam.documents.sources import Source
 
 REPEATED = 0.3
 """How much a word adds when it is repeated: chosen on the TUNE split (facts of countries, of 0 to 1)."""
-_WORD = re.compile(r"\w+")
+WORD = re.compile(r"\w+")
 COMMON = frozenset(
-    _WORD.findall(
+    WORD.findall(
         """
     a an the this that these those there here it its i me my we us our you your he him his she her they them their
     what which who whom whose when where why how is are was were be been being am do does did done have has had
@@ -36,7 +36,7 @@ COMMON = frozenset(
 """English words by which questions are put, whatever they ask for. In a text of facts they are rarer than any name, so
 rarity alone would go by them: with them a fact of 60 (countries in 32k tokens, TUNE split) stands among the first four
 chunks by words for 23, without them for 59. In capitals alone they may be names (WHO, US) and count."""
-_Chunk = tuple[int, int, int]
+Stretch = tuple[int, int, int]
 """A chunk's characters in its text, start and end (exclusive), and its number."""
 
 
@@ -60,14 +60,10 @@ def matches(
         rarity: how rare the words are in a longer text of which this is a part: a few passages that answer are no
             measure, for what they all speak of is common there, and "is" and "the" may be rare.
     """
-    words = [word for word in dict.fromkeys(_WORD.findall(question)) if not _is_common(word)]
+    words = asked_words(question)
     if not words or not chunks:
         return Matches(torch.zeros(chunks, dtype=torch.float64), torch.zeros(len(words), dtype=torch.float64))
-    told: dict[int, list[_Chunk]] = {}
-    for place in range(chunks):
-        found = places.place(place * chunk, (place + 1) * chunk)
-        if found is not None:
-            told.setdefault(id(found[0]), []).append((found[1], found[2], place))
+    told = stretches(places, chunks, chunk)
     counts = torch.zeros(len(words), chunks, dtype=torch.float64)
     for source in sources:
         _count(source.text, told.get(id(source), []), words, counts)
@@ -77,11 +73,27 @@ def matches(
     return Matches(((counts / (counts + REPEATED)) * rarity[:, None]).sum(0), rarity)
 
 
-def _is_common(word: str) -> bool:
+def asked_words(question: str) -> list[str]:
+    """The words of a question that are looked for."""
+    return [word for word in dict.fromkeys(WORD.findall(question)) if not is_common(word)]
+
+
+def is_common(word: str) -> bool:
+    """Whether a word says nothing of what is asked for."""
     return word.casefold() in COMMON and (len(word) == 1 or not word.isupper())
 
 
-def _count(text: str, told: list[_Chunk], words: Sequence[str], counts: Tensor) -> None:
+def stretches(places: Places, chunks: int, chunk: int) -> dict[int, list[Stretch]]:
+    """Where the first `chunks` chunks of so many tokens stand, by the `id` of their source."""
+    told: dict[int, list[Stretch]] = {}
+    for number in range(chunks):
+        found = places.place(number * chunk, (number + 1) * chunk)
+        if found is not None:
+            told.setdefault(id(found[0]), []).append((found[1], found[2], number))
+    return told
+
+
+def _count(text: str, told: list[Stretch], words: Sequence[str], counts: Tensor) -> None:
     """Adds to counts (W, C) how often each word stands in each chunk of a text, or in the heading of its section."""
     if not told:
         return

@@ -14,6 +14,7 @@ from transformers import DynamicCache
 from mgam.documents.evidence import Places
 from mgam.documents.prompt import Prompt
 from mgam.documents.question_words import matches
+from mgam.documents.references import linked
 from mgam.documents.second_look import NEUTRAL, Passages, best_first, passages, preference, shares
 from mgam.documents.sources import Source
 from mgam.documents.tokens import Frame
@@ -127,7 +128,7 @@ def chosen_again(
     chunk = settings.pyramid_levels.chunk
     recent = max(0, border - settings.window) // chunk * chunk, border
     words = matches(question, places, sources, border // chunk, chunk)
-    order = best_first(score, words.score)
+    order = best_first(score, words.score, linked(question, words, places, sources, chunk))
     found = passages(
         score, places, sources, tokenizer, chunk=chunk, tokens=settings.reread, recent=recent, order=order, count=count
     )  # fmt: skip
