@@ -15,6 +15,9 @@ from mgam import methods
 from mgam.benchmarks.plots import pyplot
 from mgam.evaluation.results import ResultsFile, Row, summarise
 
+Place = tuple[str, int, str, str]
+"""Model, length, method and task of a row."""
+
 
 def write(folder: Path) -> None:
     """Writes `decoders.md`, `trained.md`, `growth.md` and their plots into the folder, from what is there."""
@@ -29,30 +32,32 @@ def write(folder: Path) -> None:
 def _decoders(folder: Path) -> str:
     files = [ResultsFile(path, print) for path in sorted(folder.glob("decoders.*.jsonl*"))]
     trials = {key: trial for file in files for key, trial in file.trials.items()}
-    rows, runs = _with_earlier(
+    rows, runs, commits_of = _with_earlier(
         folder / "decoders.json", summarise(trials.values()), [run for file in files for run in file.runs]
     )
     if not rows:
         return ""
-    device, commits, processes = (_told(runs, name) for name in ("device", "commit", "processes"))
+    device, processes = (_told(runs, name) for name in ("device", "processes"))
     days = sorted(str(run["date"])[:10] for run in runs if "date" in run)
     dates = " to ".join(dict.fromkeys((*days[:1], *days[-1:])))
     failed = _failures(folder)
     lines = [
         "# Methods that read with an unmodified decoder",
         "",
-        f"{dates}, {device}, commit {commits}; {processes} processes shared "
+        f"{dates}, {device}; {processes} processes shared "
         "a device with other work, so seconds compare within a table and are no speed figures. Scores in percent "
         "± standard error (trials); loss in nats per token. Entries, seconds and memory are means over the question "
         "tasks; memory is the highest peak of the process, in brackets how many texts it read at once. What does not "
-        "fit did not fit beside the other processes.",
+        "fit did not fit beside the other processes. Rows of one commit are of one run, and all are of the same "
+        f"samples. Commits of all runs: {_told(runs, 'commit')}.",
         "",
     ]
     for model in dict.fromkeys(row.model for row in rows):
         for length in sorted({row.length for row in rows if row.model == model}):
             chosen = [row for row in rows if (row.model, row.length) == (model, length)]
             here = {(method, task): why for (*place, method, task), why in failed.items() if place == [model, length]}
-            lines += [f"## {model}, {length:,} tokens", "", *_table(chosen, here), "", _frontier(chosen), ""]
+            table = _table(chosen, here, commits_of)
+            lines += [f"## {model}, {length:,} tokens", "", *table, "", _frontier(chosen), ""]
             lines += _reasons(chosen, here)
     _plot_quality(rows, folder / "decoders.svg")
     return "\n".join(lines)
@@ -62,19 +67,32 @@ def _told(runs: Sequence[dict[str, Any]], name: str) -> str:
     return ", ".join(dict.fromkeys(str(run[name]) for run in runs if name in run))
 
 
+def _place(row: Row) -> Place:
+    return row.model, row.length, row.method, row.task
+
+
 def _with_earlier(
     path: Path, rows: Sequence[Row], runs: Sequence[dict[str, Any]]
-) -> tuple[list[Row], list[dict[str, Any]]]:
-    """The rows and runs, with those of an earlier table whose trials are elsewhere; keeps both for later ones."""
+) -> tuple[list[Row], list[dict[str, Any]], dict[Place, str]]:
+    """The rows and runs, with those of an earlier table whose trials are elsewhere, and at which commit each row was
+    made; keeps all for later tables."""
     kept = json.loads(path.read_text(encoding="utf-8")) if path.exists() else {"runs": [], "rows": []}
-    found = {(row.model, row.length, row.method, row.task): row for row in (Row(**one) for one in kept["rows"])}
-    found |= {(row.model, row.length, row.method, row.task): row for row in rows}
+    found: dict[Place, Row] = {}
+    commits: dict[Place, str] = {}
+    for one in kept["rows"]:
+        made, row = one.pop("commit", "earlier"), Row(**one)
+        found[_place(row)], commits[_place(row)] = row, made
+    found |= {_place(row): row for row in rows}
+    commits |= {
+        _place(row): _told([run for run in runs if run.get("model", row.model) == row.model], "commit") for row in rows
+    }
     known = [*kept["runs"], *(run for run in runs if run not in kept["runs"])]
     if found:
-        parts = {"runs": known, "rows": [row.to_json() for row in found.values()]}
+        told = [{**row.to_json(), "commit": commits[place]} for place, row in found.items()]
+        parts = {"runs": known, "rows": told}
         lists = (f'"{name}": [\n' + ",\n".join(map(json.dumps, part)) + "\n]" for name, part in parts.items())
         path.write_text("{" + ", ".join(lists) + "}\n", encoding="utf-8")
-    return list(found.values()), known
+    return list(found.values()), known, commits
 
 
 def _failures(folder: Path) -> dict[tuple[str, int, str, str], str]:
@@ -94,11 +112,12 @@ def _reasons(rows: Sequence[Row], failed: dict[tuple[str, str], str]) -> list[st
     return ["Without a figure:", "", *lines, ""] if lines else []
 
 
-def _table(rows: Sequence[Row], failed: dict[tuple[str, str], str]) -> list[str]:
+def _table(rows: Sequence[Row], failed: dict[tuple[str, str], str], commits: dict[Place, str]) -> list[str]:
     wanted = [*TASKS.split(","), *(row.task for row in rows)]
     tasks = sorted({row.task for row in rows}, key=wanted.index)
     names = list(dict.fromkeys(row.method for row in rows))
-    lines = [f"| method | {' | '.join(tasks)} | entries | seconds | GiB (texts) |", f"|---|{'---|' * (len(tasks) + 3)}"]
+    lines = [f"| method | {' | '.join(tasks)} | entries | seconds | GiB (texts) | commit |"]
+    lines.append(f"|---|{'---|' * (len(tasks) + 4)}")
     known = [*METHODS.split(","), *names]
     for name in sorted(names, key=known.index):
         own = {row.task: row for row in rows if row.method == name}
@@ -109,7 +128,8 @@ def _table(rows: Sequence[Row], failed: dict[tuple[str, str], str]) -> list[str]
             _peak(asked),
         )
         cells = [_cell(own.get(task), (name, task) in failed) for task in tasks]
-        lines.append(f"| {name} | {' | '.join([*cells, *costs])} |")
+        made = ", ".join(dict.fromkeys(commits[_place(row)] for row in own.values()))
+        lines.append(f"| {name} | {' | '.join([*cells, *costs, made])} |")
     return lines
 
 

@@ -81,6 +81,10 @@ def test_what_has_no_figure_has_a_reason(
     (tmp_path / "decoders.tiny.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
     for _ in range(2):
         text = table(tmp_path, monkeypatch, capsys)
-        assert "2026-01-02, a device, commit abc; 3 processes shared" in text
+        assert "2026-01-02, a device; 3 processes shared" in text
+        assert "Commits of all runs: abc." in text
+        made = {line.split(" | ")[0]: line for line in text.splitlines()}
+        assert made["| sliding"].endswith("| abc |")
+        assert "abc" not in made["| dense"]
         assert "| dense | 100 (1) | 256 |" in text
         assert "| sliding | 0 (1) | 9 |" in text
