@@ -266,6 +266,18 @@ def test_a_path_that_fails_while_working_is_no_fault_of_mgam(
     assert f"{Path(text, 'x')} cannot be read or written" in error["message"]
 
 
+def test_a_full_disk_is_no_fault_of_mgam(
+    command: Command, calls: dict[str, Any], text: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def fill(*_: Any, **__: Any) -> None:
+        raise OSError(28, "No space left on device")  # as a write to an open file has it: without a name
+
+    monkeypatch.setattr(asking, "ask_each", fill)
+    done = command("ask", text, QUESTION, "--json")
+    assert (done.code, done.error["kind"]) == (2, "FileError")
+    assert "(No space left on device); make room" in done.error["message"]
+
+
 def test_debug_shows_where(command: Command, calls: dict[str, Any], text: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("MGAM_DEBUG", "")  # so that the variable is put back after the test
     monkeypatch.setattr(asking, "ask_each", lambda *_, **__: 1 / 0)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import os
 import sys
@@ -14,6 +15,7 @@ from mgam.errors import MemoryBudgetError, MgamError
 
 DEBUG_VARIABLE = "MGAM_DEBUG"
 INTERRUPTED = 130
+FULL = errno.ENOSPC, errno.EDQUOT, errno.EFBIG
 
 # Some releases of typer carry their own copy of click, others use the installed one; BadParameter leads to both.
 _UsageError: type[Exception] = typer.BadParameter.__mro__[1]
@@ -70,6 +72,9 @@ def describe(error: BaseException) -> Failure:
     if isinstance(error, OSError) and isinstance(error.filename, str | os.PathLike):
         told = error.strerror or type(error).__name__
         return Failure("FileError", f"{error.filename} cannot be read or written ({told}); name another", 2)
+    if isinstance(error, OSError) and error.errno in FULL:
+        told = f"no room is left where something was to be written ({error.strerror})"
+        return Failure("FileError", f"{told}; make room on that disk, or name another place", 2)
     return Failure(
         "InternalError",
         f"a fault of mgam, not of yours: {type(error).__name__}: {_line(str(error))[:400]}; "
