@@ -87,6 +87,7 @@ def _with_earlier(
         _place(row): _told([run for run in runs if run.get("model", row.model) == row.model], "commit") for row in rows
     }
     known = [*kept["runs"], *(run for run in runs if run not in kept["runs"])]
+    known = [run for run in known if run.get("commit") in {*commits.values(), None}]  # of the others no row is left
     if found:
         told = [{**row.to_json(), "commit": commits[place]} for place, row in found.items()]
         parts = {"runs": known, "rows": told}
