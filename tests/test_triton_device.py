@@ -212,3 +212,42 @@ def test_lengths_that_captured_calls_share_are_written_in_every_mode() -> None:
         with mode():
             moment = Moment(torch.tensor([length], device=DEVICE), torch.zeros(1), 0, True)
             assert beside.lengths_of(moment).tolist() == [length]
+
+
+def test_a_result_goes_where_the_arguments_say() -> None:
+    """What a captured call takes and gives: queries copied to one place, whatever their strides and number; results in
+    a new tensor each time, from a copy where the kernel that makes them cannot write there."""
+    from mgam.arguments_triton import Arguments, send
+
+    stream = torch.cuda.current_stream().cuda_stream if DEVICE == "cuda" else 0
+    queries = torch.randn(5, 3, 4, 150, device=DEVICE)[:, :, :, 1:].transpose(1, 2)
+    arguments, before = Arguments(queries), []
+    for number in range(4):
+        out = arguments.enter(queries + number, stream)
+        assert torch.equal(arguments.queries, queries + number)
+        assert int(arguments.place) == out.data_ptr()
+        send(2 * arguments.queries, arguments.place)
+        before.append(out)
+    for number, out in enumerate(before):
+        assert out.is_contiguous()
+        assert torch.equal(out, 2 * (queries + number))
+
+
+@pytest.mark.parametrize("group", [2, 40])
+def test_decode_writes_where_it_is_told(group: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """By the kernel that merges parts of a cover, and from a copy where a group is too large for that."""
+    from mgam.arguments_triton import Arguments
+    from mgam.attend.triton import forward
+    from mgam.device import decode
+
+    _, keys, values = made(150, 2, DTYPES[0])
+    pyramid, asked = pyramid_of(keys, values), torch.randn(2, 2 * group, 1, 64, device=DEVICE).to(DTYPES[0])
+    lengths = torch.tensor([150, 97], device=DEVICE)
+    given = lengths, pyramid, Scored(budget=24, window=16), Positions(), 0.125
+    want, copies, send = decode(asked, *given, chunks=18).out, [], forward.send
+    monkeypatch.setattr(forward, "send", lambda *args: copies.append(args) or send(*args))
+    arguments = Arguments(asked)
+    out = arguments.enter(asked, torch.cuda.current_stream().cuda_stream if DEVICE == "cuda" else 0)
+    decode(arguments.queries, *given, chunks=18, place=arguments.place)
+    assert torch.equal(out, want)
+    assert len(copies) == (group > 32)

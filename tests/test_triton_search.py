@@ -117,7 +117,7 @@ def test_projection_equals_plain() -> None:
     plain = CompactKeys.of(pyramid, levels, Compact(dims=32, bits=8, calibrate=64))
     full = slice(0, 256 // 8)
     keys = shorten_keys(
-        pyramid.search[:, :, :, full].to(DEVICE), plain.basis.to(DEVICE), plain.mean.to(DEVICE), plain.step.to(DEVICE)
+        pyramid.search[:, :, :, full].to(DEVICE), plain.basis.to(DEVICE), plain.offset.to(DEVICE), plain.step.to(DEVICE)
     )
     # Eight bits round to nearest on the device; the interpreter cuts them off.
     loose = 8e-2 if DEVICE == "cpu" else 4e-2
@@ -151,7 +151,7 @@ def test_few_voters_choose_alike(short: bool) -> None:
     if short:
         basis = torch.linalg.qr(torch.randn(2, 2, 64, 32, device=DEVICE)).Q.contiguous()
         step = torch.full((2, 2), 3.0 / 224, device=DEVICE)
-        keys = search_triton.shorten_keys(search, basis, torch.zeros(2, 2, 64, device=DEVICE), step)
+        keys = search_triton.shorten_keys(search, basis, torch.zeros(2, 2, basis.shape[-1], device=DEVICE), step)
         turned, factor = search_triton.shorten_queries(queries, row, basis, step, 0.18)
         asked = replace(asked, queries=turned, factor=factor, search=keys)
     want = search_triton.cover(search_triton.scores(asked, chunks), start, levels, 3)
@@ -243,17 +243,42 @@ def test_best_of_any_width(chunks: int, window: str) -> None:
             assert ours[ours >= 0].tolist() == sorted(([0] if stop else []) + order[:most])
 
 
-@pytest.mark.parametrize("case", ["decaying", "one direction", "nothing"])
-def test_principal_directions(case: str) -> None:
-    """Orthonormal, and as much of the moments within as in the leading eigenvectors."""
-    from mgam.policies.basis_triton import principal
+@pytest.mark.parametrize("peak", [0.0, 224.0])
+@pytest.mark.parametrize("case", ["decaying", "few of them", "one direction", "one key", "far from zero"])
+def test_calibration(case: str, peak: float) -> None:
+    """An orthonormal basis of the leading directions of keys less their mean, and what goes with it, for each row and
+    head, of keys that lie apart in memory; whatever the rank of the keys, and however far they lie from zero."""
+    from mgam.policies.basis_triton import calibrate, serves
 
     torch.manual_seed(3)
-    weight = {"decaying": 0.9 ** torch.arange(64.0), "one direction": torch.eye(64)[0], "nothing": torch.zeros(64)}
-    turned = torch.linalg.qr(torch.randn(3, 64, 64)).Q
-    moments = turned @ (weight[case][:, None] * turned.transpose(1, 2))
-    basis = principal(moments.to(DEVICE), 16).cpu()
-    assert (basis.transpose(1, 2) @ basis - torch.eye(16)).abs().max() < 1e-4
-    within = (basis.transpose(1, 2) @ moments @ basis).diagonal(dim1=1, dim2=2).sum(-1)
-    best = weight[case].sort(descending=True).values[:16].sum()
-    assert (within >= 0.98 * best - 1e-6).all()
+    dim, width, count, places = 64, 16, {"few of them": 3, "one key": 1}.get(case, 20), 1 if case == "one key" else 4
+    assert serves(dim, width)
+    weight = torch.eye(dim)[0] if case == "one direction" else 0.85 ** torch.arange(float(dim))
+    turned = torch.linalg.qr(torch.randn(2, 3, dim, dim)).Q
+    keys = torch.randn(2, 3, places, count, dim) * weight @ turned[:, :, None]
+    keys += torch.randn(2, 3, 1, 1, dim) * (100 if case == "far from zero" else 1)
+    keys = keys.to(KEPT)
+    room = torch.full((2, 3, places, count + 2, dim), torch.nan, dtype=KEPT)
+    room[:, :, :, :count] = keys
+    shapes = (2, 3, dim, width), (2, 3, dim), (2, 3, width), (2, 3)
+    made = [torch.empty(shape, device=DEVICE) for shape in shapes]
+    calibrate(room.to(DEVICE)[:, :, :, :count], *made, peak)
+    basis, mean, offset, step = (part.double().cpu() for part in made)
+    flat = keys.double().flatten(2, 3)
+    centred = flat - flat.mean(2, keepdim=True)
+    torch.testing.assert_close(mean, flat.mean(2), atol=1e-4, rtol=1e-5)
+    assert (basis.mT @ basis - torch.eye(width)).abs().max() < 1e-4
+    torch.testing.assert_close(offset, (mean[:, :, None] @ basis)[:, :, 0], atol=2e-3, rtol=1e-4)
+    most = (centred @ basis).abs().amax((2, 3)).clamp_min(1e-20) / (peak or 1)
+    torch.testing.assert_close(step, most if peak else torch.ones(2, 3).double(), atol=1e-7, rtol=5e-3)
+    moments = centred.mT @ centred
+    within = (basis.mT @ moments @ basis).diagonal(dim1=2, dim2=3).sum(-1)
+    best = torch.linalg.eigvalsh(moments)[..., -width:].sum(-1)
+    assert (within >= 0.99 * best - 1e-6).all()
+
+
+def test_calibration_is_of_the_shapes_that_it_serves() -> None:
+    from mgam.policies.basis_triton import serves
+
+    shapes = {(128, 64): True, (96, 48): False, (128, 128): False, (64, 8): False, (128, 48): False}
+    assert {shape: serves(*shape) for shape in shapes} == shapes

@@ -47,13 +47,15 @@ def decode(
     chunks: int,
     softcap: float | None = None,
     watched: bool = False,
+    place: Tensor | None = None,
 ) -> Decoded:
     """One new token per row: queries (B, H*G, 1, D); lengths (B,) on the device, the token included.
 
     `chunks` bounds the chunks of any row. All shapes are static and nothing waits for the device, so that the call can
     be captured in a CUDA graph and replayed while `lengths` and the pyramid's buffers change. The compact keys, where
     the policy has them, must have been made before; they are searched when every row holds the tokens that give its
-    basis.
+    basis. `place` (1,) int64: the address of a contiguous tensor like the queries that gets the result; then `out` need
+    not.
     """
     levels = pyramid.levels
     now = Now.of(lengths, policy.window, levels, pyramid.keys[0].shape[1])
@@ -63,7 +65,7 @@ def decode(
     lists = Lists(levels, now.table[:4], 1, index, counts, ranks, chosen.mass)
     turn = Turn.of(positions, lists, chunks * levels.chunk, queries.device, queries.dtype)
     states = pyramid.keys, pyramid.values
-    part = read(queries, lists, *states, scale, turn=turn, softcap=softcap, tickets=now.tickets)
+    part = read(queries, lists, *states, scale, turn=turn, softcap=softcap, tickets=now.tickets, place=place)
     mass = None
     if watched:
         mass = masses(queries, lists, pyramid.keys[0], part.lse, scale, turn=turn, softcap=softcap)

@@ -10,7 +10,19 @@ import mgam
 SOURCE = Path(mgam.__file__).parent
 ROOMS = [
     ("errors",),
-    ("levels", "schedule", "positions", "merge", "kernels", "processes", "threads", "lasting", "words", "chain_triton"),
+    (
+        "levels",
+        "schedule",
+        "positions",
+        "merge",
+        "kernels",
+        "processes",
+        "threads",
+        "lasting",
+        "words",
+        "arguments_triton",
+        "chain_triton",
+    ),
     ("pyramid", "pyramid_triton", "cover"),
     ("attend", "policies"),
     ("settings", "segments", "plan", "record", "engine", "device", "step"),

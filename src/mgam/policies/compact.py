@@ -48,13 +48,14 @@ class Compact:
 class CompactKeys:
     """Compact search keys of a pyramid.
 
-    Shapes: search (B, H, S, C, d) ordered by place first; basis (B, H, D, d); mean (B, H, D); step (B, H): a kept
-    number times the step is a coordinate.
+    Shapes: search (B, H, S, C, d) ordered by place first; basis (B, H, D, d); mean (B, H, D), and in the basis offset
+    (B, H, d); step (B, H): a kept number times the step is a coordinate.
     """
 
     search: Tensor
     basis: Tensor
     mean: Tensor
+    offset: Tensor
     step: Tensor
     chunks: list[int]
     """Chunks of each row that were shortened; 0 before the row holds the tokens that give its basis."""
@@ -107,25 +108,35 @@ class CompactKeys:
 
     def _make(self, pyramid: Pyramid, targets: list[int], first: int) -> None:
         """Bases of rows that have none yet, from their first chunks, and the keys of new chunks."""
-        for row, target in enumerate(targets):
-            if target and not self.chunks[row]:
-                self._calibrate(pyramid, row, first)
+        waiting = [row for row, target in enumerate(targets) if target and not self.chunks[row]]
+        if len(waiting) == len(targets):
+            self._calibrate(pyramid, slice(None), first)
+        else:
+            for row in waiting:
+                self._calibrate(pyramid, slice(row, row + 1), first)
         self._extend(pyramid, targets)
 
-    def _calibrate(self, pyramid: Pyramid, row: int, first: int) -> None:
-        """Sets a row's basis from its first chunks: the same however far the row has grown since."""
+    def _calibrate(self, pyramid: Pyramid, rows: slice, first: int) -> None:
+        """Sets the bases of rows from their first chunks: the same however far the rows have grown since."""
         assert pyramid.search is not None
-        seen = pyramid.search[row, :, :, :first].to(self.basis.dtype).flatten(1, 2)
-        if not seen.shape[1]:
-            seen = seen.new_zeros(seen.shape[0], 1, seen.shape[2])
-        mean = seen.mean(1)
-        centred = seen - mean[:, None]
-        size = centred.abs().amax((1, 2), keepdim=True).clamp_min(1e-20)
-        self.basis[row] = principal((centred / size).transpose(1, 2) @ (centred / size), self.basis.shape[-1])
-        self.mean[row] = mean
-        if self.search.dtype == torch.float8_e4m3fn:
-            peak = (centred @ self.basis[row]).abs().flatten(1).amax(1)
-            self.step[row] = peak.clamp_min(1e-20) / PEAK
+        keys, rounds = pyramid.search[rows, :, :, :first], self.search.dtype == torch.float8_e4m3fn
+        basis, mean, offset, step = self.basis[rows], self.mean[rows], self.offset[rows], self.step[rows]
+        if keys.is_cuda and first and installed() and basis.dtype == torch.float32:
+            from mgam.policies import basis_triton
+
+            if basis_triton.serves(*basis.shape[2:]):
+                basis_triton.calibrate(keys, basis, mean, offset, step, PEAK if rounds else 0.0)
+                return
+        seen = keys.to(basis.dtype).flatten(2, 3)
+        if not first:
+            seen = seen.new_zeros(*seen.shape[:2], 1, seen.shape[3])
+        mean.copy_(seen.mean(2))
+        centred = seen - mean[:, :, None]
+        size = centred.abs().amax((2, 3), keepdim=True).clamp_min(1e-20)
+        basis.copy_(principal((centred / size).transpose(2, 3) @ (centred / size), basis.shape[-1]))
+        offset.copy_((mean[:, :, None] @ basis)[:, :, 0])
+        if rounds:
+            step.copy_((centred @ basis).abs().amax((2, 3)).clamp_min(1e-20) / PEAK)
 
     def _extend(self, pyramid: Pyramid, targets: list[int]) -> None:
         assert pyramid.search is not None
@@ -142,7 +153,7 @@ class CompactKeys:
         if self.on_device(keys):
             from mgam.policies.search_triton import shorten_keys
 
-            shorten_keys(keys, self.basis[rows], self.mean[rows], self.step[rows], short)
+            shorten_keys(keys, self.basis[rows], self.offset[rows], self.step[rows], short)
             return
         centred = keys.to(self.basis.dtype) - self.mean[rows, :, None, None]
         turned = torch.matmul(centred, self.basis[rows, :, None])
@@ -187,14 +198,9 @@ class CompactKeys:
 def principal(moments: Tensor, width: int, steps: int = 8) -> Tensor:
     """An orthonormal basis (..., D, width) of the leading directions of second moments (..., D, D).
 
-    Orthogonal iteration in float64: only the span matters, directions of nearly equal weight may mix, and a GPU does
-    it in a fraction of the time of an eigenvalue decomposition, without waiting. With kernels, in float32.
+    Orthogonal iteration in float64: only the span matters, and directions of nearly equal weight may mix.
     """
     dim = moments.shape[-1]
-    if moments.is_cuda and installed() and width < dim and not (dim & (dim - 1) or width & (width - 1)):
-        from mgam.policies import basis_triton
-
-        return basis_triton.principal(moments, width, steps // 2)
     wide = moments.to(torch.float64)
     size = wide.diagonal(dim1=-2, dim2=-1).sum(-1)[..., None, None].clamp_min(1e-300) / dim
     eye = torch.eye(dim, dtype=torch.float64, device=moments.device)
@@ -228,6 +234,7 @@ def _empty(pyramid: Pyramid, compact: Compact) -> CompactKeys:
         search=pyramid.search.new_empty(batch, heads, places, 0, width, dtype=kept),
         basis=wide.new_zeros(batch, heads, dim, width),
         mean=wide.new_zeros(batch, heads, dim),
+        offset=wide.new_zeros(batch, heads, width),
         step=wide.new_ones(batch, heads),
         chunks=[0] * batch,
     )

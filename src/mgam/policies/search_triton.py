@@ -196,18 +196,17 @@ def shorten_queries(queries: Tensor, row: Tensor, basis: Tensor, step: Tensor, s
     return short, factor
 
 
-def shorten_keys(keys: Tensor, basis: Tensor, mean: Tensor, step: Tensor, short: Tensor | None = None) -> Tensor:
-    """Search keys (B, H, S, n, D), less their mean (B, H, D), in the basis (B, H, D, d), in steps (B, H), eight bits
-    a number; written to `short` (B, H, S, n, d), by any strides but the last, where it is given."""
+def shorten_keys(keys: Tensor, basis: Tensor, offset: Tensor, step: Tensor, short: Tensor | None = None) -> Tensor:
+    """Search keys (B, H, S, n, D) in the basis (B, H, D, d), less their mean there, the offset (B, H, d), in steps
+    (B, H), eight bits a number; written to `short` (B, H, S, n, d), by any strides but the last, where it is given."""
     batch, heads, places, count, dim = keys.shape
     width = basis.shape[3]
     if short is None:
         short = torch.empty(*keys.shape[:4], width, dtype=torch.float8_e4m3fn, device=keys.device)
-    offset = (mean[..., None, :] @ basis)[..., 0, :].contiguous()
     tiles = cdiv(count, 128)
     if count:
         project_kernel[(tiles * batch * places * heads,)](
-            keys, basis.contiguous(), offset, step.contiguous(), short, short, offset, heads, tiles, 1.0,
+            keys, basis.contiguous(), offset.contiguous(), step.contiguous(), short, short, offset, heads, tiles, 1.0,
             keys.stride(0), keys.stride(2), keys.stride(1), keys.stride(3), short.stride(0), short.stride(2),
             short.stride(1), short.stride(3), count, V=1, PLACES=places, GROUPED=False, D=dim, SHORT=width, BLOCK_M=128,
             BLOCK_D=_block(dim), BLOCK_S=_block(width), BY_ROW=False, MOST=224.0, num_warps=8,

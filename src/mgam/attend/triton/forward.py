@@ -8,6 +8,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from mgam.arguments_triton import send
 from mgam.attend.triton.lists import Lists
 from mgam.attend.triton.prefill import WholeTiles, fits, read_whole
 from mgam.attend.triton.read import merge_kernel, read_kernel
@@ -60,6 +61,7 @@ def read(
     tiles: Tiles | WholeTiles | None = None,
     out: Tensor | None = None,
     tickets: Tensor | None = None,
+    place: Tensor | None = None,
 ) -> Part:
     """One softmax over each block's cover, without any wait for the device.
 
@@ -67,7 +69,8 @@ def read(
     any strides
     but the last; out like queries (written where `out` says, if given, by its strides), lse (N, H*G, Q) float32,
     -inf where nothing may be read. `tickets` (N, H) int32, zeros that this call may write: where several programs read
-    the cover of one block, the last one merges what they found, and no other launch does.
+    the cover of one block, the last one merges what they found, and no other launch does. `place` (1,) int64, with
+    `tickets`: the address of a contiguous tensor like the queries that gets the result; then `out` need not.
     """
     count, query_heads, size, dim = queries.shape
     heads = keys[0].shape[1]
@@ -101,7 +104,7 @@ def read(
         key_desc = described(keys[0], tiles.entries, block(turn.pairs or dim))
         value_desc = described(values[0], tiles.entries, block(dim))
     read_kernel[(row_tiles * count * heads, tiles.splits)](
-        queries, part_out, part_lse, lse if tickets is None else tickets, out, lse,
+        queries, part_out, part_lse, lse if tickets is None else tickets, out, lse, lse if place is None else place,
         lists.blocks, lists.counts, key_desc, value_desc, tuple(keys), tuple(values), strides(keys), strides(values),
         lists.index, lists.ranks, tuple(part.shape[-1] for part in lists.index),
         turn.cos, turn.sin, turn.cos.shape[0] - 1, turn.anchor, scale, softcap or 1.0, biases(lists),
@@ -110,6 +113,7 @@ def read(
         BLOCK_M=tiles.rows, BLOCK_N=tiles.entries, BLOCK_D=block(dim), BLOCK_R=block(turn.pairs), BLOCK_P=block(rest),
         CAP=softcap is not None, BARE=lists.bare, SPLITS=tiles.splits, PRECISION=precision(queries.dtype),
         COPY=copies, MERGED=together, ROWS=power_of_2(group * size) if together else 1,
+        SENT=place is not None and together > 0,
         num_warps=tiles.warps, num_stages=tiles.stages, maxnreg=tiles.registers,
         **chained(tickets is not None, out.device),
     )  # fmt: skip
@@ -122,6 +126,8 @@ def read(
         )  # fmt: skip
         if merged is not out:
             out.copy_(merged)
+    if place is not None and not together:
+        send(out, place)
     return Part(out, lse)
 
 

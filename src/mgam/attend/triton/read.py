@@ -127,18 +127,18 @@ def _share(count, before, tiles, part, SPLITS: tl.constexpr, STEP: tl.constexpr)
 
 @triton.jit(
     do_not_specialize=["limit", "anchor", "blocks", "heads", "tiles"],
-    do_not_specialize_on_alignment=["block_ptr", "count_ptr"],
+    do_not_specialize_on_alignment=["block_ptr", "count_ptr", "place_ptr"],
 )
 def read_kernel(
-    q_ptr, out_ptr, lse_ptr, ticket_ptr, merged_ptr, merged_lse_ptr, block_ptr, count_ptr, key_desc, value_desc, keys,
-    values,
+    q_ptr, out_ptr, lse_ptr, ticket_ptr, merged_ptr, merged_lse_ptr, place_ptr, block_ptr, count_ptr, key_desc,
+    value_desc, keys, values,
     key_strides, value_strides, lists, ranks, widths,
     cos_ptr, sin_ptr, limit, anchor, scale, cap, biases, blocks, heads, tiles, q_block, q_head, q_row,
     out_part, out_block, out_head, out_row,
     G: tl.constexpr, Q: tl.constexpr, CHUNK: tl.constexpr, TOP: tl.constexpr, D: tl.constexpr, R: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_R: tl.constexpr, BLOCK_P: tl.constexpr,
     CAP: tl.constexpr, BARE: tl.constexpr, SPLITS: tl.constexpr, PRECISION: tl.constexpr, COPY: tl.constexpr,
-    MERGED: tl.constexpr, ROWS: tl.constexpr, CHAINED: tl.constexpr,
+    MERGED: tl.constexpr, ROWS: tl.constexpr, SENT: tl.constexpr, CHAINED: tl.constexpr,
 ):  # fmt: skip
     """One program: BLOCK_M rows (query heads of one group x queries of one block) over one part of the block's cover.
 
@@ -147,6 +147,7 @@ def read_kernel(
     (4, N): row, start, length, window start; count_ptr (N, H, 1+TOP); lists[l], ranks[l] (N, H, widths[l]).
     MERGED: ticket_ptr (N, H) int32 counts the parts that are done, from 0 on, and the last one merges them, MERGED of
     them at a time, into merged_ptr (N, H*G, Q, D) and merged_lse_ptr (N, H*G, Q); ROWS: a power of two of at least G*Q.
+    SENT: not into merged_ptr, but where place_ptr (1,) int64 says.
     """
     if CHAINED:
         chain()
@@ -235,8 +236,11 @@ def read_kernel(
         tl.debug_barrier()  # all threads of this program have stored their part before its ticket is drawn
         if tl.atomic_add(ticket_ptr + pair, 1, sem="acq_rel", scope="gpu") == SPLITS - 1:
             tl.debug_barrier()
+            target = merged_ptr
+            if SENT:
+                target = tl.load(place_ptr).to(merged_ptr.dtype)
             _merge(
-                out_ptr, lse_ptr, merged_ptr, merged_lse_ptr, pair * (G * Q), blocks.to(tl.int64) * heads * (G * Q),
+                out_ptr, lse_ptr, target, merged_lse_ptr, pair * (G * Q), blocks.to(tl.int64) * heads * (G * Q),
                 G * Q, ROWS, D, BLOCK_D, SPLITS, MERGED,
             )  # fmt: skip
 
