@@ -71,6 +71,8 @@ class Pyramid:
         """What policies keep of queries that are gone and cannot be made again; moves with the rows."""
         self.step: object = None
         """How one new token per row was read last, for the next one (`mgam.step`)."""
+        self.steps: tuple[object, object, object] | None = None
+        """By whom one new token per row may be read so, as the engine found."""
 
     @classmethod
     def of(cls, keys: Tensor, values: Tensor, levels: Levels, lengths: Sequence[int] | None = None) -> Pyramid:

@@ -19,6 +19,7 @@ from mgam.errors import SettingError
 
 Lookahead = Literal["none", "block"]
 Found = TypeVar("Found")
+_NOTHING: Any = object()
 
 
 @dataclass(frozen=True)
@@ -158,9 +159,9 @@ class Blocks:
 
     def once(self, key: Hashable, find: Callable[[], Found]) -> Found:
         """What `find` gives, found once: the layers of a call share its blocks and what follows from them alone."""
-        if key not in self._known:
-            self._known[key] = find()
-        found: Found = self._known[key]
+        found: Found = self._known.get(key, _NOTHING)
+        if found is _NOTHING:
+            found = self._known[key] = find()
         return found
 
     def once_with(self, key: Hashable, other: Tensor, find: Callable[[], Found]) -> Found:

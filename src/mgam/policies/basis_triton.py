@@ -9,8 +9,8 @@ from torch import Tensor
 
 STEPS = 4
 """Orthogonal iterations, of two powers each."""
-SLAB = 128
-"""Columns of a product at a time: more would not stay in registers."""
+COLUMNS = 64
+"""Columns of a product at a time: more would take more shared memory than small GPUs have."""
 
 
 @triton.jit
@@ -28,75 +28,45 @@ def calibrate_kernel(
     pair = tl.program_id(0).to(tl.int64)
     key_ptr += pair // heads * step_row + pair % heads * step_head
     basis_ptr += pair * D * WIDTH
+    mean_ptr += pair * D
     moment_ptr += pair * D * D
     square_ptr += pair * D * D
     line = tl.arange(0, D)
     short = tl.arange(0, WIDTH)
-    column = tl.arange(0, COLUMNS)
-    number = tl.arange(0, BLOCK)
     part = tl.arange(0, PART)
+    number = tl.arange(0, BLOCK)
     total = count * PLACES
-    shift = tl.load(key_ptr + line).to(tl.float32)  # near the mean, so that sums of squares lose nothing
-    size = 0.0
-    for slab in tl.static_range(0, D, COLUMNS):
-        near = tl.load(key_ptr + slab + column).to(tl.float32)
-        some = tl.zeros((D,), tl.float32)
-        own = tl.zeros((COLUMNS,), tl.float32)
-        squares = tl.zeros((COLUMNS,), tl.float32)
-        moments = tl.zeros((D, COLUMNS), tl.float32)
-        for first in tl.range(0, total, BLOCK):
-            place = first + number
-            at = key_ptr + (place // count * step_place + place % count * step_chunk)[:, None]
-            here = (place < total)[:, None]
-            all_ = tl.where(here, tl.load(at + line[None, :], mask=here, other=0.0).to(tl.float32) - shift, 0.0)
-            few = tl.where(here, tl.load(at + slab + column[None, :], mask=here, other=0.0).to(tl.float32) - near, 0.0)
-            some += tl.sum(all_, 0)
-            own += tl.sum(few, 0)
-            squares += tl.sum(few * few, 0)
-            moments += tl.dot(tl.trans(all_), few, input_precision="tf32")
-        moments -= some[:, None] * (own / total)[None, :]
-        tl.store(moment_ptr + line[:, None] * D + slab + column[None, :], moments)
-        tl.store(mean_ptr + pair * D + slab + column, near + own / total)
-        size += tl.sum(squares - own * own / total, 0) / D
-    size = tl.maximum(size, 1e-36)
+    size = _moments(
+        key_ptr, mean_ptr, moment_ptr, total, count, step_place, step_chunk, line, tl.arange(0, COLUMNS), number, D,
+        COLUMNS, BLOCK,
+    )  # fmt: skip
+    for first in tl.range(0, D, PART):  # in units of their mean, with a little of every direction
+        place = moment_ptr + (first + part)[:, None] * D + line[None, :]
+        tl.store(place, tl.load(place) / size + tl.where((first + part)[:, None] == line[None, :], 1e-7, 0.0))
     tl.debug_barrier()
-    for slab in tl.static_range(0, D, COLUMNS):
-        square = tl.zeros((D, COLUMNS), tl.float32)
-        for first in tl.range(0, D, PART):
-            left = _moments(moment_ptr, line, first + part, size, D)
-            right = _moments(moment_ptr, first + part, slab + column, size, D)
-            square += tl.dot(left, right, input_precision="tf32x3")
-        tl.store(square_ptr + line[:, None] * D + slab + column[None, :], square)
-    tl.debug_barrier()
-    basis = tl.load(square_ptr + line[:, None] * D + short[None, :])
-    basis = _orthonormal(basis, short, WIDTH)
+    _product(square_ptr, moment_ptr, moment_ptr, D, D, COLUMNS, PART)
+    basis = _orthonormal(tl.load(square_ptr + line[:, None] * D + short[None, :]), short, WIDTH)
+    here = basis_ptr + line[:, None] * WIDTH + short[None, :]
     for _ in tl.range(1, STEPS):
-        tl.store(basis_ptr + line[:, None] * WIDTH + short[None, :], basis)
+        tl.store(here, basis)
         tl.debug_barrier()
-        basis = tl.zeros((D, WIDTH), tl.float32)
-        for first in tl.range(0, D, PART):
-            left = tl.load(square_ptr + line[:, None] * D + (first + part)[None, :])
-            right = tl.load(basis_ptr + (first + part)[:, None] * WIDTH + short[None, :])
-            basis += tl.dot(left, right, input_precision="tf32x3")
-        tl.debug_barrier()
-        basis = _orthonormal(basis, short, WIDTH)
+        _product(moment_ptr, square_ptr, basis_ptr, D, WIDTH, COLUMNS, PART)
+        basis = _orthonormal(tl.load(moment_ptr + line[:, None] * WIDTH + short[None, :]), short, WIDTH)
     basis = _orthonormal(basis, short, WIDTH)  # what was nearly parallel comes out square
-    tl.store(basis_ptr + line[:, None] * WIDTH + short[None, :], basis)
-    mean = tl.load(mean_ptr + pair * D + line)
-    tl.store(offset_ptr + pair * WIDTH + short, tl.sum(basis * mean[:, None], 0))
+    tl.store(here, basis)
+    tl.store(offset_ptr + pair * WIDTH + short, tl.sum(basis * tl.load(mean_ptr + line)[:, None], 0))
+    tl.debug_barrier()
     step = 1.0
     if PEAK > 0:
         peak = tl.zeros((WIDTH,), tl.float32)
-        tl.debug_barrier()
         for first in tl.range(0, total, BLOCK):
             place = first + number
             at = key_ptr + (place // count * step_place + place % count * step_chunk)[:, None]
-            here = (place < total)[:, None]
             turned = tl.zeros((BLOCK, WIDTH), tl.float32)
             for begin in tl.range(0, D, PART):
-                some = tl.load(mean_ptr + pair * D + begin + part)
-                keys = tl.load(at + (begin + part)[None, :], mask=here, other=0.0).to(tl.float32)
-                keys = tl.where(here, keys - some[None, :], 0.0)
+                mean = tl.load(mean_ptr + begin + part)[None, :]
+                keys = tl.load(at + (begin + part)[None, :], mask=(place < total)[:, None], other=0.0).to(tl.float32)
+                keys = tl.where((place < total)[:, None], keys - mean, 0.0)
                 right = tl.load(basis_ptr + (begin + part)[:, None] * WIDTH + short[None, :])
                 turned += tl.dot(keys, right, input_precision="tf32")
             peak = tl.maximum(peak, tl.max(tl.abs(turned), 0))
@@ -105,10 +75,58 @@ def calibrate_kernel(
 
 
 @triton.jit
-def _moments(moment_ptr, left, right, size, D: tl.constexpr):
-    """Some of the moments, in units of their mean; with a little of every direction."""
-    some = tl.load(moment_ptr + left[:, None] * D + right[None, :]) / size
-    return some + tl.where(left[:, None] == right[None, :], 1e-7, 0.0)
+def _moments(
+    key_ptr, mean_ptr, moment_ptr, total, count, step_place, step_chunk, line, column, number, D: tl.constexpr,
+    COLUMNS: tl.constexpr, BLOCK: tl.constexpr,
+):  # fmt: skip
+    """Writes mean (D) and second moments (D, D) of `total` keys less their mean; returns the mean of the variances.
+
+    All is taken less the first key, which lies near the mean: so sums of squares lose nothing.
+    """
+    near = tl.load(key_ptr + line).to(tl.float32)
+    size = 0.0
+    for slab in tl.range(0, D, COLUMNS):
+        near_own = tl.load(key_ptr + slab + column).to(tl.float32)
+        sums = tl.zeros((D,), tl.float32)
+        own_sums = tl.zeros((COLUMNS,), tl.float32)
+        squares = tl.zeros((COLUMNS,), tl.float32)
+        moments = tl.zeros((D, COLUMNS), tl.float32)
+        for first in tl.range(0, total, BLOCK):
+            place = first + number
+            at = key_ptr + (place // count * step_place + place % count * step_chunk)[:, None]
+            here = (place < total)[:, None]
+            keys = tl.where(here, tl.load(at + line[None, :], mask=here, other=0.0).to(tl.float32) - near, 0.0)
+            own = tl.load(at + slab + column[None, :], mask=here, other=0.0).to(tl.float32)
+            own = tl.where(here, own - near_own, 0.0)
+            sums += tl.sum(keys, 0)
+            own_sums += tl.sum(own, 0)
+            squares += tl.sum(own * own, 0)
+            moments += tl.dot(tl.trans(keys), own, input_precision="tf32")
+        moments -= sums[:, None] * (own_sums / total)[None, :]
+        tl.store(moment_ptr + line[:, None] * D + slab + column[None, :], moments)
+        tl.store(mean_ptr + slab + column, near_own + own_sums / total)
+        size += tl.sum(squares - own_sums * own_sums / total, 0) / D
+    tl.debug_barrier()
+    return tl.maximum(size, 1e-36)
+
+
+@triton.jit
+def _product(
+    out_ptr, left_ptr, right_ptr, D: tl.constexpr, WIDTH: tl.constexpr, COLUMNS: tl.constexpr, PART: tl.constexpr
+):  # fmt: skip
+    """Writes out (D, WIDTH) = left (D, D) @ right (D, WIDTH), in float32."""
+    line = tl.arange(0, D)
+    part = tl.arange(0, PART)
+    STEP: tl.constexpr = COLUMNS if COLUMNS < WIDTH else WIDTH
+    column = tl.arange(0, STEP)
+    for slab in tl.range(0, WIDTH, STEP):
+        found = tl.zeros((D, STEP), tl.float32)
+        for first in tl.range(0, D, PART):
+            left = tl.load(left_ptr + line[:, None] * D + (first + part)[None, :])
+            right = tl.load(right_ptr + (first + part)[:, None] * WIDTH + slab + column[None, :])
+            found += tl.dot(left, right, input_precision="tf32x3")
+        tl.store(out_ptr + line[:, None] * WIDTH + slab + column[None, :], found)
+    tl.debug_barrier()
 
 
 @triton.jit
@@ -139,6 +157,6 @@ def calibrate(keys: Tensor, basis: Tensor, mean: Tensor, offset: Tensor, step: T
     work = torch.empty(2, rows, heads, dim, dim, dtype=torch.float32, device=keys.device)
     calibrate_kernel[(rows * heads,)](
         keys, basis, mean, offset, step, work[0], work[1], heads, count, *keys.stride()[:4], STEPS=STEPS,
-        PLACES=places, D=dim, WIDTH=width, COLUMNS=min(dim, SLAB), BLOCK=64, PART=32, PEAK=peak,
+        PLACES=places, D=dim, WIDTH=width, COLUMNS=min(dim, COLUMNS), BLOCK=64, PART=32, PEAK=peak,
         num_warps=min(16, max(4, dim * width // 1024)),
     )  # fmt: skip

@@ -18,8 +18,8 @@ from mgam.errors import SettingError
 from mgam.kernels import FLOAT8, capability, installed, serve
 from mgam.levels import Levels
 from mgam.policies.asked import Asked
-from mgam.policies.second_stream import begun
 from mgam.pyramid import Pyramid
+from mgam.second_stream import begun
 
 PEAK = 224.0
 """Where the largest calibrated number is put: half of what e4m3 can hold, for keys that come later."""
