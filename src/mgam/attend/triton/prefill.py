@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -14,10 +14,9 @@ from mgam.attend.triton.tables import STEP, Turn, biases, copyable, described, p
 from mgam.attend.triton.whole import gather_kernel, open_kernel, turn_kernel, whole_kernel
 from mgam.kernels import at_once, cdiv
 from mgam.merge import Part
-from mgam.second_stream import begun
 
-FAR_BYTES = 1 << 29
-"""Gathered keys and values of a piece; two are kept at a time."""
+FAR_BYTES = 1 << 30
+"""Gathered keys and values kept at a time."""
 OPEN_TILES, OPEN_WARPS = 8, 4
 """Tiles of opened chunks that one program turns, and its warps."""
 
@@ -108,75 +107,45 @@ def pieces(
     turn: Turn,
     tiles: WholeTiles,
 ) -> Iterator[Piece]:
-    """Cuts a call so that what is gathered at a time is bounded. What a piece needs is gathered on a second stream
-    while the one before it is read: gathering waits for memory, reading for products."""
+    """Cuts a call so that what is gathered at a time is bounded."""
     count, query_heads, size, dim = queries.shape
-    heads, entries, device = keys[0].shape[1], tiles.entries, queries.device
+    heads, entries = keys[0].shape[1], tiles.entries
     far = turn.far(keys[0].shape[2]) if turn.pairs else (turn.cos, turn.sin)
     opened = lists.index[0].shape[-1] * lists.levels.chunk
     few = opened if turn.pairs else 0
     room = cdiv(sum(part.shape[-1] for part in lists.index[1:]), entries) * entries
     each = heads * (few + 2 * room) * dim * queries.element_size()
     programs = query_heads * size // tiles.rows
-    step = at_once(count, max(1, FAR_BYTES // each), programs, 2, device) if each else count
+    step = at_once(count, max(1, FAR_BYTES // each), programs, 2, queries.device) if each else count
     constants: dict[str, int | bool] = {
         "CHUNK": lists.levels.chunk, "TOP": lists.levels.top, "R": turn.pairs, "STEP": STEP, "BLOCK_N": entries,
         "OPENED": opened > 0, "SUMMARIES": room > 0,
     }  # fmt: skip
     value_desc = described(values[0], entries, dim)
-
-    def made(first: int) -> tuple[Piece, Callable[[], None]]:
-        """A piece, and what fills it."""
+    for first in range(0, count, step):
         some = slice(first, min(first + step, count))
         part = lists[some] if step < count else lists
-        gathered, gather = _gathered(part, keys, values, turn, far, few, room, entries)
+        far_keys, far_values, bias = _gathered(part, keys, values, turn, far, few, room, entries)
         placed, lowest = keys[0], 0
-        turned: Callable[[], None] | None = None
         if turn.pairs:
             assert part.where is not None
             lowest, highest = part.where.lowest, part.where.highest + size
-            placed, turned = _turned(keys[0], turn, far, entries, lowest, highest)
-
-        def fill() -> None:
-            gather()
-            if turned is not None:
-                turned()
-
+            placed = _turned(keys[0], turn, far, entries, lowest, highest)
         key_desc = described(placed, entries, dim)
-        far_descs = (described(made, entries, dim) if made.numel() else key_desc for made in gathered[:2])
-        descriptors = (key_desc, value_desc, *far_descs)
-        return Piece(some, part, descriptors, gathered[2], far, few, lowest, constants), fill
-
-    piece, fill = made(0)
-    fill()
-    for first in range(step, count, step):
-        following, fill = made(first)
-        end = begun(fill, device)
-        try:
-            yield piece
-        finally:
-            if end is not None:
-                torch.cuda.current_stream(device).wait_event(end)
-        piece = following
-    yield piece
+        gathered = (described(made, entries, dim) if made.numel() else key_desc for made in (far_keys, far_values))
+        yield Piece(some, part, (key_desc, value_desc, *gathered), bias, far, few, lowest, constants)
 
 
-def _turned(
-    keys: Tensor, turn: Turn, far: tuple[Tensor, Tensor], entries: int, lowest: int, highest: int
-) -> tuple[Tensor, Callable[[], None]]:
-    """Room for tokens `lowest` to `highest`, a whole number of tiles, of keys (B, H, n, D), turned by their true
-    positions; and what fills it."""
+def _turned(keys: Tensor, turn: Turn, far: tuple[Tensor, Tensor], entries: int, lowest: int, highest: int) -> Tensor:
+    """Tokens `lowest` to `highest`, a whole number of tiles, of keys (B, H, n, D), turned by their true positions."""
     batch, heads, tokens, dim = keys.shape
     room = highest - lowest
     turned = torch.empty(batch, heads, room, dim, dtype=keys.dtype, device=keys.device)
-
-    def fill() -> None:
-        turn_kernel[(room // entries, batch * heads)](
-            turned, keys, keys.stride()[:3], turn.cos, turn.sin, *far, heads, tokens, room, lowest,
-            R=turn.pairs, STEP=STEP, BLOCK_N=entries, num_warps=4,
-        )  # fmt: skip
-
-    return turned, fill
+    turn_kernel[(room // entries, batch * heads)](
+        turned, keys, keys.stride()[:3], turn.cos, turn.sin, *far, heads, tokens, room, lowest,
+        R=turn.pairs, STEP=STEP, BLOCK_N=entries, num_warps=4,
+    )  # fmt: skip
+    return turned
 
 
 def _gathered(
@@ -188,31 +157,27 @@ def _gathered(
     few: int,
     room: int,
     entries: int,
-) -> tuple[tuple[Tensor, Tensor, Tensor], Callable[[], None]]:
-    """Room for keys (N, H, few + room, D), values (N, H, room, D) and log masses (N, H, room) of what lies before the
-    window; and what fills it."""
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Keys (N, H, few + room, D), values (N, H, room, D) and log masses (N, H, room) of what lies before the window."""
     count, heads = lists.counts.shape[:2]
     dim, device, dtype = keys[0].shape[3], keys[0].device, keys[0].dtype
     far_keys = torch.empty(count, heads, few + room, dim, dtype=dtype, device=device)
     far_values = torch.empty(count, heads, room, dim, dtype=dtype, device=device)
     bias = torch.empty(count, heads, room, dtype=torch.float32, device=device)
-
-    def fill() -> None:
-        if few:
-            tiles = cdiv(few // entries, OPEN_TILES)
-            open_kernel[(tiles * count * heads,)](
-                far_keys, lists.blocks, lists.counts, keys[0], keys[0].stride()[:3], lists.index[0], lists.ranks[0],
-                lists.index[0].shape[-1], turn.cos, turn.sin, *far, count, heads, tiles, few + room,
-                CHUNK=lists.levels.chunk, LEVELS=lists.levels.top + 1, R=turn.pairs, STEP=STEP, BLOCK_N=entries,
-                TILES=OPEN_TILES, num_warps=OPEN_WARPS,
-            )  # fmt: skip
-        if room:
-            tiles = room // entries
-            gather_kernel[(tiles * count * heads,)](
-                far_keys, far_values, bias, lists.blocks, lists.counts, tuple(keys), tuple(values), strides(keys),
-                strides(values), lists.index, lists.ranks, tuple(part.shape[-1] for part in lists.index),
-                biases(lists), turn.cos, turn.sin, *far, count, heads, tiles, few + room, few,
-                TOP=lists.levels.top, D=dim, R=turn.pairs, STEP=STEP, BLOCK_N=entries, num_warps=8,
-            )  # fmt: skip
-
-    return (far_keys, far_values, bias), fill
+    if few:
+        tiles = cdiv(few // entries, OPEN_TILES)
+        open_kernel[(tiles * count * heads,)](
+            far_keys, lists.blocks, lists.counts, keys[0], keys[0].stride()[:3], lists.index[0], lists.ranks[0],
+            lists.index[0].shape[-1], turn.cos, turn.sin, *far, count, heads, tiles, few + room,
+            CHUNK=lists.levels.chunk, LEVELS=lists.levels.top + 1, R=turn.pairs, STEP=STEP, BLOCK_N=entries,
+            TILES=OPEN_TILES, num_warps=OPEN_WARPS,
+        )  # fmt: skip
+    if room:
+        tiles = room // entries
+        gather_kernel[(tiles * count * heads,)](
+            far_keys, far_values, bias, lists.blocks, lists.counts, tuple(keys), tuple(values), strides(keys),
+            strides(values), lists.index, lists.ranks, tuple(part.shape[-1] for part in lists.index), biases(lists),
+            turn.cos, turn.sin, *far, count, heads, tiles, few + room, few,
+            TOP=lists.levels.top, D=dim, R=turn.pairs, STEP=STEP, BLOCK_N=entries, num_warps=8,
+        )  # fmt: skip
+    return far_keys, far_values, bias
