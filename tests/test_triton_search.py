@@ -262,7 +262,9 @@ def test_calibration(case: str, peak: float) -> None:
     room[:, :, :, :count] = keys
     shapes = (2, 3, dim, width), (2, 3, dim), (2, 3, width), (2, 3)
     made = [torch.empty(shape, device=DEVICE) for shape in shapes]
-    calibrate(room.to(DEVICE)[:, :, :, :count], *made, peak)
+    half = torch.empty(shapes[0], device=DEVICE, dtype=torch.bfloat16)
+    calibrate(room.to(DEVICE)[:, :, :, :count], *made, half, peak)
+    assert (half.float() - made[0]).abs().max() < 2.0**-7
     basis, mean, offset, step = (part.double().cpu() for part in made)
     flat = keys.double().flatten(2, 3)
     centred = flat - flat.mean(2, keepdim=True)

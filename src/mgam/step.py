@@ -105,7 +105,7 @@ def read(
         read_from.append(pyramid.search)
     else:
         short = CompactKeys.of(pyramid, levels, policy.compact)
-        read_from += [short.search, short.basis, short.step]
+        read_from += [short.search, short.half, short.step]
     # As many chunks as a power of two: the call stays the same while the text grows.
     bound = min(room, 1 << now.judged.bit_length())
     places = [states.data_ptr() for states in read_from], [states.shape for states in read_from]

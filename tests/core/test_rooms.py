@@ -22,7 +22,6 @@ ROOMS = [
         "words",
         "arguments_triton",
         "chain_triton",
-        "second_stream",
     ),
     ("pyramid", "pyramid_triton", "cover"),
     ("attend", "policies"),

@@ -15,11 +15,12 @@ COLUMNS = 64
 
 @triton.jit
 def calibrate_kernel(
-    key_ptr, basis_ptr, mean_ptr, offset_ptr, step_ptr, moment_ptr, square_ptr, heads, count,
+    key_ptr, basis_ptr, mean_ptr, offset_ptr, step_ptr, half_ptr, moment_ptr, square_ptr, heads, count,
     step_row, step_head, step_place, step_chunk, STEPS: tl.constexpr, PLACES: tl.constexpr, D: tl.constexpr,
     WIDTH: tl.constexpr, COLUMNS: tl.constexpr, BLOCK: tl.constexpr, PART: tl.constexpr, PEAK: tl.constexpr,
 ):  # fmt: skip
-    """One program: mean (D), basis (D, WIDTH), the mean in the basis (WIDTH) and the step of one row and KV head.
+    """One program: mean (D), basis (D, WIDTH), rounded in half_ptr, the mean in the basis (WIDTH) and the step of one
+    row and KV head.
 
     Orthogonal iteration in float32 on the second moments of `count` chunks of PLACES keys each, less their mean;
     moment_ptr and square_ptr (B, H, D, D) float32 are working memory. D and WIDTH are powers of two. PEAK: which number
@@ -28,6 +29,7 @@ def calibrate_kernel(
     pair = tl.program_id(0).to(tl.int64)
     key_ptr += pair // heads * step_row + pair % heads * step_head
     basis_ptr += pair * D * WIDTH
+    half_ptr += pair * D * WIDTH
     mean_ptr += pair * D
     moment_ptr += pair * D * D
     square_ptr += pair * D * D
@@ -54,6 +56,7 @@ def calibrate_kernel(
         basis = _orthonormal(tl.load(moment_ptr + line[:, None] * WIDTH + short[None, :]), short, WIDTH)
     basis = _orthonormal(basis, short, WIDTH)  # what was nearly parallel comes out square
     tl.store(here, basis)
+    tl.store(half_ptr + line[:, None] * WIDTH + short[None, :], basis.to(half_ptr.dtype.element_ty))
     tl.store(offset_ptr + pair * WIDTH + short, tl.sum(basis * tl.load(mean_ptr + line)[:, None], 0))
     tl.debug_barrier()
     step = 1.0
@@ -146,17 +149,20 @@ def serves(dim: int, width: int) -> bool:
     return 16 <= width < dim and not (dim & (dim - 1) or width & (width - 1))
 
 
-def calibrate(keys: Tensor, basis: Tensor, mean: Tensor, offset: Tensor, step: Tensor, peak: float) -> None:
+def calibrate(
+    keys: Tensor, basis: Tensor, mean: Tensor, offset: Tensor, step: Tensor, half: Tensor, peak: float
+) -> None:
     """Writes the basis (B, H, D, d) of the leading directions of search keys (B, H, S, C, D) less their mean, the mean
-    (B, H, D), the mean in the basis (B, H, d), and the step (B, H) that makes the largest coordinate `peak`, or 1 where
-    `peak` is 0. All are float32 and contiguous; at least one chunk; `serves` says which dimensions there may be."""
+    (B, H, D), the mean in the basis (B, H, d), the step (B, H) that makes the largest coordinate `peak`, or 1 where
+    `peak` is 0, and the basis in the precision of `half`. All others are float32, and all contiguous; at least one
+    chunk; `serves` says which dimensions there may be."""
     rows, heads, places, count, dim = keys.shape
     width = basis.shape[-1]
     if keys.stride(-1) != 1:
         keys = keys.contiguous()
     work = torch.empty(2, rows, heads, dim, dim, dtype=torch.float32, device=keys.device)
     calibrate_kernel[(rows * heads,)](
-        keys, basis, mean, offset, step, work[0], work[1], heads, count, *keys.stride()[:4], STEPS=STEPS,
+        keys, basis, mean, offset, step, half, work[0], work[1], heads, count, *keys.stride()[:4], STEPS=STEPS,
         PLACES=places, D=dim, WIDTH=width, COLUMNS=min(dim, COLUMNS), BLOCK=64, PART=32, PEAK=peak,
         num_warps=min(16, max(4, dim * width // 1024)),
     )  # fmt: skip

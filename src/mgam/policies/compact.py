@@ -18,8 +18,8 @@ from mgam.errors import SettingError
 from mgam.kernels import FLOAT8, capability, installed, serve
 from mgam.levels import Levels
 from mgam.policies.asked import Asked
+from mgam.policies.second_stream import begun
 from mgam.pyramid import Pyramid
-from mgam.second_stream import begun
 
 PEAK = 224.0
 """Where the largest calibrated number is put: half of what e4m3 can hold, for keys that come later."""
@@ -49,7 +49,8 @@ class CompactKeys:
     """Compact search keys of a pyramid.
 
     Shapes: search (B, H, S, C, d) ordered by place first; basis (B, H, D, d); mean (B, H, D), and in the basis offset
-    (B, H, d); step (B, H): a kept number times the step is a coordinate.
+    (B, H, d); step (B, H): a kept number times the step is a coordinate; half like basis, in the precision of search
+    keys: what kernels multiply with.
     """
 
     search: Tensor
@@ -57,6 +58,7 @@ class CompactKeys:
     mean: Tensor
     offset: Tensor
     step: Tensor
+    half: Tensor
     chunks: list[int]
     """Chunks of each row that were shortened; 0 before the row holds the tokens that give its basis."""
     _end: torch.cuda.Event | None = None
@@ -120,12 +122,13 @@ class CompactKeys:
         """Sets the bases of rows from their first chunks: the same however far the rows have grown since."""
         assert pyramid.search is not None
         keys, rounds = pyramid.search[rows, :, :, :first], self.search.dtype == torch.float8_e4m3fn
-        basis, mean, offset, step = self.basis[rows], self.mean[rows], self.offset[rows], self.step[rows]
+        basis, mean, offset = self.basis[rows], self.mean[rows], self.offset[rows]
+        step, half = self.step[rows], self.half[rows]
         if keys.is_cuda and first and installed() and basis.dtype == torch.float32:
             from mgam.policies import basis_triton
 
             if basis_triton.serves(*basis.shape[2:]):
-                basis_triton.calibrate(keys, basis, mean, offset, step, PEAK if rounds else 0.0)
+                basis_triton.calibrate(keys, basis, mean, offset, step, half, PEAK if rounds else 0.0)
                 return
         seen = keys.to(basis.dtype).flatten(2, 3)
         if not first:
@@ -134,6 +137,7 @@ class CompactKeys:
         centred = seen - mean[:, :, None]
         size = centred.abs().amax((2, 3), keepdim=True).clamp_min(1e-20)
         basis.copy_(principal((centred / size).transpose(2, 3) @ (centred / size), basis.shape[-1]))
+        half.copy_(basis)
         offset.copy_((mean[:, :, None] @ basis)[:, :, 0])
         if rounds:
             step.copy_((centred @ basis).abs().amax((2, 3)).clamp_min(1e-20) / PEAK)
@@ -153,7 +157,7 @@ class CompactKeys:
         if self.on_device(keys):
             from mgam.policies.search_triton import shorten_keys
 
-            shorten_keys(keys, self.basis[rows], self.offset[rows], self.step[rows], short)
+            shorten_keys(keys, self.half[rows], self.offset[rows], self.step[rows], short)
             return
         centred = keys.to(self.basis.dtype) - self.mean[rows, :, None, None]
         turned = torch.matmul(centred, self.basis[rows, :, None])
@@ -168,8 +172,8 @@ class CompactKeys:
             voters = queries.shape[1] // self.basis.shape[1] * queries.shape[2]
             if few(queries.shape[0], voters, self.search.shape[0]):
                 folded = queries.reshape(queries.shape[0], self.basis.shape[1], voters, -1)
-                return Asked(folded, self.step, live, self.search, row, visible, self.basis, self.step, log2)
-            short, factor = shorten_queries(queries, row, self.basis, self.step, log2)
+                return Asked(folded, self.step, live, self.search, row, visible, self.half, self.step, log2)
+            short, factor = shorten_queries(queries, row, self.half, self.step, log2)
             return Asked(short, factor, live, self.search, row, visible)
         heads = self.basis.shape[1]
         folded = queries.reshape(queries.shape[0], heads, -1, queries.shape[-1])
@@ -235,6 +239,7 @@ def _empty(pyramid: Pyramid, compact: Compact) -> CompactKeys:
         basis=wide.new_zeros(batch, heads, dim, width),
         mean=wide.new_zeros(batch, heads, dim),
         offset=wide.new_zeros(batch, heads, width),
+        half=pyramid.search.new_zeros(batch, heads, dim, width),
         step=wide.new_ones(batch, heads),
         chunks=[0] * batch,
     )
